@@ -1,0 +1,37 @@
+# Everything from a bare machine with Python 3.11 or newer and pip.
+PYTHON ?= python3
+STUDY ?= embedded
+VENV := .venv
+READY := $(VENV)/ready
+
+.PHONY: book test lint lock clean
+
+book: $(READY)  ## compute a study and build its book: make book, make book STUDY=quick
+	$(VENV)/bin/sae-stability run $(STUDY)
+
+test: $(READY)  ## lint, then the whole test suite
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest
+
+# The interpreter's own check first: an old one fails in one line and not in the middle of an install.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("sae-stability needs Python 3.11 or newer; call make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+lint: $(READY)  ## mend what ruff can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+lock: $(READY)  ## resolve pyproject.toml into requirements.lock again
+	$(VENV)/bin/python -m pip install --quiet pip-tools
+	echo 'torch==2.13.0' > $(VENV)/constraints.txt
+	$(VENV)/bin/pip-compile --quiet --upgrade --extra dev --allow-unsafe --strip-extras --no-annotate --no-header --no-emit-index-url \
+		--no-emit-find-links --no-emit-trusted-host --constraint $(VENV)/constraints.txt --output-file requirements.lock pyproject.toml
+	sed -i 's/+cpu$$//' requirements.lock
+
+clean:  ## drop results and pages, keep the environment
+	rm -rf results _build

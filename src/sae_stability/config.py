@@ -1,0 +1,218 @@
+"""The schema of a study: what is trained on what, how often, and when two features are the same."""
+
+import difflib
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+ROOT = Path(os.environ.get("SAE_STABILITY_ROOT") or Path(__file__).parents[2]).resolve()
+"""The checkout: studies, chapters and results stand here, wherever a notebook or a command is started."""
+
+HOOKS = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
+"""Hook points whose value reaches the residual stream when it is written, so that an SAE can be spliced in."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class UserError(Exception):
+    """A user's mistake, told in one line that names the field or file and the mend."""
+
+
+class Cell(BaseModel):
+    """One ensemble to train: a site, a variant, a width and a sparsity. Every key can be set in a study or its grid."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="an embedded name, a local Hugging Face folder, or a hub id")
+    corpus: str = Field("docstrings", description="the embedded corpus, a text file or folder, or a dataset id")
+    hook_name: str = Field(description="such as blocks.2.hook_resid_post")
+    context: int | None = Field(None, ge=8, description="tokens a context; by default what the model takes, at most 256")
+    tokens: PositiveInt = Field(description="unique training tokens read from the corpus")
+    evaluation_tokens: PositiveInt = Field(1_000_000, description="held-out tokens to measure on, where there are as many")
+
+    variant: Literal["topk"] = "topk"
+    d_sae: Annotated[int, Field(ge=2, description="features of each SAE")]
+    k: PositiveInt = Field(description="L0: features that fire on each token")
+
+    seeds: PositiveInt | list[int] = Field(description="a count or a list; two or more")
+    fixed_initialisation: bool = Field(False, description="every seed starts from the weights of seed 0")
+    fixed_order: bool = Field(False, description="every seed reads the tokens in the order of seed 0")
+    surrogate_seeds: int = Field(4, ge=2, description="seeds of the null: the same training on Gaussian data")
+
+    passes: PositiveInt = Field(1, description="how often the training tokens are read")
+    batch: PositiveInt = Field(1024, description="tokens a step")
+    rate: PositiveFloat = Field(3e-3, description="peak learning rate of Adam")
+    warmup: Share = Field(0.02, description="share of the steps in which the rate rises from zero")
+    decay: Share = Field(0.3, description="share of the steps, at the end, in which it falls to zero")
+    dead_after: PositiveInt = Field(100_000, description="tokens without firing after which a feature is revived (AuxK)")
+
+    threshold: float = Field(0.7, gt=0, le=1, description="cosine from which two features are the same")
+
+    @field_validator("hook_name")
+    @classmethod
+    def _writable_hook(cls, value: str) -> str:
+        if not re.fullmatch(rf"blocks\.\d+\.({'|'.join(HOOKS)})", value):
+            raise ValueError(f"give blocks.LAYER.HOOK with HOOK one of {', '.join(HOOKS)}")
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _two_seeds(cls, value: int | list[int]) -> int | list[int]:
+        if (value if isinstance(value, int) else len(value)) < 2:
+            raise ValueError("stability compares seeds: give two or more")
+        if isinstance(value, list) and len(set(value)) < len(value):
+            raise ValueError("a seed stands twice in the list; give each once")
+        return value
+
+    @model_validator(mode="after")
+    def _sparse(self) -> "Cell":
+        if self.k > self.d_sae:
+            raise ValueError(f"k: {self.k} features can't fire out of d_sae = {self.d_sae}; lower k or raise d_sae")
+        if self.batch > self.tokens * self.passes:
+            raise ValueError(f"batch: one step takes {self.batch} tokens, and tokens is {self.tokens}; lower batch or raise tokens")
+        if self.warmup + self.decay > 1:
+            raise ValueError("warmup: warmup and decay together exceed the whole training; lower one")
+        return self
+
+    @property
+    def seed_list(self) -> list[int]:
+        return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
+
+    @property
+    def label(self) -> str:
+        """How tables and claims name the cell."""
+        return f"{Path(self.model).name} {self.hook_name} {self.variant} d_sae={self.d_sae} k={self.k}"
+
+
+class Study(Cell):
+    """A main cell, and a grid that crosses lists over any of its keys into further cells."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the folder under results/")
+    threads: PositiveInt | None = Field(None, description="CPU threads; bits depend on it. By default all cores")
+    loss_tokens: PositiveInt = Field(50_000, description="held-out tokens on which the cross-entropy is measured")
+    grid: dict[str, list[Any]] = Field({}, description="lists over keys of the cell, crossed into further cells")
+
+    @field_validator("grid")
+    @classmethod
+    def _known_keys(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for key, choices in value.items():
+            if key not in Cell.model_fields:
+                raise ValueError(f"{key} is no key of a cell{_nearest(key, Cell.model_fields)}")
+            if not choices:
+                raise ValueError(f"{key} has an empty list; give values or drop the key")
+        return value
+
+    @model_validator(mode="after")
+    def _every_cell_is_valid(self) -> "Study":
+        try:
+            len(self.cells)
+        except ValidationError as error:
+            raise ValueError(f"grid: {explain(error, Cell)}") from None
+        return self
+
+    @cached_property
+    def cells(self) -> dict[str, Cell]:
+        """The main cell and those of the grid, by the name of their folder."""
+        main = {key: getattr(self, key) for key in Cell.model_fields}
+        cells = {"main": Cell(**main)}
+        for choice in itertools.product(*self.grid.values()):
+            varied = dict(zip(self.grid, choice, strict=True))
+            cell = Cell(**{**main, **varied})
+            if cell not in cells.values():
+                cells[",".join(f"{key}={_slug(value)}" for key, value in varied.items())] = cell
+        return cells
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def load_study(study: str, overrides: Sequence[str] = (), name: str | None = None) -> Study:
+    """Read a study by its name in studies/ or its path, with `key=value` overrides (dots reach inside).
+
+    Raises `UserError` that names the first bad field and the mend.
+    """
+    path = Path(study) if study.endswith((".yaml", ".yml")) else ROOT / "studies" / f"{study}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in (ROOT / "studies").glob("*.yaml"))
+        raise UserError(
+            f"study: there is no {study}{_nearest(study, known)}; studies/ holds {', '.join(known)}, or give a .yaml file"
+        )
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: a study is a list of 'key: value' lines; see studies/quick.yaml")
+    for override in overrides:
+        _override(fields, override)
+    if name is not None:
+        fields["name"] = name
+    for key in ("model", "corpus"):  # chapters are executed from another folder
+        if isinstance(fields.get(key), str) and Path(fields[key]).expanduser().exists():
+            fields[key] = str(Path(fields[key]).expanduser().resolve())
+    try:
+        return Study(**{str(key): value for key, value in fields.items()})
+    except ValidationError as error:
+        raise UserError(explain(error, Study)) from None
+
+
+def explain(error: ValidationError, schema: type[BaseModel]) -> str:
+    """The first of pydantic's complaints, in one line."""
+    first = error.errors()[0]
+    field = ".".join(
+        str(part) for part in first["loc"] if part not in {"int", "list[int]"} and not str(part).startswith("constrained")
+    )
+    if first["type"] == "extra_forbidden":
+        return f"{field}: unknown key{_nearest(field, schema.model_fields)}; drop it or correct it"
+    if first["type"] == "missing":
+        return f"{field}: missing; add '{field}: {schema.model_fields[field].description}'"
+    reason = first["msg"].removeprefix("Value error, ")
+    if not field:
+        return reason
+    described = schema.model_fields[first["loc"][0]].description
+    return f"{field}: {first['input']!r} does not fit: {reason}" + (f" ({described})" if described else "")
+
+
+def _override(fields: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: give key=value, such as --set d_sae=512")
+    *outer, last = key.split(".")
+    inside = fields
+    for part in outer:
+        inside = inside.setdefault(part, {})
+        if not isinstance(inside, dict):
+            raise UserError(f"--set {override}: {part} holds a value and has no keys inside")
+    try:
+        inside[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        inside[last] = value
+
+
+def _nearest(word: str, known) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _slug(value) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)

@@ -1,0 +1,156 @@
+"""How good SAEs are on held-out documents: explained variance, L0, firing frequencies, the model's loss when spliced in."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_stability.language.activations import Activations
+from sae_stability.language.corpus import Contexts
+from sae_stability.saes.ensemble import Ensemble
+from sae_stability.statistics import Interval, bootstrap_ratio
+
+ROWS = 8192  # tokens encoded at a time
+CONTEXTS = 16  # contexts a forward pass
+WINDOW = 10  # tokens shown on each side of a peak
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What each seed's SAE does on held-out activations."""
+
+    firings: Int[Tensor, "seed d_sae"]
+    """Tokens on which each feature fires; none: the feature is dead."""
+    rows: int
+    """Tokens measured."""
+    residual: Float[np.ndarray, "seed document"]
+    """Squared error summed over the tokens of each document."""
+    total: Float[np.ndarray, "document"]
+    """Squared distance from the mean activation summed over the tokens of each document."""
+
+    @property
+    def frequency(self) -> Float[Tensor, "seed d_sae"]:
+        return self.firings / self.rows
+
+    @property
+    def l0(self) -> Float[Tensor, "seed"]:
+        return self.firings.sum(1) / self.rows
+
+    def explained_variance(self, seed: int) -> Interval:
+        """Of the SAE at position `seed`; documents are resampled."""
+        return bootstrap_ratio(self.residual[seed], self.total, lambda ratio: 1 - ratio)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Cross-entropy in nats, summed over the tokens of each document, under interventions at one site."""
+
+    clean: Float[np.ndarray, "document"]
+    zero: Float[np.ndarray, "document"]
+    """With the site set to zero."""
+    mean: Float[np.ndarray, "document"]
+    """With the site set to its mean."""
+    spliced: Float[np.ndarray, "seed document"]
+    """With each seed's reconstruction in place of the site."""
+    tokens: Int[np.ndarray, "document"]
+
+    def per_token(self, sums: Float[np.ndarray, "document"]) -> Interval:
+        return bootstrap_ratio(sums, self.tokens)
+
+    def recovered(self, seed: int) -> Interval:
+        """Cross-entropy recovered: (zero - spliced) / (zero - clean), 1 for a perfect SAE; documents are resampled."""
+        return bootstrap_ratio(self.zero - self.spliced[seed], self.zero - self.clean)
+
+
+def fit(ensemble: Ensemble, activations: Activations, document: Int[np.ndarray, "token"]) -> Fit:
+    """Measure every seed on held-out `activations`, whose rows come from `document`."""
+    seeds, rows = len(ensemble.seeds), len(activations)
+    kinds, document = np.unique(document[:rows], return_inverse=True)
+    firings = torch.zeros(seeds, ensemble.d_sae, dtype=torch.int64)
+    residual, total = np.zeros((seeds, len(kinds))), np.zeros(len(kinds))
+    centre = (activations.mean - ensemble.mean) * ensemble.scale  # of the held-out tokens, in the ensemble's units
+    for start in tqdm(range(0, rows, ROWS), "evaluation", unit="batch", disable=None):
+        x = ensemble.normalise(activations.data[start : start + ROWS])
+        of = document[start : start + ROWS]
+        total += np.bincount(of, (x - centre).square().sum(1).numpy(), len(kinds))
+        for seed, (sae, codes) in enumerate(ensemble.codes(x)):
+            residual[seed] += np.bincount(of, (codes.decode(sae) - x).square().sum(1).numpy(), len(kinds))
+            firings[seed] += torch.bincount(codes.indices[codes.values > 0], minlength=ensemble.d_sae)
+    return Fit(firings, rows, residual, total)
+
+
+def losses(bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, tokens: int) -> Losses:
+    """Cross-entropy of the model on about `tokens` held-out tokens, clean and under each intervention.
+
+    BOS and separators keep their activations, and are no targets.
+    """
+    count = min(len(contexts.tokens), int(np.searchsorted(np.cumsum(contexts.is_text.sum(axis=1)), tokens)) + 1)
+    kinds, document = np.unique(contexts.document[:count], return_inverse=True)
+    document = document.reshape(count, -1)
+    mean = ensemble.mean
+    interventions = {"clean": lambda x: x, "zero": torch.zeros_like, "mean": lambda x: mean.expand_as(x)}
+    for seed in range(len(ensemble.seeds)):
+        interventions[seed] = lambda x, seed=seed: ensemble.reconstruct(seed, x)
+    sums = {name: np.zeros(len(kinds)) for name in interventions}
+    scored = np.zeros(len(kinds), dtype=int)
+    with torch.inference_mode():
+        for start in tqdm(range(0, count, CONTEXTS), "losses", unit="batch", disable=None):
+            rows = slice(start, min(start + CONTEXTS, count))
+            ids = torch.from_numpy(contexts.tokens[rows]).long()
+            text = torch.from_numpy(contexts.is_text[rows])
+            of = document[rows][:, 1:][contexts.is_text[rows][:, 1:]]
+            scored += np.bincount(of, minlength=len(kinds))
+            for name, intervene in interventions.items():
+
+                def splice(value: Tensor, hook, intervene=intervene, text=text) -> Tensor:
+                    value = value.clone()
+                    value[text] = intervene(value[text]).to(value.dtype)
+                    return value
+
+                logits = bridge.run_with_hooks(ids, fwd_hooks=[(hook_name, splice)])[:, :-1].float()
+                nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+                sums[name] += np.bincount(of, nats[text[:, 1:]].numpy(), len(kinds))
+    spliced = np.stack([sums[seed] for seed in range(len(ensemble.seeds))])
+    return Losses(sums["clean"], sums["zero"], sums["mean"], spliced, scored)
+
+
+def top_contexts(
+    ensemble: Ensemble,
+    position: int,
+    features: list[int],
+    activations: Activations,
+    contexts: Contexts,
+    tokenizer,
+    shown: int = 4,
+) -> pd.DataFrame:
+    """Where features of one seed fire most: one row for each token of the windows around the strongest firings.
+
+    One window a document. Columns: feature, rank of the window, offset from the peak, token, activation (normalised units).
+    """
+    wanted = torch.tensor(features)
+    where = np.flatnonzero(contexts.is_text)[: len(activations)]
+    strength = np.zeros((len(features), contexts.tokens.size), dtype=np.float32)
+    for start in range(0, len(activations), ROWS):
+        x = ensemble.normalise(activations.data[start : start + ROWS])
+        _, codes = next(ensemble.of(position).codes(x))
+        strength[:, where[start : start + ROWS]] = codes.dense(ensemble.d_sae)[:, wanted].T.numpy()
+    rows, width = [], contexts.tokens.shape[1]
+    for feature, along in zip(features, strength, strict=True):
+        seen: set[int] = set()
+        for peak in np.argsort(-along, kind="stable")[: shown * 200]:
+            document = int(contexts.document.ravel()[peak])
+            if along[peak] <= 0 or len(seen) == shown:
+                break
+            if document in seen:
+                continue
+            seen.add(document)
+            context, centre = divmod(int(peak), width)
+            for index in range(max(1, centre - WINDOW), min(width, centre + WINDOW + 1)):
+                token = tokenizer.decode([int(contexts.tokens[context, index])])
+                rows.append((feature, len(seen), index - centre, token, float(along[context * width + index])))
+    return pd.DataFrame(rows, columns=["feature", "rank", "offset", "token", "activation"])

@@ -1,0 +1,148 @@
+"""Figures, one function each. They know tables and arrays only, and return the Figure.
+
+Colours are those of Okabe & Ito, told apart by colour-blind readers; a band has the same colour everywhere, and what is
+told by colour is told by line style or marker too.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from sae_stability.statistics import LatentShares
+
+COLOURS = {
+    "stable": "#0072B2",
+    "intermediate": "#8C8C8C",
+    "unstable": "#D55E00",
+    "real": "#0072B2",
+    "surrogate": "#CC79A7",
+    "random directions": "#000000",
+}
+DASHES = {"real": "-", "surrogate": "--", "random directions": ":"}
+NAMES = {"real": "language model", "surrogate": "Gaussian surrogate", "random directions": "random directions"}
+WIDTH = 6.4  # inches: text stays readable when a phone shrinks the figure
+
+
+def _axes(title: str, height: float = 4.0, columns: int = 1, **options) -> tuple[Figure, list]:
+    sns.set_theme(context="notebook", style="ticks", font_scale=1.05)
+    figure, axes = plt.subplots(1, columns, figsize=(WIDTH, height), layout="constrained", squeeze=False, **options)
+    figure.suptitle(title, fontsize="medium", fontweight="bold", wrap=True)
+    sns.despine(figure)
+    plt.close(figure)  # the notebook shows what a cell displays, once
+    return figure, list(axes[0])
+
+
+def training_curves(curve: pd.DataFrame, title: str) -> Figure:
+    """Explained variance of each seed against training tokens. Columns: seed, kind, tokens, explained_variance."""
+    figure, (axis,) = _axes(title)
+    for kind, part in curve.groupby("kind", sort=False):
+        sns.lineplot(
+            part, x="tokens", y="explained_variance", units="seed", estimator=None, ax=axis,
+            color=COLOURS[kind], linestyle=DASHES[kind], alpha=0.6, linewidth=1, label=NAMES[kind],
+        )  # fmt: skip
+    handles, labels = axis.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axis.legend(unique.values(), unique.keys(), frameon=False, title="one line a seed, trained on")
+    top = curve["explained_variance"].max()
+    late = curve[curve["tokens"] > 0.1 * curve["tokens"].max()]["explained_variance"].min()
+    axis.set(
+        xlabel="training tokens",
+        ylabel="explained variance of the batches",
+        ylim=(late - 0.25 * (top - late) - 0.005, top + 0.01),
+    )
+    axis.xaxis.set_major_formatter(_in_thousands)
+    return figure
+
+
+def frequencies(features: pd.DataFrame, title: str) -> Figure:
+    """How often live features fire. Columns: frequency."""
+    figure, (axis,) = _axes(title)
+    sns.histplot(np.log10(features["frequency"]), bins=40, color=COLOURS["real"], ax=axis, stat="percent")
+    axis.set(xlabel="share of tokens on which the feature fires", ylabel="% of live features")
+    axis.xaxis.set_major_formatter(lambda power, _: f"$10^{{{power:g}}}$")
+    return figure
+
+
+def stability_histogram(features: pd.DataFrame, latent: LatentShares, title: str) -> Figure:
+    """In how many other seeds features reappear, with the beta-binomial fit. Columns: matches, trials, band."""
+    figure, (axis,) = _axes(title)
+    trials = int(features["trials"].iloc[0])
+    share = features["matches"].value_counts(normalize=True).reindex(range(trials + 1), fill_value=0) * 100
+    bands = features.groupby("matches")["band"].first()
+    axis.bar(share.index, share, color=[COLOURS[bands.get(count, "intermediate")] for count in share.index], width=0.85)
+    axis.plot(share.index, 100 * latent.expected_counts(trials), "ko-", markersize=4, linewidth=1, label="beta-binomial fit")
+    for band in ("unstable", "intermediate", "stable"):
+        axis.bar(0, 0, color=COLOURS[band], label=f"{band}: {(features['band'] == band).mean():.0%}")
+    axis.legend(frameon=False)
+    axis.set(xlabel=f"other seeds in which the feature reappears (of {trials})", ylabel="% of live features")
+    axis.set_xticks(range(trials + 1))
+    return figure
+
+
+def against_surrogate(features: pd.DataFrame, title: str) -> Figure:
+    """The same histogram beside the null's, at an equal number of seeds. Columns: kind, matches, trials."""
+    figure, axes = _axes(title, columns=2, sharey=True)
+    for axis, kind in zip(axes, ("real", "surrogate"), strict=True):
+        part = features[features["kind"] == kind]
+        trials = int(part["trials"].iloc[0])
+        share = part["matches"].value_counts(normalize=True).reindex(range(trials + 1), fill_value=0) * 100
+        axis.bar(share.index, share, color=COLOURS[kind], hatch="" if kind == "real" else "//", edgecolor="white", width=0.85)
+        axis.set(title=NAMES[kind], xlabel="other seeds with a match", ylabel="% of live features")
+        axis.set_xticks(range(trials + 1))
+    return figure
+
+
+def thresholds(table: pd.DataFrame, threshold: float, adjusted: float, title: str) -> Figure:
+    """Mean stability against the cosine threshold. Columns: kind, threshold, mean_stability, _low, _high."""
+    figure, (axis,) = _axes(title)
+    for kind, part in table.groupby("kind", sort=False):
+        axis.plot(part["threshold"], part["mean_stability"], DASHES[kind], color=COLOURS[kind], label=NAMES[kind])
+        axis.fill_between(
+            part["threshold"],
+            part["mean_stability_low"],
+            part["mean_stability_high"],
+            color=COLOURS[kind],
+            alpha=0.2,
+            linewidth=0,
+        )
+    axis.axvline(threshold, color="black", linewidth=1)
+    axis.annotate(f"{threshold:g}", (threshold, 1.0), xytext=(3, 0), textcoords="offset points", va="top")
+    if abs(adjusted - threshold) > 0.005:
+        axis.axvline(adjusted, color=COLOURS["surrogate"], linewidth=1, linestyle="-.", label="1 % of surrogate pairs")
+    axis.legend(frameon=False)
+    axis.set(xlabel="cosine from which two features are the same", ylabel="mean stability", ylim=(-0.02, 1.02))
+    return figure
+
+
+def against_frequency(features: pd.DataFrame, title: str, bins: int = 10) -> Figure:
+    """Mean stability in ten equal groups of firing frequency, one line a seed. Columns: seed, frequency, stability."""
+    figure, (axis,) = _axes(title)
+    group = pd.qcut(features["frequency"], bins, labels=False, duplicates="drop")
+    centre = features["frequency"].groupby(group).median()
+    lines = features.groupby([group, "seed"])["stability"].mean().unstack()
+    axis.plot(centre, lines, color=COLOURS["real"], alpha=0.25, linewidth=1)
+    axis.plot(centre, lines.mean(axis=1), "o-", color=COLOURS["real"], label="mean over seeds")
+    axis.set(xscale="log", xlabel="share of tokens on which the feature fires", ylabel="mean stability", ylim=(-0.02, 1.02))
+    axis.legend(frameon=False)
+    return figure
+
+
+def growth(table: pd.DataFrame, decay_from: float, title: str) -> Figure:
+    """Mean stability against training tokens. Columns: kind, tokens, mean_stability, _low, _high."""
+    figure, (axis,) = _axes(title)
+    axis.axvspan(decay_from, table["tokens"].max(), color="#EEEEEE", label="the rate decays")
+    for kind, part in table.groupby("kind", sort=False):
+        low, high = (part[f"mean_stability_{end}"] for end in ("low", "high"))
+        axis.plot(part["tokens"], part["mean_stability"], "o" + DASHES[kind], color=COLOURS[kind], label=NAMES[kind])
+        axis.fill_between(part["tokens"], low, high, color=COLOURS[kind], alpha=0.2, linewidth=0)
+    axis.set(xscale="log", xlabel="training tokens", ylabel="mean stability", ylim=(-0.02, 1.02))
+    axis.legend(frameon=False)
+    return figure
+
+
+def _in_thousands(tokens: float, _position: int) -> str:
+    if tokens == 0:
+        return "0"
+    return f"{tokens / 1e6:g} M" if tokens >= 1e6 else f"{tokens / 1e3:g} k"

@@ -1,0 +1,79 @@
+"""Language models through TransformerLens' TransformerBridge: an embedded name, a local Hugging Face folder, or a hub id."""
+
+import difflib
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from sae_stability.config import ROOT, UserError
+
+EMBEDDED = ("docstrings-2l", "docstrings-4l")
+LONGEST_CONTEXT = 256  # tokens; longer contexts cost more than they tell about features
+
+
+def locate(name: str) -> str:
+    """The folder or hub id behind a model's name. Raises `UserError` for a folder that can't be a model."""
+    folder = ROOT / "models" / name if name in EMBEDDED else Path(name).expanduser()
+    if name not in EMBEDDED and not folder.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise UserError(
+                f"model: there is no folder {name}; give a Hugging Face folder, a hub id or one of {', '.join(EMBEDDED)}"
+            )
+        return name
+    if not (folder / "config.json").is_file():
+        mend = f"run sae-stability train-model {name}" if name in EMBEDDED else "give a folder saved with save_pretrained"
+        raise UserError(f"model: {folder} holds no config.json; {mend}")
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"model: {folder} holds no tokenizer; save one there with tokenizer.save_pretrained")
+    return str(folder)
+
+
+def load(name: str):
+    """Boot the model called `name` as a TransformerBridge, in float32 and evaluation mode; nothing is unpickled or run from it.
+
+    Raises `UserError` in one line where it can't be booted.
+    """
+    where = locate(name)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
+    from transformer_lens.model_bridge import TransformerBridge  # ten seconds of imports
+    from transformers import AutoModelForCausalLM
+
+    try:
+        weights = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+        bridge = TransformerBridge.boot_transformers(
+            where, hf_model=weights, tokenizer=load_tokenizer(name), dtype=torch.float32, device="cpu"
+        )
+    except Exception as error:  # the hub, Transformers and TransformerLens each raise their own kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model: {name} can't be loaded: {reason}") from None
+    if bridge.tokenizer is None or len(bridge.tokenizer) == 0:
+        raise UserError(f"model: {name} comes without a tokenizer; save one beside it with tokenizer.save_pretrained")
+    bridge.eval()
+    return bridge
+
+
+def load_tokenizer(name: str):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # documents are packed
+    return tokenizer
+
+
+def check_hook(bridge, hook_name: str) -> None:
+    """Raise `UserError` where the model has no such hook point: TransformerLens 3.9 would ignore it in silence."""
+    if hook_name not in bridge.hook_dict:
+        close = difflib.get_close_matches(hook_name, list(bridge.hook_dict), n=1)
+        hint = f", did you mean {close[0]}?" if close else ""
+        raise UserError(f"hook_name: the model has no {hook_name}{hint}; it has {bridge.cfg.n_layers} layers, counted from 0")
+
+
+def context_length(bridge, wanted: int | None) -> int:
+    """Tokens in a context: `wanted`, or what the model takes up to `LONGEST_CONTEXT`. Raises `UserError` beyond the model's."""
+    longest = bridge.cfg.n_ctx
+    if wanted is not None and wanted > longest:
+        raise UserError(f"context: the model reads {longest} tokens at a time; set context to {longest} or less")
+    return wanted or min(longest, LONGEST_CONTEXT)

@@ -1,0 +1,193 @@
+"""Do features reappear under another seed? Feature stability (PAPER, claim C1).
+
+Feature i of seed s reappears in seed t if the best cosine of its decoder direction with a live feature of t reaches the
+threshold. Its stability is the share of the other seeds in which it reappears:
+
+    p(s, i) = 1 / (S - 1) * sum over t != s of [ max_j cos(W_dec[s, i], W_dec[t, j]) >= threshold ].
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_stability.config import UserError
+from sae_stability.statistics import Interval, LatentShares, binomial_interval, fit_beta_binomial, jackknife
+
+STABLE, UNSTABLE = 0.9, 0.1
+"""Bands: stable from STABLE up, unstable up to UNSTABLE, the rest intermediate."""
+BANDS = ("stable", "intermediate", "unstable")
+CHUNK = 4096  # features whose cosines with a whole dictionary are in memory at a time
+ROUNDING = 1e-6  # a cosine of 1 comes out of float32 as 1 - 1e-7, and must pass a threshold of 1
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How often each feature of each seed comes back in the other seeds."""
+
+    best_cosine: Float[Tensor, "seed seed d_sae"]
+    """[s, t, i]: the best cosine of feature i of seed s with a live feature of seed t; NaN where t is s."""
+    alive: Bool[Tensor, "seed d_sae"]
+    """Dead features take no part: they match nothing and have no stability."""
+    threshold: float
+    """Cosine from which two features are the same."""
+
+    @property
+    def matched(self) -> Bool[Tensor, "seed seed d_sae"]:
+        """[s, t, i]: whether feature i of seed s reappears in seed t."""
+        return self.best_cosine >= self.threshold - ROUNDING
+
+    @property
+    def trials(self) -> int:
+        """S - 1: how many other seeds each feature could come back in."""
+        return len(self.alive) - 1
+
+    @property
+    def counts(self) -> Int[Tensor, "seed d_sae"]:
+        """In how many of the other seeds each feature reappears."""
+        return self.matched.sum(1)
+
+    @property
+    def probability(self) -> Float[Tensor, "seed d_sae"]:
+        """The stability p(s, i); NaN for dead features."""
+        return torch.where(self.alive, self.counts / self.trials, torch.nan)
+
+    @property
+    def interval(self) -> tuple[Float[np.ndarray, "seed d_sae"], Float[np.ndarray, "seed d_sae"]]:
+        """Low and high ends of the exact 95 % binomial interval of each probability."""
+        return binomial_interval(self.counts.numpy(), self.trials)
+
+    @property
+    def band(self) -> Int[np.ndarray, "seed d_sae"]:
+        """Index into BANDS; -1 for dead features."""
+        return band_of(self.probability.numpy())
+
+    def at(self, threshold: float) -> "Stability":
+        """The same cosines judged at another threshold."""
+        return Stability(self.best_cosine, self.alive, threshold)
+
+    def among(self, seeds: list[int]) -> "Stability":
+        """What a study of only these seeds (positions) would have found."""
+        index = torch.tensor(seeds)
+        return Stability(self.best_cosine[index][:, index], self.alive[index], self.threshold)
+
+    def mean(self) -> Interval:
+        """Mean stability of live features, with its jackknife interval over seeds."""
+        rates = self.match_rates()
+
+        def estimate(seeds: list[int]) -> float:
+            return float(np.nanmean(rates[np.ix_(seeds, seeds)]))
+
+        return jackknife(estimate, len(self.alive))
+
+    def match_rates(self) -> Float[np.ndarray, "seed seed"]:
+        """[s, t]: the share of the live features of s that reappear in t; NaN where t is s."""
+        live = self.alive.sum(1, keepdim=True).double()
+        rates = (self.matched & self.alive[:, None]).sum(2) / live
+        return rates.fill_diagonal_(torch.nan).numpy()
+
+    def shares(self) -> dict[str, Interval]:
+        """The share of live features in each band, with jackknife intervals over seeds."""
+
+        def share(which: int):
+            def estimate(seeds: list[int]) -> float:
+                band = self.among(seeds).band
+                return float((band == which).sum() / (band >= 0).sum())
+
+            return jackknife(estimate, len(self.alive))
+
+        return {name: share(which) for which, name in enumerate(BANDS)}
+
+    def latent(self) -> LatentShares:
+        """The beta-binomial fit to the counts of all live features."""
+        return fit_beta_binomial(self.counts[self.alive].numpy(), self.trials)
+
+    def latent_shares(self) -> dict[str, Interval]:
+        """Shares of features whose *true* probability lies in the stable and in the unstable band, jackknifed over seeds."""
+        seeds = len(self.alive)
+        return {
+            "stable": jackknife(lambda kept: self.among(kept).latent().above(STABLE), seeds),
+            "unstable": jackknife(lambda kept: self.among(kept).latent().below(UNSTABLE), seeds),
+        }
+
+    def separation(self) -> Interval:
+        """Reappearance rate of stable less that of unstable features, in a seed that had no say in the bands.
+
+        For each pair (s, t) the bands of s come from the other S - 2 seeds. NaN where a band is empty or S < 4.
+        """
+        seeds = len(self.alive)
+        if seeds < 4:
+            return Interval(float("nan"), float("nan"), float("nan"))
+        return jackknife(lambda kept: self.among(kept)._held_out_separation(), seeds)
+
+    def _held_out_separation(self) -> float:
+        matched = self.matched
+        others = (matched.sum(1, keepdim=True) - matched.int()) / (self.trials - 1)  # [s, t, i]: without t
+        counted = self.alive[:, None] & ~torch.eye(len(self.alive), dtype=torch.bool)[:, :, None]
+        band = band_of(others.numpy())
+        rate = [matched[torch.from_numpy(band == which) & counted].double().mean() for which in (0, 2)]
+        return float(rate[0] - rate[1])
+
+
+def stability(
+    W_dec: Float[Tensor, "seed d_sae d_in"] | np.ndarray,
+    threshold: float = 0.7,
+    alive: Bool[Tensor, "seed d_sae"] | np.ndarray | None = None,
+) -> Stability:
+    """Compare every seed's dictionary with every other's. Directions need not have unit length.
+
+    Memory beside the result is `CHUNK * d_sae` cosines: it does not grow with d_sae squared. Dead features (`alive` false)
+    match nothing. Raises `UserError` for one seed, a threshold outside (0, 1] or shapes that don't fit.
+    """
+    W_dec = torch.as_tensor(W_dec)
+    if W_dec.ndim != 3 or len(W_dec) < 2:
+        raise UserError(
+            f"W_dec: stability compares seeds and wants [seed, d_sae, d_in] with two seeds or more, not {list(W_dec.shape)}"
+        )
+    if not 0 < threshold <= 1:
+        raise UserError(f"threshold: {threshold} is no cosine in (0, 1]; the usual one is 0.7")
+    seeds, d_sae, _ = W_dec.shape
+    alive = torch.ones(seeds, d_sae, dtype=torch.bool) if alive is None else torch.as_tensor(alive).bool()
+    if alive.shape != (seeds, d_sae):
+        raise UserError(f"alive: give one flag a feature, {[seeds, d_sae]}, not {list(alive.shape)}")
+
+    directions = F.normalize(W_dec.float(), dim=2)
+    best = torch.full((seeds, seeds, d_sae), torch.nan)
+    pairs = [(s, t) for s in range(seeds) for t in range(s + 1, seeds)]
+    for s, t in tqdm(pairs, "matching", unit="pair", disable=None, leave=False):
+        best[s, t], best[t, s] = best_cosines(directions[s], directions[t], alive[s], alive[t])
+    return Stability(best, alive, threshold)
+
+
+def best_cosines(
+    A: Float[Tensor, "a d_in"], B: Float[Tensor, "b d_in"], a_alive: Bool[Tensor, "a"], b_alive: Bool[Tensor, "b"]
+) -> tuple[Float[Tensor, "a"], Float[Tensor, "b"]]:
+    """Each unit direction's best cosine with the live ones of the other dictionary, from one product; -1 where none lives."""
+    best_of_a, best_of_b = torch.full((len(A),), -1.0), torch.full((len(B),), -1.0)
+    for start in range(0, len(A), CHUNK):
+        rows = slice(start, start + CHUNK)
+        cosines = A[rows] @ B.T
+        if b_alive.any():
+            best_of_a[rows] = cosines.masked_fill(~b_alive, -1.0).amax(1)
+        best_of_b = torch.maximum(best_of_b, cosines.masked_fill_(~a_alive[rows, None], -1.0).amax(0))
+    return best_of_a, best_of_b
+
+
+def band_of(probability: Float[np.ndarray, "*any"]) -> Int[np.ndarray, "*any"]:
+    """The band of each probability as an index into BANDS; -1 for NaN."""
+    band = np.select([probability >= STABLE - ROUNDING, probability <= UNSTABLE + ROUNDING], [0, 2], default=1)
+    return np.where(np.isnan(probability), -1, band)
+
+
+def mcc(A: Float[Tensor, "a d_in"] | np.ndarray, B: Float[Tensor, "b d_in"] | np.ndarray) -> float:
+    """Mean cosine of the best one-to-one matching of two dictionaries (MCC; Song et al., arXiv:2505.20254)."""
+    from scipy.optimize import linear_sum_assignment
+
+    A, B = (F.normalize(torch.as_tensor(W).float(), dim=1) for W in (A, B))
+    cosines = (A @ B.T).numpy()
+    rows, columns = linear_sum_assignment(cosines, maximize=True)
+    return float(cosines[rows, columns].mean())

@@ -1,0 +1,100 @@
+"""Opens what the stages of a study have written: for the stages behind them, for tables and for chapters."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_tensors
+
+from sae_stability.config import Cell, Study
+from sae_stability.evaluation import Fit, Losses
+from sae_stability.language.activations import Activations
+from sae_stability.language.corpus import Contexts
+from sae_stability.matching import Stability, stability
+from sae_stability.saes.ensemble import Ensemble
+from sae_stability.store import Store, read_json, read_metadata
+
+KINDS = ("real", "surrogate")
+"""The ensemble of a cell, and its null: the same training on Gaussian data with the activations' mean and covariance."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on a corpus. The cells that share it share one tokenisation and one forward pass."""
+
+    model: str
+    corpus: str
+    context: int | None
+    hook_names: tuple[str, ...]
+    tokens: int
+    evaluation_tokens: int
+
+    @property
+    def folder(self) -> str:
+        parts = [Path(self.model).name, Path(self.corpus).name, *([str(self.context)] if self.context else [])]
+        return "-".join(parts)
+
+
+def sources_of(study: Study) -> dict[str, Source]:
+    """Each cell's source, by the cell's name; as large as the largest cell that shares it."""
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in study.cells.values():
+        groups.setdefault((cell.model, cell.corpus, cell.context), []).append(cell)
+    merged = {
+        group: Source(
+            *group,
+            hook_names=tuple(sorted({cell.hook_name for cell in cells})),
+            tokens=max(cell.tokens for cell in cells),
+            evaluation_tokens=max(cell.evaluation_tokens for cell in cells),
+        )
+        for group, cells in groups.items()
+    }
+    return {name: merged[cell.model, cell.corpus, cell.context] for name, cell in study.cells.items()}
+
+
+def contexts_of(store: Store, source: Source, split: str) -> Contexts:
+    return Contexts(**load_file(store.folder / "text" / source.folder / f"{split}.safetensors"))
+
+
+def facts_of(store: Store, source: Source) -> dict:
+    """Sizes and hashes of the text and the model behind a cell."""
+    return read_json(store.folder / "text" / source.folder / "facts.json")
+
+
+def activations_of(store: Store, source: Source, cell: Cell, split: str) -> Activations:
+    return Activations.open(store.folder / "activations" / source.folder / cell.hook_name / f"{split}.bin")
+
+
+def ensemble_of(store: Store, cell: str, kind: str) -> Ensemble:
+    return Ensemble.open(store.folder / "cells" / cell / kind / "ensemble.safetensors")
+
+
+def fit_of(store: Store, cell: str, kind: str) -> Fit:
+    arrays = load_file(store.folder / "cells" / cell / "evaluation" / f"{kind}.safetensors")
+    firings, rows = torch.from_numpy(arrays.pop("firings")), int(arrays.pop("rows"))
+    return Fit(firings, rows, **arrays)
+
+
+def losses_of(store: Store, cell: str) -> Losses:
+    return Losses(**load_file(store.folder / "cells" / cell / "evaluation" / "losses.safetensors"))
+
+
+@lru_cache(maxsize=8)
+def stability_of(store: Store, cell: str, kind: str) -> Stability:
+    """The stability of the live features of an ensemble, at the cell's threshold."""
+    alive = fit_of(store, cell, kind).firings > 0
+    return stability(ensemble_of(store, cell, kind).W_dec, store.study.cells[cell].threshold, alive)
+
+
+def growth_of(store: Store, cell: str, kind: str) -> dict[int, Stability]:
+    """Stability on the way, by training tokens; features that are dead in the end are left out all along."""
+    folder = store.folder / "cells" / cell / kind / "snapshots"
+    end = stability_of(store, cell, kind)
+    found = {
+        read_metadata(file)["tokens"]: stability(load_tensors(file)["W_dec"], end.threshold, end.alive)
+        for file in folder.glob("*.safetensors")
+    }
+    final = store.study.cells[cell].tokens * store.study.cells[cell].passes
+    return dict(sorted(found.items())) | {final: end}

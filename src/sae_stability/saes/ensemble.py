@@ -1,0 +1,81 @@
+"""An ensemble: the SAEs of one cell, one for each seed, on raw activations."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sae_stability.saes import Codes, Parameters, variant
+from sae_stability.store import read_metadata, save_tensors
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """SAEs that differ in their seed. They take raw activations: the normalisation of training is part of them."""
+
+    variant: str
+    k: int
+    seeds: list[int]
+    parameters: Parameters
+    """With a leading `seed` axis, in normalised units."""
+    mean: Float[Tensor, "d_in"]
+    """Removed from activations before they are encoded."""
+    scale: float
+    """Activations less their mean are multiplied by it: their average norm is then sqrt(d_in)."""
+
+    @property
+    def W_enc(self) -> Float[Tensor, "seed d_in d_sae"]:
+        return self.parameters.W_enc_rows.mT
+
+    @property
+    def W_dec(self) -> Float[Tensor, "seed d_sae d_in"]:
+        return self.parameters.W_dec
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_dec.shape[1]
+
+    def encode(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "seed token d_sae"]:
+        """Feature activations of every seed, in normalised units; most are zero."""
+        return torch.stack([codes.dense(self.d_sae) for _, codes in self.codes(self.normalise(x))])
+
+    def decode(self, z: Float[Tensor, "seed token d_sae"]) -> Float[Tensor, "seed token d_in"]:
+        """The reconstruction of raw activations from feature activations."""
+        return self.to_raw(z @ self.W_dec + self.parameters.b_dec[:, None])
+
+    def codes(self, normalised: Float[Tensor, "token d_in"]) -> Iterator[tuple[Parameters, Codes]]:
+        """Each seed's SAE and its sparse codes of normalised activations."""
+        method = variant(self.variant, self.k)
+        for position in range(len(self.seeds)):
+            sae = self.parameters.of_seed(position)
+            yield sae, method.encode(sae, normalised)
+
+    def of(self, position: int) -> "Ensemble":
+        """The ensemble of the one seed at `position`."""
+        alone = Parameters(*(tensor[position : position + 1] for tensor in self.parameters))
+        return replace(self, seeds=[self.seeds[position]], parameters=alone)
+
+    def reconstruct(self, position: int, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_in"]:
+        """What the SAE at `position` of `seeds` makes of raw activations."""
+        sae, codes = next(self.of(position).codes(self.normalise(x)))
+        return self.to_raw(codes.decode(sae))
+
+    def normalise(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_in"]:
+        return (x.float() - self.mean) * self.scale
+
+    def to_raw(self, normalised: Float[Tensor, "*any d_in"]) -> Float[Tensor, "*any d_in"]:
+        return normalised / self.scale + self.mean
+
+    def save(self, path: Path) -> None:
+        tensors = {**self.parameters._asdict(), "mean": self.mean}
+        save_tensors(path, tensors, {"variant": self.variant, "k": self.k, "seeds": self.seeds, "scale": self.scale})
+
+    @classmethod
+    def open(cls, path: Path) -> "Ensemble":
+        tensors, metadata = load_file(path), read_metadata(path)
+        mean = tensors.pop("mean")
+        return cls(parameters=Parameters(**tensors), mean=mean, **metadata)

@@ -1,0 +1,112 @@
+"""Intervals and fits that respect how the data came about.
+
+A seed takes part in every pair, so pair statistics get a delete-one-seed jackknife; documents are resampled for what is
+averaged over text; features are never resampled as if independent.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import optimize, special, stats
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+@dataclass(frozen=True)
+class LatentShares:
+    """A beta-binomial fit: every feature has a true probability of coming back, drawn from Beta(alpha, beta)."""
+
+    alpha: float
+    beta: float
+
+    def above(self, probability: float) -> float:
+        """The share of features whose true probability is at least `probability`."""
+        return float(stats.beta.sf(probability, self.alpha, self.beta))
+
+    def below(self, probability: float) -> float:
+        return float(stats.beta.cdf(probability, self.alpha, self.beta))
+
+    def expected_counts(self, trials: int) -> Float[np.ndarray, "trials_plus_1"]:
+        """The share of features that the fit expects to come back in 0, 1, ..., `trials` seeds."""
+        return stats.betabinom.pmf(np.arange(trials + 1), trials, self.alpha, self.beta)
+
+
+def jackknife(estimate: Callable[[list[int]], float], seeds: int, confidence: float = 0.95) -> Interval:
+    """Delete-one-seed jackknife of a statistic of seed pairs, with t(S-1) quantiles (Efron & Stein 1981).
+
+    `estimate` takes the positions of the seeds to use; with one seed deleted it must still have two. NaN ends where S < 3.
+    """
+    everyone = list(range(seeds))
+    value = estimate(everyone)
+    if seeds < 3:
+        return Interval(value, float("nan"), float("nan"))
+    without = np.array([estimate([seed for seed in everyone if seed != left_out]) for left_out in everyone])
+    error = np.sqrt((seeds - 1) / seeds * ((without - without.mean()) ** 2).sum())
+    reach = stats.t.ppf(0.5 + confidence / 2, seeds - 1) * error
+    return Interval(value, float(value - reach), float(value + reach))
+
+
+def difference(one: Interval, other: Interval) -> Interval:
+    """One estimate less another that is independent of it: their squared half-widths add."""
+    value = one.value - other.value
+    reach = float(np.hypot((one.high - one.low) / 2, (other.high - other.low) / 2))
+    return Interval(value, value - reach, value + reach)
+
+
+def binomial_interval(successes: Int[np.ndarray, "*any"], trials: int, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Exact interval of a probability (Clopper & Pearson 1934, doi:10.1093/biomet/26.4.404): its low and high ends."""
+    tail = (1 - confidence) / 2
+    successes = np.asarray(successes, dtype=float)
+    low = np.where(successes > 0, stats.beta.ppf(tail, successes, trials - successes + 1), 0.0)
+    high = np.where(successes < trials, stats.beta.ppf(1 - tail, successes + 1, trials - successes), 1.0)
+    return low, high
+
+
+def fit_beta_binomial(counts: Int[np.ndarray, "feature"], trials: int) -> LatentShares:
+    """Maximum likelihood fit of the probabilities behind `counts` out of `trials` (Skellam 1948)."""
+    tally = np.bincount(np.asarray(counts, dtype=int), minlength=trials + 1)
+    successes = np.arange(trials + 1)
+
+    def loss(logs: Float[np.ndarray, "2"]) -> float:
+        alpha, beta = np.exp(logs)
+        return -float(tally @ (special.betaln(successes + alpha, trials - successes + beta) - special.betaln(alpha, beta)))
+
+    # Beyond these bounds the fit is a point mass or pure extremes, and the likelihood is flat.
+    found = optimize.minimize(loss, x0=np.zeros(2), bounds=[(-7, 7)] * 2, method="L-BFGS-B")
+    alpha, beta = np.exp(found.x)
+    return LatentShares(float(alpha), float(beta))
+
+
+def bootstrap_ratio(
+    numerator: Float[np.ndarray, "document"],
+    denominator: Float[np.ndarray, "document"],
+    transform: Callable[[np.ndarray], np.ndarray] = lambda ratio: ratio,
+    samples: int = 1000,
+    confidence: float = 0.95,
+) -> Interval:
+    """`transform(sum(numerator) / sum(denominator))`, with documents resampled (percentile interval)."""
+    count = len(numerator)
+    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=samples)
+    drawn = transform((weights @ numerator) / (weights @ denominator))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return Interval(float(transform(numerator.sum() / denominator.sum())), float(low), float(high))
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Student's interval of the mean of independent values, such as one number a seed."""
+    values = np.asarray(values, dtype=float)
+    reach = stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return Interval(float(values.mean()), float(values.mean() - reach), float(values.mean() + reach))
