@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sae_stability.config import ROOT, UserError, load_study
+from sae_stability.config import UserError, load_study
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -79,7 +79,7 @@ def train_model(
     _no_widgets()
     from sae_stability.language import pretraining
 
-    print(pretraining.train_model(name, out or ROOT / "models" / name, epochs))
+    print(pretraining.train_model(name, out, epochs))
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def main() -> None:
     except UserError as error:
         _fail(str(error), 2)
     except USAGE_ERROR as error:
-        _fail(error.format_message(), 2)
+        _fail(f"{error.format_message().rstrip('.')}; sae-stability --help lists what there is", 2)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

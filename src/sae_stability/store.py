@@ -145,12 +145,13 @@ def save_tensors(path: Path, tensors: dict, metadata: dict) -> None:
     """Write tensors with `metadata` (JSON values) in one safetensors file."""
     with replacing(path) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+        # One entry: safetensors writes several in an order that changes from run to run.
+        save_file(contiguous, temporary, {"metadata": json.dumps(metadata)})
 
 
 def read_metadata(path: Path) -> dict:
     with safe_open(path, "pt") as file:
-        return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+        return json.loads(file.metadata()["metadata"])
 
 
 def key_of(inputs: dict, modules: Iterable[str] = (), before: Iterable[str] = ()) -> str:

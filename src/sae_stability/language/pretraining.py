@@ -20,13 +20,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from sae_stability.config import UserError
+from sae_stability.config import ROOT, UserError
 from sae_stability.language.corpus import Contexts, Corpus, load, pack
-from sae_stability.store import save_tensors, write_json
+from sae_stability.store import read_metadata, save_tensors, write_json
 
 VOCABULARY = 4096
 CONTEXT = 256
 BATCH = 8  # contexts a step: 2,048 tokens
+RECORD = 50  # steps that a point of the loss curve averages
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -42,18 +43,20 @@ class Recipe:
 
 
 RECIPES = {
-    "docstrings-2l": Recipe(layers=2, d_model=128, heads=4, epochs=1.5, rate=4e-3),
+    "docstrings-2l": Recipe(layers=2, d_model=128, heads=4, epochs=1, rate=4e-3),
     "docstrings-4l": Recipe(layers=4, d_model=256, heads=4, epochs=1.5, rate=2e-3),
 }
 
 
-def train_model(name: str, out: Path, epochs: float | None = None, checkpoint_seconds: float = 60) -> Path:
-    """Train the embedded model `name` and write it to the folder `out`; an interrupted run goes on where it stopped.
+def train_model(name: str, out: Path | None = None, epochs: float | None = None, checkpoint_seconds: float = 60) -> Path:
+    """Train the embedded model `name` and write it to the folder `out`, by default models/NAME.
 
+    An interrupted run goes on where it stopped.
     Raises `UserError` for a name that is not in `RECIPES` and for a folder that is in use.
     """
     if name not in RECIPES:
         raise UserError(f"train-model: there is no recipe {name}; take {' or '.join(RECIPES)}")
+    out = out or ROOT / "models" / name
     if (out / "config.json").exists():
         raise UserError(f"train-model: {out} holds a model already; give another folder with --out")
     recipe = RECIPES[name] if epochs is None else Recipe(**{**asdict(RECIPES[name]), "epochs": epochs})
@@ -146,7 +149,7 @@ def _fit(recipe: Recipe, tokens: Int[np.ndarray, "context position"], device: st
         optimizer.zero_grad(set_to_none=True)
 
         running.append(loss.item())
-        if len(running) == 50 or step == steps - 1:
+        if len(running) == RECORD or step == steps - 1:
             curve.append({"tokens": (step + 1) * BATCH * CONTEXT, "nats_per_token": sum(running) / len(running)})
             running = []
             bar.set_postfix(nats=f"{curve[-1]['nats_per_token']:.3f}")
@@ -175,8 +178,6 @@ def _save(scratch: Path, step: int, parameters: dict, optimizer, curve: list[dic
 
 
 def _resume(scratch: Path, parameters: dict, optimizer) -> tuple[int, list[dict]]:
-    from sae_stability.store import read_metadata
-
     path = scratch / "state.safetensors"
     if not path.exists():
         return 0, []

@@ -1,0 +1,147 @@
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from sae_stability import book, cli, stages
+from sae_stability.config import ROOT, Cell, load_study
+from sae_stability.language import pretraining
+
+WORDS = [
+    "the",
+    "array",
+    "of",
+    "each",
+    "axis",
+    "is",
+    "a",
+    "float",
+    "or",
+    "an",
+    "integer,",
+    "and",
+    "it",
+    "returns",
+    "the",
+    "sum",
+    "over",
+    "all",
+    "values",
+    "in",
+    "the",
+    "given",
+    "shape",
+]
+
+
+@pytest.fixture(scope="session")
+def quick():
+    """The quick study, computed and executed; what is there already is used."""
+    study = load_study("quick")
+    store = stages.compute(study)
+    book.execute(study)
+    return store
+
+
+@pytest.fixture(scope="session")
+def site(quick, tmp_path_factory) -> Path:
+    """The quick book, built beside the user's own."""
+    return book.build(quick.study, tmp_path_factory.mktemp("site") / "html").parent
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """Documents of random words, separated by blank lines."""
+    generator = torch.Generator().manual_seed(0)
+    choices = torch.randint(len(WORDS), (400, 60), generator=generator).tolist()
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n\n".join(" ".join(WORDS[i] for i in row) for row in choices), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory, text_file) -> dict[str, Path]:
+    """Untrained models of three architectures, saved with a tokenizer as anyone would."""
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
+    tokenizer = pretraining.train_tokenizer(text_file.read_text(encoding="utf-8").split("\n\n"))
+    common = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
+    wide = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    }
+    torch.manual_seed(0)
+    models = {
+        "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=2, n_positions=64, **common)),
+        "neox": GPTNeoXForCausalLM(GPTNeoXConfig(**wide, **common)),
+        "llama": LlamaForCausalLM(LlamaConfig(**wide, num_key_value_heads=2, **common)),
+    }
+    folder = tmp_path_factory.mktemp("models")
+    for name, model in models.items():
+        model.eval().save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {name: folder / name for name in models}
+
+
+@pytest.fixture
+def small(model_folders, text_file) -> list[str]:
+    """Overrides that turn the embedded study into seconds of work on another model and another corpus."""
+    values = {
+        "model": model_folders["gpt2"],
+        "corpus": text_file,
+        "hook_name": "blocks.1.hook_resid_post",
+        "d_sae": 48,
+        "k": 4,
+        "seeds": 4,
+        "surrogate_seeds": 4,
+        "tokens": 4000,
+        "evaluation_tokens": 1000,
+        "loss_tokens": 500,
+        "batch": 64,
+        "dead_after": 1000,
+    }
+    return [f"--set={key}={value}" for key, value in values.items()]
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory) -> Path:
+    """A root with results of its own over this checkout's source, studies and chapters."""
+    root = tmp_path_factory.mktemp("house")
+    for name in ("src", "studies", "book", "models", "_config.yml", "_toc.yml"):
+        (root / name).symlink_to(ROOT / name)
+    return root
+
+
+@pytest.fixture
+def cell() -> Cell:
+    return Cell(model="none", hook_name="blocks.0.hook_resid_post", tokens=2048, d_sae=24, k=3, seeds=3, batch=64, dead_after=256)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call the command line in this process: its exit status, output and error lines."""
+
+    def run(*arguments: str) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["sae-stability", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code, out, err.splitlines()
+
+    return run

@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+import torch
+
+from sae_stability.config import UserError
+from sae_stability.language import models
+from sae_stability.language.activations import Activations, collect, draw_surrogate
+from sae_stability.language.corpus import Contexts, load, pack
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama"])
+def test_activations_are_those_of_hugging_face_without_bos(model_folders, text_file, tmp_path, architecture):
+    from transformers import AutoModelForCausalLM
+
+    bridge = models.load(str(model_folders[architecture]))
+    contexts = pack(load(str(text_file)).train[:60], bridge.tokenizer, 32)
+    hooks = {f"blocks.{layer}.hook_resid_post": tmp_path / f"{layer}.bin" for layer in (0, 1)}
+    collect(bridge, contexts, hooks, tokens=500, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_folders[architecture])
+    with torch.inference_mode():
+        hidden = model(torch.from_numpy(contexts.tokens).long(), output_hidden_states=True).hidden_states
+    for layer, path in enumerate(hooks.values()):
+        found = Activations.open(path)
+        expected = hidden[layer + 1][torch.from_numpy(contexts.is_text)][:500]
+        torch.testing.assert_close(found.data, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_normalised_activations_have_mean_zero_and_norm_sqrt_d(model_folders):
+    x = torch.randn(5000, 8) * torch.arange(1, 9) + 3
+    normalised = Activations.of(x).normalised(slice(None))
+    torch.testing.assert_close(normalised.mean(0), torch.zeros(8), atol=1e-4, rtol=0)
+    assert normalised.square().sum(1).mean().sqrt().item() == pytest.approx(8**0.5, rel=1e-4)
+
+
+def test_a_surrogate_has_the_moments_and_nothing_else(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    skewed = torch.rand(40_000, 5, generator=generator) ** 4 @ torch.randn(5, 5, generator=generator)
+    real = Activations.of(skewed)
+    draw_surrogate(real, tmp_path / "s.bin", rows=80_000)
+    surrogate = Activations.open(tmp_path / "s.bin")
+    assert len(surrogate) == 80_000
+    torch.testing.assert_close(surrogate.mean, real.mean, atol=0.02, rtol=0)
+    torch.testing.assert_close(surrogate.covariance, real.covariance, atol=0.02, rtol=0.05)
+    standardised = (surrogate.data.float() - real.mean) / real.covariance.diagonal().sqrt()
+    assert standardised.pow(3).mean(0).abs().max() < 0.05  # Gaussian: no skew
+    assert standardised.pow(4).mean(0).sub(3).abs().max() < 0.1
+    again = tmp_path / "again.bin"
+    draw_surrogate(real, again, rows=80_000)
+    assert again.read_bytes() == (tmp_path / "s.bin").read_bytes()
+
+
+def test_bfloat16_on_disk_is_the_same_up_to_its_precision(model_folders, text_file, tmp_path):
+    bridge = models.load(str(model_folders["gpt2"]))
+    contexts = pack(load(str(text_file)).train[:20], bridge.tokenizer, 32)
+    for name, dtype in (("half", torch.bfloat16), ("full", torch.float32)):
+        collect(bridge, contexts, {"blocks.1.hook_resid_pre": tmp_path / f"{name}.bin"}, 200, dtype)
+    half, full = (Activations.open(tmp_path / f"{name}.bin") for name in ("half", "full"))
+    assert torch.equal(half.data, full.data.bfloat16())
+    assert (tmp_path / "half.bin").stat().st_size * 2 == (tmp_path / "full.bin").stat().st_size
+
+
+def test_a_hook_that_the_model_lacks_is_said_with_its_neighbour(model_folders):
+    bridge = models.load(str(model_folders["gpt2"]))
+    with pytest.raises(UserError, match=r"hook_name: the model has no blocks.7.hook_resid_post, did you mean blocks"):
+        models.check_hook(bridge, "blocks.7.hook_resid_post")
+    with pytest.raises(UserError, match="context: the model reads 64"):
+        models.context_length(bridge, 65)
+    assert models.context_length(bridge, None) == 64
+
+
+def test_folders_that_hold_no_model_are_said(tmp_path, model_folders):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        models.locate(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no tokenizer"):
+        models.locate(str(tmp_path))
+    with pytest.raises(UserError, match="no folder"):
+        models.locate("/no/such/folder")
+    (tmp_path / "tokenizer.json").write_text((model_folders["gpt2"] / "tokenizer.json").read_text())
+    with pytest.raises(UserError, match="can't be loaded"):
+        models.load(str(tmp_path))
+
+
+def test_no_position_without_text_is_collected(model_folders, tmp_path):
+    bridge = models.load(str(model_folders["gpt2"]))
+    tokens = np.array([[0, 5, 6, 0, 7, 0, 8, 9]] * 3, dtype=np.int32)
+    contexts = Contexts(tokens, np.zeros_like(tokens), tokens != 0)
+    collect(bridge, contexts, {"blocks.0.hook_resid_post": tmp_path / "x.bin"}, 1000)
+    assert len(Activations.open(tmp_path / "x.bin")) == 15

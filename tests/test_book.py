@@ -1,0 +1,119 @@
+import http.server
+import re
+import shutil
+import threading
+from functools import partial
+
+import nbformat
+import pytest
+
+from sae_stability import book
+from sae_stability.config import ROOT
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    """The book over http, on this machine."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_every_page_opens_without_a_fault(site, address, width):
+    from playwright.sync_api import sync_playwright
+
+    faults, pages = [], sorted(path.name for path in site.glob("*.html"))
+    assert {"index.html", "setup.html", "stability.html"} <= set(pages)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": width, "height": 844})
+        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("requestfailed", lambda request: faults.append(f"failed: {request.url}"))
+        page.on(
+            "response", lambda response: faults.append(f"{response.status}: {response.url}") if response.status >= 400 else None
+        )
+        page.on(
+            "request", lambda request: None if request.url.startswith((address, "data:", "blob:")) else faults.append(request.url)
+        )
+        for name in pages:
+            page.goto(f"{address}/{name}", wait_until="networkidle")
+            for image in page.locator("article img").all():
+                alt = image.get_attribute("alt") or ""
+                if len(alt) < 40 or re.search(r"\.(png|svg|jpe?g)$", alt):
+                    faults.append(f"{name}: alt text {alt!r}")
+                if image.evaluate("image => image.naturalWidth") == 0:
+                    faults.append(f"{name}: an empty image")
+            overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            if overflow > 1:
+                faults.append(f"{name}: wider than the screen by {overflow}")
+        assert page.goto(f"{address}/stability.html")
+        assert page.locator("article img").count() >= 5
+        assert page.locator(".MathJax, mjx-container").count() > 0
+        browser.close()
+    assert not faults
+
+
+def test_building_again_changes_nothing(quick, site):
+    before = {path: path.stat().st_mtime_ns for path in site.rglob("*")}
+    book.build(quick.study, site)
+    assert {path: path.stat().st_mtime_ns for path in site.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", book.chapters())
+def test_chapters_are_parameterized_and_carry_no_outputs(name):
+    notebook = nbformat.read(ROOT / "book" / f"{name}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    assert "study = " in tagged[0].source
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+# What a definition or a command may hold: thresholds, bands, dimensions, names of models and hooks, references.
+ALLOWED = re.compile(r"```.*?```|`[^`]*`|\$[^$]*\$|\{[a-z:]+\}`[^`]*`|\b0\.7\b|\b1 %|one to one|\(\d\)", re.S)
+
+
+@pytest.mark.parametrize("page", [*book.chapters(), "README.md"])
+def test_no_result_is_typed_by_hand(page):
+    if page == "README.md":
+        prose = [(ROOT / page).read_text(encoding="utf-8")]
+    else:
+        notebook = nbformat.read(ROOT / "book" / f"{page}.ipynb", as_version=4)
+        prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    for text in prose:
+        found = re.findall(r"\d+(?:\.\d+)?\s*%|\b\d+\.\d+\b", ALLOWED.sub(" ", text))
+        found = [number for number in found if not re.fullmatch(r"3\.1\d|\d{4}\.\d{5}", number)]  # Python versions, arXiv numbers
+        assert not found, f"{page}: {found}"
+
+
+def test_staging_hides_injected_parameters_and_places_alt_texts():
+    show = nbformat.v4.new_code_cell("show()")
+    described = {"alt": "what it shows", "caption": "in short", "name": "fig"}
+    show.outputs = [nbformat.v4.new_output("display_data", {"image/png": "AA=="}, metadata={"image/png": described})]
+    injected = nbformat.v4.new_code_cell("study = 'x'", metadata={"tags": ["injected-parameters"]})
+    staged = book.staged(nbformat.v4.new_notebook(cells=[injected, show]))
+    assert "remove-cell" in staged.cells[0].metadata.tags
+    assert staged.cells[1].metadata.mystnb["image"]["alt"] == "what it shows"
+    assert staged.cells[1].metadata.mystnb["figure"] == {"caption": "in short", "name": "fig"}
+
+
+def test_the_gallery_escapes_what_the_corpus_says():
+    import pandas as pd
+
+    rows = {"band": "stable", "feature": 1, "rank": 1, "offset": [0, 1], "token": ["<script>", "\n"], "activation": [2.0, 0.0]}
+    table = pd.DataFrame(rows).assign(stability=1.0, matches=3, trials=3, frequency=0.1)
+    page = book.gallery(table)
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page

@@ -1,0 +1,108 @@
+import pytest
+
+from sae_stability.config import load_study
+
+
+@pytest.mark.parametrize(
+    ("override", "named", "mend"),
+    [
+        ("thresold=0.7", "thresold", "did you mean threshold"),
+        ("threshold=1.5", "threshold", "less than or equal to 1"),
+        ("threshold=0", "threshold", "greater than 0"),
+        ("d_sae=many", "d_sae", "valid integer"),
+        ("k=2000", "k", "lower k or raise d_sae"),
+        ("seeds=1", "seeds", "two or more"),
+        ("seeds=[3,3]", "seeds", "give each once"),
+        ("tokens=-1", "tokens", "greater than 0"),
+        ("hook_name=blocks.1.hook_resid_mid", "hook_name", "hook_resid_post"),
+        ("variant=topq", "variant", "'topk'"),
+        ("grid.d_sea=[8]", "grid", "did you mean d_sae"),
+        ("grid.k=[8,4096]", "grid", "lower k or raise d_sae"),
+        ("grid.k=[]", "grid", "drop the key"),
+        ("model.x=1", "model.x", "no keys inside"),
+        ("nonsense", "nonsense", "key=value"),
+    ],
+)
+def test_a_typo_in_a_study_gives_one_line_and_status_2(call, override, named, mend):
+    status, _, error = call("check", "embedded", "--set", override)
+    assert status == 2
+    assert len(error) == 1
+    assert named in error[0]
+    assert mend in error[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("run", "embeded"), "did you mean embedded"),
+        (("run", "no/such.yaml"), "no/such.yaml"),
+        (("run", "quick", "--sett", "k=2"), "--sett"),
+        (("run",), "'study'"),
+        (("train-model", "docstrings-3l", "--out", "/tmp/none"), "docstrings-2l or docstrings-4l"),
+        (("fly",), "fly"),
+    ],
+)
+def test_a_wrong_command_gives_one_line_and_status_2(call, arguments, named):
+    status, _, error = call(*arguments)
+    assert status == 2
+    assert len(error) == 1
+    assert named in error[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [("[1, 2", "YAML"), ("- just\n- a list", "key: value"), ("name: x\nmodel: y", "hook_name: missing")],
+)
+def test_an_unreadable_study_file_is_said(call, tmp_path, content, named):
+    path = tmp_path / "study.yaml"
+    path.write_text(content)
+    status, _, error = call("check", str(path))
+    assert (status, len(error)) == (2, 1)
+    assert named in error[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("hook_name=blocks.9.hook_resid_post", "hook_name: the model has no blocks.9.hook_resid_post"),
+        ("tokens=5_000_000", "tokens:"),
+        ("context=100", "context: the model reads 64"),
+        ("model=/no/such/model", "model: there is no folder"),
+        ("corpus=/no/such/text.txt", "corpus: /no/such/text.txt"),
+    ],
+)
+def test_what_only_the_model_and_corpus_can_tell_is_checked_before_anything_is_computed(
+    call, small, override, named, monkeypatch, tmp_path
+):
+    from sae_stability import store
+
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    monkeypatch.setattr(store, "key_of", store.key_of)
+    (tmp_path / "src").symlink_to(load_root() / "src")
+    status, _, error = call("run", "embedded", *small, "--set", override, "--name", "other")
+    assert (status, len(error)) == (2, 1)
+    assert named in error[0]
+    assert not list((tmp_path / "results").rglob("*.bin"))
+    assert not list((tmp_path / "results").rglob("ensemble.safetensors"))
+
+
+def load_root():
+    from sae_stability.config import ROOT
+
+    return ROOT
+
+
+def test_help_teaches(call):
+    for command in ((), ("run",), ("check",), ("train-model",)):
+        status, out, _ = call(*command, "--help")
+        assert status == 0
+        assert "Usage" in out
+    assert "--set" in call("run", "--help")[1]
+
+
+def test_overrides_reach_the_grid_and_name_the_cells():
+    study = load_study("embedded", ["grid.d_sae=[512, 1024]", "grid.k=[16, 32]", "seeds=[3, 5]"], name="wide")
+    assert study.name == "wide"
+    assert study.seed_list == [3, 5]
+    assert list(study.cells) == ["main", "d_sae=512,k=16", "d_sae=512,k=32", "d_sae=1024,k=32"]  # 1024 and 16 are the main cell
+    assert study.cells["d_sae=512,k=32"].d_sae == 512

@@ -1,0 +1,156 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from sae_stability import matching
+from sae_stability.config import UserError
+from sae_stability.matching import mcc, stability
+
+
+def dictionaries(seeds: int, d_sae: int, d_in: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(seeds, d_sae, d_in, generator=torch.Generator().manual_seed(seed))
+
+
+def brute_force(W: torch.Tensor, alive: torch.Tensor, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    seeds, d_sae, _ = W.shape
+    W = W.double().numpy()
+    best = np.full((seeds, seeds, d_sae), np.nan)
+    probability = np.full((seeds, d_sae), np.nan)
+    for s in range(seeds):
+        for i in range(d_sae):
+            for t in range(seeds):
+                if t == s:
+                    continue
+                cosines = [
+                    W[s, i] @ W[t, j] / np.linalg.norm(W[s, i]) / np.linalg.norm(W[t, j]) for j in range(d_sae) if alive[t, j]
+                ]
+                best[s, t, i] = max(cosines, default=-1.0)
+            if alive[s, i]:
+                probability[s, i] = np.mean([best[s, t, i] >= threshold for t in range(seeds) if t != s])
+    return best, probability
+
+
+@pytest.mark.parametrize("chunk", [3, 4096])
+def test_agrees_with_a_loop_on_every_entry(monkeypatch, chunk):
+    monkeypatch.setattr(matching, "CHUNK", chunk)
+    W = dictionaries(4, 17, 3)
+    alive = torch.rand(4, 17, generator=torch.Generator().manual_seed(1)) > 0.3
+    found = stability(W, 0.8, alive)
+    best, probability = brute_force(W, alive, 0.8)
+    for s in range(4):
+        for t in range(4):
+            if s != t:
+                live = alive[s].numpy()
+                np.testing.assert_allclose(found.best_cosine[s, t][live], best[s, t][live], atol=1e-6)
+    np.testing.assert_allclose(found.probability, probability)
+    assert found.best_cosine.diagonal(dim1=0, dim2=1).isnan().all()
+
+
+def test_a_permuted_copy_is_perfectly_stable_even_at_a_threshold_of_one():
+    W = dictionaries(1, 50, 8)[0]
+    found = stability(torch.stack([W, W[torch.randperm(50)], W[torch.randperm(50)]]), threshold=1.0)
+    assert (found.probability == 1).all()
+    assert found.mean().value == 1
+
+
+def test_random_directions_match_as_often_as_the_sphere_says():
+    d_in, d_sae, threshold = 12, 400, 0.75
+    rates = stability(dictionaries(8, d_sae, d_in), threshold).match_rates()
+    one_pair = 0.5 * stats.beta.sf(threshold**2, 0.5, (d_in - 1) / 2)  # P(cos >= threshold) of two random directions
+    expected = 1 - (1 - one_pair) ** d_sae
+    assert np.nanmean(rates) == pytest.approx(expected, abs=0.01)
+
+
+def test_dead_features_match_nothing_and_have_no_stability():
+    W = dictionaries(1, 10, 4)[0].repeat(3, 1, 1)
+    alive = torch.ones(3, 10, dtype=torch.bool)
+    alive[0, 2] = False
+    found = stability(W, 0.999, alive)
+    assert found.probability[0, 2].isnan()
+    assert found.band[0, 2] == -1
+    assert (found.probability[1:, 2] == 0.5).all()  # of the two others, one has it alive
+
+
+def test_a_dictionary_without_live_features_is_matched_by_none():
+    alive = torch.ones(2, 5, dtype=torch.bool)
+    alive[1] = False
+    found = stability(dictionaries(2, 5, 3), 0.1, alive)
+    assert (found.probability[0] == 0).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), scale=st.floats(0.01, 100))
+def test_order_and_length_of_features_do_not_matter(seed, scale):
+    W = dictionaries(3, 9, 4, seed)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(seed))
+    plain, moved = stability(W), stability(W[:, order] * scale)
+    torch.testing.assert_close(plain.probability[:, order], moved.probability)
+    torch.testing.assert_close(plain.best_cosine[..., order], moved.best_cosine, equal_nan=True, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), low=st.floats(0.05, 0.9), step=st.floats(0.01, 0.1))
+def test_a_higher_threshold_never_matches_more(seed, low, step):
+    found = stability(dictionaries(3, 12, 3, seed), low)
+    assert (found.at(low + step).counts <= found.counts).all()
+
+
+def test_a_permutation_of_the_seeds_permutes_the_result():
+    W = dictionaries(4, 11, 3)
+    order = [2, 0, 3, 1]
+    torch.testing.assert_close(stability(W[order]).probability, stability(W).probability[order])
+    torch.testing.assert_close(stability(W).among(order).best_cosine, stability(W[order]).best_cosine, equal_nan=True)
+
+
+def test_bands_and_latent_shares_of_a_known_mixture():
+    shared, own = dictionaries(1, 30, 200)[0], dictionaries(6, 30, 200, seed=1)
+    W = torch.cat([shared.repeat(6, 1, 1), own], dim=1)  # half come back everywhere, half nowhere
+    found = stability(W)
+    shares = found.shares()
+    assert shares["stable"].value == shares["unstable"].value == 0.5
+    assert found.separation().value == 1
+    assert found.latent().above(0.9) == pytest.approx(0.5, abs=0.05)
+    assert found.latent().below(0.1) == pytest.approx(0.5, abs=0.05)
+
+
+def test_bands_of_a_pair_come_from_the_other_seeds():
+    # Features alike in seeds 0 and 1 only: with double dipping the pair (0, 1) itself would make them intermediate.
+    W = dictionaries(4, 20, 100)
+    W[1] = W[0]
+    found = stability(W)
+    assert (found.counts[0] == 1).all()
+    matched_when_unstable = [1.0, 0.0, 0.0]  # seed 0 against 1, 2, 3, judged by the remaining two seeds
+    others = (found.matched.sum(1, keepdim=True) - found.matched.int()) / 2
+    judged = [
+        found.matched[0, t][others[0, t] <= 0.1].double().mean().item() if (others[0, t] <= 0.1).any() else 0.0 for t in (1, 2, 3)
+    ]
+    assert judged == matched_when_unstable
+
+
+def test_mcc_of_a_permuted_copy_is_one_and_agrees_with_enumeration():
+    from itertools import permutations
+
+    A, B = dictionaries(2, 5, 3)
+    assert mcc(A, A[torch.randperm(5)] * 3) == pytest.approx(1, abs=1e-6)
+    cosines = F.normalize(A, dim=1) @ F.normalize(B, dim=1).T
+    best = max(sum(cosines[i, j].item() for i, j in enumerate(order)) / 5 for order in permutations(range(5)))
+    assert mcc(A, B) == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((torch.ones(1, 4, 2),), "W_dec"),
+        ((torch.ones(4, 2),), "W_dec"),
+        ((torch.ones(2, 4, 2), 0.0), "threshold"),
+        ((torch.ones(2, 4, 2), 1.1), "threshold"),
+        ((torch.ones(2, 4, 2), 0.7, torch.ones(2, 3)), "alive"),
+    ],
+)
+def test_what_can_not_be_compared_is_said(arguments, named):
+    with pytest.raises(UserError, match=named):
+        stability(*arguments)

@@ -1,0 +1,89 @@
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sae_stability.config import UserError
+from sae_stability.language import models, pretraining
+from sae_stability.language.pretraining import BATCH, CONTEXT, RECIPES, Recipe
+from sae_stability.results import contexts_of, sources_of
+
+TINY = Recipe(layers=1, d_model=16, heads=2, epochs=2, rate=1e-3)
+
+
+def test_a_killed_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretraining, "RECORD", 2)
+    tokens = np.random.default_rng(0).integers(1, 50, (5 * BATCH, CONTEXT)).astype(np.int32)
+    undisturbed = pretraining._fit(TINY, tokens, "cpu", tmp_path / "a", every=0)
+
+    class Killed(BaseException):
+        pass
+
+    rows, calls = pretraining._rows, iter(range(100))
+
+    def dies(*arguments):
+        if next(calls) == 7:
+            raise Killed
+        return rows(*arguments)
+
+    monkeypatch.setattr(pretraining, "_rows", dies)
+    with pytest.raises(Killed):
+        pretraining._fit(TINY, tokens, "cpu", tmp_path / "b", every=0)
+    monkeypatch.setattr(pretraining, "_rows", rows)
+    resumed = pretraining._fit(TINY, tokens, "cpu", tmp_path / "b", every=0)
+    for one, other in zip(undisturbed.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    curves = [json.loads((tmp_path / run / "curve.json").read_text()) for run in "ab"]
+    assert curves[0] == curves[1]
+
+
+def test_every_epoch_reads_every_context_once():
+    contexts = 3 * BATCH + 5
+    seen = np.concatenate([pretraining._rows(step, contexts, seed=1) for step in range(8)])
+    assert np.array_equal(np.sort(seen[:contexts]), np.arange(contexts))
+    assert np.array_equal(np.sort(seen[contexts : 2 * contexts]), np.arange(contexts))
+
+
+def test_counted_baselines_agree_with_a_loop():
+    generator = np.random.default_rng(0)
+    train, held_out = (generator.integers(0, 9, (20, 12)).astype(np.int32) for _ in range(2))
+    found = pretraining._counted_baselines(train, held_out)
+    ones = [sum((train[:, 1:] == token).sum() for _ in "x") for token in range(pretraining.VOCABULARY)]
+    unigram = [(count + 1) / (train[:, 1:].size + pretraining.VOCABULARY) for count in ones]
+    nats = []
+    for row in held_out:
+        for before, after in itertools.pairwise(row):
+            followers = [b for line in train for a, b in itertools.pairwise(line) if a == before]
+            kinds = len(set(followers))
+            nats.append(-math.log((followers.count(after) + kinds * unigram[after]) / (len(followers) + kinds)))
+    assert found["bigram"] == pytest.approx(np.mean(nats))
+    assert found["unigram"] == pytest.approx(np.mean([-math.log(unigram[after]) for after in held_out[:, 1:].ravel()]))
+
+
+@pytest.mark.parametrize(("name", "most"), [("docstrings-2l", 3.5), ("docstrings-4l", 3.0)])
+def test_shipped_models_are_as_good_as_their_cards_say(quick, name, most):
+    folder = pretraining.ROOT / "models" / name
+    told = json.loads((folder / "training.json").read_text())
+    nats = told["nats_per_token"]
+    assert nats["model"] <= most < nats["bigram"] < nats["unigram"]
+    recipe = told["recipe"]
+    assert Recipe(**recipe) == RECIPES[name]
+    assert f"| model | {nats['model']:.3f} |" in (folder / "README.md").read_text()
+
+    held_out = contexts_of(quick, sources_of(quick.study)["main"], "evaluation").tokens[::40]  # both have the same tokenizer
+    tokens = torch.from_numpy(held_out).long()
+    bridge = models.load(name)
+    with torch.inference_mode():
+        logits = bridge(tokens)[:, :-1]
+    measured = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    assert measured == pytest.approx(nats["model"], abs=0.1)
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a model already"):
+        pretraining.train_model("docstrings-2l", tmp_path)

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from sae_stability.matching import Stability
+from sae_stability.statistics import binomial_interval, bootstrap_ratio, difference, fit_beta_binomial, jackknife, mean_interval
+
+
+def simulated(generator: np.random.Generator, probabilities: np.ndarray, seeds: int) -> Stability:
+    """An ensemble in which seed s has the common direction g with probability `probabilities[g]`, and one of its own otherwise."""
+    has = generator.random((seeds, len(probabilities))) < probabilities
+    cosine = np.where(has[:, None] & has[None], 1.0, 0.0)
+    return Stability(torch.from_numpy(cosine).float(), torch.ones(has.shape, dtype=torch.bool), 0.7)
+
+
+def test_the_jackknife_covers_the_truth_at_its_nominal_rate():
+    generator = np.random.default_rng(0)
+    probabilities = generator.beta(0.4, 0.4, size=200)
+    truth = (probabilities**2).mean()  # a feature is there, and is there again
+    intervals = [simulated(generator, probabilities, seeds=8).mean() for _ in range(500)]
+    covered = np.mean([interval.low <= truth <= interval.high for interval in intervals])
+    assert 0.925 <= covered <= 0.985
+    assert np.mean([interval.value for interval in intervals]) == pytest.approx(truth, abs=0.005)
+
+
+def test_the_jackknife_of_a_mean_is_students_interval():
+    values = np.array([1.0, 2.0, 4.0, 8.0, 9.0])
+    ours = jackknife(lambda seeds: float(values[seeds].mean()), 5)
+    students = mean_interval(values)
+    assert (ours.value, ours.low, ours.high) == pytest.approx((students.value, students.low, students.high))
+
+
+def test_two_seeds_have_no_jackknife_interval():
+    assert np.isnan(jackknife(lambda seeds: 0.5, 2).low)
+
+
+@given(trials=st.integers(1, 30), data=st.data())
+def test_binomial_interval_agrees_with_scipy(trials, data):
+    successes = data.draw(st.integers(0, trials))
+    low, high = binomial_interval(np.array([successes]), trials)
+    theirs = stats.binomtest(successes, trials).proportion_ci(0.95, "exact")
+    assert (low[0], high[0]) == pytest.approx((theirs.low, theirs.high))
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.3, 0.5), (2.0, 5.0), (1.0, 1.0)])
+def test_the_beta_binomial_fit_finds_the_shares_that_made_the_counts(alpha, beta):
+    generator = np.random.default_rng(1)
+    counts = generator.binomial(11, generator.beta(alpha, beta, size=40_000))
+    fit = fit_beta_binomial(counts, 11)
+    assert fit.above(0.9) == pytest.approx(stats.beta.sf(0.9, alpha, beta), abs=0.01)
+    assert fit.below(0.1) == pytest.approx(stats.beta.cdf(0.1, alpha, beta), abs=0.01)
+    np.testing.assert_allclose(fit.expected_counts(11), np.bincount(counts, minlength=12) / len(counts), atol=0.01)
+
+
+def test_the_bootstrap_covers_the_truth():
+    generator = np.random.default_rng(2)
+    covered = 0
+    for _ in range(200):
+        size = generator.integers(5, 50, size=150)
+        total = generator.normal(3.0, 1.0, size=150) * size
+        interval = bootstrap_ratio(total, size, samples=300)
+        covered += interval.low <= 3.0 <= interval.high
+    assert 0.89 <= covered / 200 <= 0.99
+
+
+def test_independent_errors_add_in_squares():
+    one, other = mean_interval([1.0, 2.0, 3.0]), mean_interval([0.0, 0.5, 1.0])
+    less = difference(one, other)
+    assert less.value == pytest.approx(1.5)
+    assert less.high - less.value == pytest.approx(np.hypot(one.high - one.value, other.high - other.value))

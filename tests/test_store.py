@@ -1,0 +1,101 @@
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from sae_stability import store as module
+from sae_stability.config import load_study
+from sae_stability.store import Store, fingerprint, key_of, read_metadata, replacing, save_tensors, write_json, write_table
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> Store:
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "git_commit", lambda: "a commit")
+    return Store(load_study("quick"))
+
+
+def test_a_finished_stage_is_done_for_its_key_only(store):
+    with store.computing("stage", "key") as folder:
+        write_json(folder / "result.json", 1)
+    assert store.is_done("stage", "key")
+    assert not store.is_done("stage", "another")
+    provenance = store.provenance("stage")
+    assert provenance["study_sha256"] == store.study.sha256
+    assert provenance["commit"] == "a commit"
+    assert list(provenance["files"]) == ["result.json"]
+
+
+def test_an_interrupted_stage_is_not_done_and_keeps_what_it_has(store):
+    with pytest.raises(KeyboardInterrupt), store.computing("stage", "key") as folder:
+        write_json(folder / "half.json", 1)
+        raise KeyboardInterrupt
+    assert not store.is_done("stage", "key")
+    with store.computing("stage", "key") as folder:
+        assert (folder / "half.json").exists()
+
+
+def test_what_was_begun_with_another_key_is_dropped(store):
+    with pytest.raises(KeyboardInterrupt), store.computing("stage", "old") as folder:
+        write_json(folder / "half.json", 1)
+        raise KeyboardInterrupt
+    with store.computing("stage", "new") as folder:
+        assert not (folder / "half.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_a_damaged_result_is_not_done(store, damage):
+    with store.computing("stage", "key") as folder:
+        write_json(folder / "result.json", list(range(100)))
+    if damage == "truncate":
+        (folder / "result.json").write_text("[")
+    else:
+        (folder / "result.json").unlink()
+    assert not store.is_done("stage", "key")
+
+
+def test_a_file_stage_appears_whole_or_not_at_all(store):
+    with pytest.raises(ZeroDivisionError), store.computing_file("claims.json", "key") as path:
+        path.write_text("[")
+        raise ZeroDivisionError
+    assert not (store.folder / "claims.json").exists()
+    with store.computing_file("claims.json", "key") as path:
+        path.write_text("[]")
+    assert store.is_done("claims.json", "key")
+    assert store.claims() == []
+    assert sorted(file.name for file in store.folder.iterdir()) == ["claims.json", "claims.provenance.json"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "value.json"
+    write_json(path, 1)
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, float("nan"))
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert json.loads(path.read_text()) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_tensors_and_tables_come_back_and_have_the_same_bytes_every_time(tmp_path):
+    metadata = {"k": 3, "name": "x", "seeds": [1, 2], "scale": 0.1}
+    for name in "ab":
+        save_tensors(tmp_path / f"{name}.safetensors", {"w": torch.arange(6.0).view(2, 3).T}, metadata)
+        write_table(tmp_path / f"{name}.parquet", pd.DataFrame({"x": [1, 2], "y": ["u", "v"]}))
+    assert read_metadata(tmp_path / "a.safetensors") == metadata
+    for kind in ("safetensors", "parquet"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+
+
+def test_keys_follow_inputs_and_content(tmp_path):
+    assert key_of({"a": 1}) == key_of({"a": 1})
+    assert key_of({"a": 1}) != key_of({"a": 2})
+    assert key_of({"a": 1}) != key_of({"a": 1}, before=["x"])
+    assert key_of({}, ["training.py"]) != key_of({}, ["matching.py"])
+    (tmp_path / "f.txt").write_text("one")
+    before = fingerprint(str(tmp_path))
+    (tmp_path / "f.txt").write_text("two")
+    assert fingerprint(str(tmp_path)) != before
+    assert fingerprint("a/hub-id") == "a/hub-id"

@@ -1,0 +1,104 @@
+"""Whole studies through the command line: other models and corpora, kills, two clean runs."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+COMMAND = [sys.executable, "-c", "from sae_stability.cli import main; main()"]
+
+
+def run(house: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"SAE_STABILITY_ROOT": str(house)}
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], env=environment, capture_output=True, text=True, cwd=house.parent, check=False
+    )
+
+
+@pytest.mark.parametrize("architecture", ["neox", "llama"])
+def test_other_architectures_reach_their_claims(house, small, model_folders, architecture, monkeypatch):
+    from sae_stability import stages, store
+    from sae_stability.config import load_study
+
+    monkeypatch.setattr(store, "ROOT", house)
+    overrides = [override.removeprefix("--set=") for override in small] + [f"model={model_folders[architecture]}"]
+    found = stages.compute(load_study("embedded", overrides, name=architecture))
+    assert [claim["id"] for claim in found.claims()][:2] == ["C1", "C2"]
+    assert architecture in found.claims()[0]["cell"]
+    assert found.table("saes")["loss_spliced"].gt(0).all()
+
+
+def test_another_model_and_corpus_become_a_book_and_the_book_follows_the_study(house, small):
+    for name, seeds in (("other", 4), ("again", 3)):
+        done = run(house, "run", "embedded", *small, f"--set=seeds={seeds}", "--name", name)
+        assert done.returncode == 0, done.stderr
+        index = (house / "_build" / "html" / "index.html").read_text(encoding="utf-8")
+        assert f"trains {seeds} SAEs" in " ".join(index.split()).replace("<em>", "").replace("</em>", "")
+        assert (house / "results" / name / "chapters" / "stability.ipynb").exists()
+    second = run(house, "run", "embedded", *small, "--set=seeds=3", "--name", "again")
+    assert second.stdout.splitlines() == [str(house / "_build" / "html" / "index.html")]  # nothing was computed again
+
+
+def test_killed_at_any_moment_the_claims_are_those_of_an_undisturbed_run(house, small):
+    # More tokens than the other tests take, so that kills fall into every stage.
+    arguments = ["run", "embedded", *small, "--set=passes=20"]
+    environment = os.environ | {"SAE_STABILITY_ROOT": str(house)}
+    assert run(house, *arguments, "--name", "calm").returncode == 0
+    seconds = json.loads((house / "results" / "calm" / "tables" / "provenance.json").read_text())["seconds"]
+    generator = random.Random(0)
+    for _ in range(4):
+        process = subprocess.Popen(
+            [*COMMAND, *arguments, "--name", "killed"], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(generator.uniform(6, 14 + seconds))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert run(house, *arguments, "--name", "killed").returncode == 0
+    calm, killed = ((house / "results" / name / "claims.json").read_bytes() for name in ("calm", "killed"))
+    assert calm == killed
+
+
+def test_a_grid_gives_a_row_for_each_cell(house, small, monkeypatch):
+    from sae_stability import stages, store
+    from sae_stability.config import load_study
+
+    monkeypatch.setattr(store, "ROOT", house)
+    overrides = [override.removeprefix("--set=") for override in small]
+    sites = "grid.hook_name=[blocks.0.hook_resid_post, blocks.1.hook_mlp_out]"
+    study = load_study("embedded", [*overrides, sites, "seeds=2", "surrogate_seeds=2"], name="grid")
+    table = stages.compute(study).table("cells")
+    assert table["cell"].tolist() == ["main", "hook_name=blocks.0.hook_resid_post", "hook_name=blocks.1.hook_mlp_out"]
+    assert table["label"].str.contains("hook_mlp_out").sum() == 1
+    assert len({path.parent.name for path in (house / "results" / "grid").rglob("train.bin")}) == 3
+
+
+def test_the_quick_study_is_consistent(quick):
+    features, saes = quick.table("features"), quick.table("saes")
+    real = features[features["kind"] == "real"]
+    assert len(real) == quick.study.d_sae * len(quick.study.seed_list)
+    assert (real["alive"] == (real["frequency"] > 0)).all()
+    assert real.groupby("seed")["frequency"].sum().sub(saes.set_index("seed")["l0"]).abs().max() < 1e-4
+    live = real[real["alive"]]
+    assert (live["stability"] == live["matches"] / live["trials"]).all()
+    assert live["stability"].between(live["stability_low"], live["stability_high"]).all()
+    assert (saes["explained_variance"] > 0.5).all()
+    assert (saes["loss_clean"] < saes["loss_zero_ablated"]).all()
+    assert saes["loss_recovered"].between(0.5, 1.01).all()
+    examples = quick.table("examples")
+    assert (examples.loc[examples["offset"] == 0, "activation"] > 0).all()
+    assert set(examples["feature"]) <= set(live.loc[live["seed"] == 0, "feature"])
+
+
+def test_tables_read_anywhere(quick):
+    for path in (quick.folder / "tables").glob("*.parquet"):
+        assert len(pd.read_parquet(path)) > 0
+    provenance = json.loads((quick.folder / "tables" / "provenance.json").read_text())
+    assert {"key", "study_sha256", "versions", "commit", "device", "seconds", "peak_memory_gb", "files"} <= set(provenance)
+    assert provenance["study"]["seeds"] == quick.study.seeds
