@@ -32,8 +32,10 @@ def test_an_interrupted_stage_is_not_done_and_keeps_what_it_has(store):
         write_json(folder / "half.json", 1)
         raise KeyboardInterrupt
     assert not store.is_done("stage", "key")
+    (store.folder / "stage" / f"{module.TEMPORARY}killed.json").write_text("[")  # a SIGKILL in the middle of a write
     with store.computing("stage", "key") as folder:
         assert (folder / "half.json").exists()
+    assert list(store.provenance("stage")["files"]) == ["half.json"]
 
 
 def test_what_was_begun_with_another_key_is_dropped(store):

@@ -66,6 +66,8 @@ def build(study: Study, site: Path = SITE) -> Path:
         return site / "index.html"
     print(f"{study.name}: book", flush=True)
     site.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in site.parent.glob(".book-*"):  # of a build that was killed
+        shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(dir=site.parent, prefix=".book-") as scratch:
         stage, out = Path(scratch) / "stage", Path(scratch) / "out"
         shutil.copytree(CHAPTERS, stage, ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))

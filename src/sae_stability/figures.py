@@ -22,10 +22,10 @@ COLOURS = {
 }
 DASHES = {"real": "-", "surrogate": "--", "random directions": ":"}
 NAMES = {"real": "language model", "surrogate": "Gaussian surrogate", "random directions": "random directions"}
-WIDTH = 6.4  # inches: text stays readable when a phone shrinks the figure
+WIDTH = 5.6  # inches: text stays readable when a phone shrinks the figure
 
 
-def _axes(title: str, height: float = 4.0, columns: int = 1, **options) -> tuple[Figure, list]:
+def _axes(title: str, height: float = 3.6, columns: int = 1, **options) -> tuple[Figure, list]:
     sns.set_theme(context="notebook", style="ticks", font_scale=1.05)
     figure, axes = plt.subplots(1, columns, figsize=(WIDTH, height), layout="constrained", squeeze=False, **options)
     figure.suptitle(title, fontsize="medium", fontweight="bold", wrap=True)

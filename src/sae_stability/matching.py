@@ -98,7 +98,7 @@ class Stability:
                 band = self.among(seeds).band
                 return float((band == which).sum() / (band >= 0).sum())
 
-            return jackknife(estimate, len(self.alive))
+            return jackknife(estimate, len(self.alive)).within(0, 1)
 
         return {name: share(which) for which, name in enumerate(BANDS)}
 
@@ -110,8 +110,8 @@ class Stability:
         """Shares of features whose *true* probability lies in the stable and in the unstable band, jackknifed over seeds."""
         seeds = len(self.alive)
         return {
-            "stable": jackknife(lambda kept: self.among(kept).latent().above(STABLE), seeds),
-            "unstable": jackknife(lambda kept: self.among(kept).latent().below(UNSTABLE), seeds),
+            "stable": jackknife(lambda kept: self.among(kept).latent().above(STABLE), seeds).within(0, 1),
+            "unstable": jackknife(lambda kept: self.among(kept).latent().below(UNSTABLE), seeds).within(0, 1),
         }
 
     def separation(self) -> Interval:

@@ -54,7 +54,7 @@ def plan(study: Study) -> list[Stage]:
         for source in sources.values()
     }
     of_site = {
-        source: add(f"activations/{source.folder}", partial(run_model, study, source), None, ACTIVATIONS, [key])
+        source: add(f"activations/{source.folder}", partial(run_model, study, source), study.dtype, ACTIVATIONS, [key])
         for source, key in of_text.items()
     }
     evaluated = []
@@ -161,7 +161,7 @@ def run_model(study: Study, source: Source, folder: Path) -> None:
     store = Store(study)
     for split, tokens in (("train", source.tokens), ("evaluation", source.evaluation_tokens)):
         paths = {hook_name: folder / hook_name / f"{split}.bin" for hook_name in source.hook_names}
-        collect(bridge, contexts_of(store, source, split), paths, tokens, described=f"activations, {split}")
+        collect(bridge, contexts_of(store, source, split), paths, tokens, getattr(torch, study.dtype), f"activations, {split}")
     for hook_name in source.hook_names:
         real = Activations.open(folder / hook_name / "train.bin")
         held_out = len(Activations.open(folder / hook_name / "evaluation.bin"))

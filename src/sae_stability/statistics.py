@@ -20,6 +20,10 @@ class Interval:
     low: float
     high: float
 
+    def within(self, low: float, high: float) -> "Interval":
+        """The same with its ends cut to the range that the quantity can take."""
+        return Interval(self.value, max(self.low, low), min(self.high, high))
+
     def __format__(self, spec: str) -> str:
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 

@@ -39,6 +39,8 @@ VERSIONED = (
     "jupyter-book",
 )
 
+TEMPORARY = ".writing-"
+
 
 @dataclass(frozen=True, eq=False)
 class Store:
@@ -70,6 +72,7 @@ class Store:
         if not begun.is_file() or read_json(begun) != {"key": key}:
             shutil.rmtree(folder, ignore_errors=True)
             write_json(begun, {"key": key})
+        drop_leftovers(folder)
         started = time.monotonic()
         yield folder
         begun.unlink()
@@ -78,6 +81,7 @@ class Store:
     @contextmanager
     def computing_file(self, stage: str, key: str) -> Iterator[Path]:
         """Yield a temporary path for the one file of `stage`, which takes its place when the block has ended well."""
+        drop_leftovers((self.folder / stage).parent)
         started = time.monotonic()
         with replacing(self.folder / stage) as temporary:
             yield temporary
@@ -114,11 +118,17 @@ class Store:
         return read_json(self.folder / "claims.json")
 
 
+def drop_leftovers(folder: Path) -> None:
+    """Remove the temporary files that a killed run left in `folder`."""
+    for leftover in folder.rglob(f"{TEMPORARY}*"):
+        leftover.unlink()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place once the block has ended well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
