@@ -77,19 +77,11 @@ def test_what_only_the_model_and_corpus_can_tell_is_checked_before_anything_is_c
     from sae_stability import store
 
     monkeypatch.setattr(store, "ROOT", tmp_path)
-    monkeypatch.setattr(store, "key_of", store.key_of)
-    (tmp_path / "src").symlink_to(load_root() / "src")
     status, _, error = call("run", "embedded", *small, "--set", override, "--name", "other")
     assert (status, len(error)) == (2, 1)
     assert named in error[0]
     assert not list((tmp_path / "results").rglob("*.bin"))
     assert not list((tmp_path / "results").rglob("ensemble.safetensors"))
-
-
-def load_root():
-    from sae_stability.config import ROOT
-
-    return ROOT
 
 
 def test_help_teaches(call):

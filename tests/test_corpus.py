@@ -69,9 +69,10 @@ def test_a_dataset_on_disk_is_read_like_its_texts(tmp_path):
     assert len({found.sha256 for found in loaded}) == 1
 
 
-def test_a_name_that_is_nothing_is_said():
-    with pytest.raises(UserError, match="corpus: no/such-thing"):
-        load("no/such-thing")
+@pytest.mark.parametrize("name", ["no/such-thing", "missing.txt", "/no/such/folder", "./neither"])
+def test_a_name_that_is_nothing_is_said(name):
+    with pytest.raises(UserError, match=f"corpus: .*{name}"):
+        load(name)
 
 
 def test_docstrings_are_found_wherever_they_stand(tmp_path):

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from sae_stability.config import ROOT, Study, load_study
 from sae_stability.figures import COLOURS
 from sae_stability.matching import BANDS
-from sae_stability.store import Store, git_commit, key_of, read_json, replacing, sha256, write_json
+from sae_stability.store import PACKAGE, Store, git_commit, key_of, read_json, replacing, sha256, write_json
 
 CHAPTERS = ROOT / "book"
 SITE = ROOT / "_build" / "html"
@@ -47,9 +47,7 @@ def execute(study: Study) -> None:
 
 def chapter_key(store: Store, name: str) -> str:
     """A chapter shows results and the code that draws them: it depends on all of both."""
-    source = sorted(
-        str(file.relative_to(ROOT / "src" / "sae_stability")) for file in (ROOT / "src" / "sae_stability").rglob("*.py")
-    )
+    source = sorted(str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py"))
     inputs = {"notebook": sha256(CHAPTERS / f"{name}.ipynb"), "commit": git_commit(), "study": store.study.sha256}
     return key_of(inputs, source, [store.provenance("tables")["key"], store.provenance("claims.json")["key"]])
 

@@ -107,6 +107,7 @@ class Study(Cell):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the folder under results/")
     threads: PositiveInt | None = Field(None, description="CPU threads; bits depend on it. By default all cores")
+    notes: str = Field("", description="what was chosen and why; the book shows it")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of activations cached on disk")
     loss_tokens: PositiveInt = Field(50_000, description="held-out tokens on which the cross-entropy is measured")
     grid: dict[str, list[Any]] = Field({}, description="lists over keys of the cell, crossed into further cells")

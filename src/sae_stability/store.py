@@ -39,6 +39,7 @@ VERSIONED = (
     "jupyter-book",
 )
 
+PACKAGE = Path(__file__).parent
 TEMPORARY = ".writing-"
 
 
@@ -72,7 +73,7 @@ class Store:
         if not begun.is_file() or read_json(begun) != {"key": key}:
             shutil.rmtree(folder, ignore_errors=True)
             write_json(begun, {"key": key})
-        drop_leftovers(folder)
+        drop(folder.rglob(f"{TEMPORARY}*"))
         started = time.monotonic()
         yield folder
         begun.unlink()
@@ -81,7 +82,7 @@ class Store:
     @contextmanager
     def computing_file(self, stage: str, key: str) -> Iterator[Path]:
         """Yield a temporary path for the one file of `stage`, which takes its place when the block has ended well."""
-        drop_leftovers((self.folder / stage).parent)
+        drop((self.folder / stage).parent.glob(f"{TEMPORARY}*"))
         started = time.monotonic()
         with replacing(self.folder / stage) as temporary:
             yield temporary
@@ -118,9 +119,9 @@ class Store:
         return read_json(self.folder / "claims.json")
 
 
-def drop_leftovers(folder: Path) -> None:
-    """Remove the temporary files that a killed run left in `folder`."""
-    for leftover in folder.rglob(f"{TEMPORARY}*"):
+def drop(leftovers: Iterable[Path]) -> None:
+    """Remove temporary files that a killed run left behind."""
+    for leftover in list(leftovers):
         leftover.unlink()
 
 
@@ -166,7 +167,7 @@ def read_metadata(path: Path) -> dict:
 
 def key_of(inputs: dict, modules: Iterable[str] = (), before: Iterable[str] = ()) -> str:
     """The hash of what a result depends on: inputs, source files of `modules`, keys of the stages `before`, versions."""
-    source = {module: sha256(ROOT / "src" / "sae_stability" / module) for module in sorted(modules)}
+    source = {module: sha256(PACKAGE / module) for module in sorted(modules)}
     parts = {"inputs": inputs, "source": source, "before": list(before), "versions": versions()}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

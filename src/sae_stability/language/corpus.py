@@ -62,6 +62,8 @@ def load(name: str, characters: int | None = None) -> Corpus:
         documents = _passages(path)
     elif path.is_dir() and any(path.rglob("*.txt")):
         documents = [_read(file) for file in sorted(path.rglob("*.txt"))]
+    elif not path.exists() and (path.is_absolute() or name.count("/") > 1 or name.startswith(".") or path.suffix == ".txt"):
+        raise UserError(f"corpus: there is no {name}; give '{EMBEDDED}', a text file or folder, or the id of a dataset")
     else:
         documents = _dataset(name, path, characters)
     documents = sorted({document.strip() for document in documents} - {""})
