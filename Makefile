@@ -18,7 +18,7 @@ test: $(READY)  ## lint, then the whole test suite
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("sae-stability needs Python 3.11 or newer; call make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	rm -rf $(VENV)  # an install that was killed, or of another lock, leaves pieces
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv --quiet $(VENV); }
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.lock
 	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

@@ -12,6 +12,7 @@ import torch
 from sae_stability import book, cli, stages
 from sae_stability.config import ROOT, Cell, load_study
 from sae_stability.language import pretraining
+from sae_stability.store import Store, locked
 
 WORDS = [
     "the",
@@ -44,8 +45,9 @@ WORDS = [
 def quick():
     """The quick study, computed and executed; what is there already is used."""
     study = load_study("quick")
-    store = stages.compute(study)
-    book.execute(study)
+    with locked(Store(study).folder / ".lock"):
+        store = stages.compute(study)
+        book.execute(study)
     return store
 
 

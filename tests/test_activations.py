@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_stability.config import UserError
+from sae_stability.config import HOOKS, UserError
 from sae_stability.language import models
 from sae_stability.language.activations import Activations, collect, draw_surrogate
 from sae_stability.language.corpus import Contexts, load, pack
@@ -79,6 +79,34 @@ def test_folders_that_hold_no_model_are_said(tmp_path, model_folders):
     (tmp_path / "tokenizer.json").write_text((model_folders["gpt2"] / "tokenizer.json").read_text())
     with pytest.raises(UserError, match="can't be loaded"):
         models.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama"])
+def test_what_is_written_at_any_hook_reaches_the_logits(model_folders, architecture):
+    bridge = models.load(str(model_folders[architecture]))
+    ids = torch.randint(1, 40, (2, 12), generator=torch.Generator().manual_seed(0))
+    push = torch.randn(32, generator=torch.Generator().manual_seed(1))
+
+    def logits(hook: str):
+        with torch.inference_mode():
+            return bridge.run_with_hooks(ids, fwd_hooks=[(hook, lambda value, hook: value + push)])
+
+    with torch.inference_mode():
+        clean = bridge(ids)
+    for hook in HOOKS:
+        assert (logits(f"blocks.1.{hook}") - clean).abs().max() > 1e-3
+    # What the MLP writes is a summand of the block's output.
+    torch.testing.assert_close(logits("blocks.1.hook_mlp_out"), logits("blocks.1.hook_resid_post"), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits("blocks.1.hook_resid_post"), logits("blocks.2.hook_resid_pre"), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("count", [16, 17])
+def test_asking_for_more_tokens_than_there_are_gives_all(model_folders, text_file, tmp_path, count):
+    bridge = models.load(str(model_folders["neox"]))
+    packed = pack(load(str(text_file)).train, bridge.tokenizer, 32)
+    contexts = Contexts(packed.tokens[:count], packed.document[:count], packed.is_text[:count])
+    collect(bridge, contexts, {"blocks.0.hook_resid_post": tmp_path / "x.bin"}, 10**6)
+    assert len(Activations.open(tmp_path / "x.bin")) == contexts.is_text.sum()
 
 
 def test_no_position_without_text_is_collected(model_folders, tmp_path):

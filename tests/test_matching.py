@@ -141,11 +141,20 @@ def test_mcc_of_a_permuted_copy_is_one_and_agrees_with_enumeration():
     assert mcc(A, B) == pytest.approx(best, abs=1e-6)
 
 
+def test_weights_under_training_and_numpy_arrays_are_taken_as_they_are():
+    W = dictionaries(3, 10, 4)
+    for given_ in (W.clone().requires_grad_(), W.numpy(), W.double()):
+        found = stability(given_)
+        assert not found.best_cosine.requires_grad
+        torch.testing.assert_close(found.best_cosine, stability(W).best_cosine, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         ((torch.ones(1, 4, 2),), "W_dec"),
         ((torch.ones(4, 2),), "W_dec"),
+        ((torch.full((2, 4, 2), torch.nan),), "NaN"),
         ((torch.ones(2, 4, 2), 0.0), "threshold"),
         ((torch.ones(2, 4, 2), 1.1), "threshold"),
         ((torch.ones(2, 4, 2), 0.7, torch.ones(2, 3)), "alive"),

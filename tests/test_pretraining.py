@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ TINY = Recipe(layers=1, d_model=16, heads=2, epochs=2, rate=1e-3)
 def test_a_killed_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining, "RECORD", 2)
     tokens = np.random.default_rng(0).integers(1, 50, (5 * BATCH, CONTEXT)).astype(np.int32)
-    undisturbed = pretraining._fit(TINY, tokens, "cpu", tmp_path / "a", every=0)
+    undisturbed, curve = pretraining._fit(TINY, tokens, "cpu", tmp_path / "a.safetensors", "corpus", every=0)
 
     class Killed(BaseException):
         pass
@@ -32,13 +33,22 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pretraining, "_rows", dies)
     with pytest.raises(Killed):
-        pretraining._fit(TINY, tokens, "cpu", tmp_path / "b", every=0)
+        pretraining._fit(TINY, tokens, "cpu", tmp_path / "b.safetensors", "corpus", every=0)
     monkeypatch.setattr(pretraining, "_rows", rows)
-    resumed = pretraining._fit(TINY, tokens, "cpu", tmp_path / "b", every=0)
+    resumed, resumed_curve = pretraining._fit(TINY, tokens, "cpu", tmp_path / "b.safetensors", "corpus", every=0)
     for one, other in zip(undisturbed.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
-    curves = [json.loads((tmp_path / run / "curve.json").read_text()) for run in "ab"]
-    assert curves[0] == curves[1]
+    assert curve == resumed_curve
+
+
+def test_a_checkpoint_of_another_recipe_or_corpus_is_not_resumed(tmp_path):
+    tokens = np.random.default_rng(0).integers(1, 50, (5 * BATCH, CONTEXT)).astype(np.int32)
+    short, path = replace(TINY, epochs=0.5), tmp_path / "c.safetensors"
+    alone, _ = pretraining._fit(TINY, tokens, "cpu", tmp_path / "alone.safetensors", "corpus", every=0)
+    pretraining._fit(short, tokens, "cpu", path, "corpus", every=0)
+    after, curve = pretraining._fit(TINY, tokens, "cpu", path, "corpus", every=0)
+    assert all(torch.equal(one, other) for one, other in zip(alone.parameters(), after.parameters(), strict=True))
+    assert curve[-1]["tokens"] == 2 * tokens.size
 
 
 def test_every_epoch_reads_every_context_once():
@@ -85,5 +95,5 @@ def test_shipped_models_are_as_good_as_their_cards_say(quick, name, most):
 
 def test_a_folder_in_use_is_left_alone(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds a model already"):
+    with pytest.raises(UserError, match="holds something already"):
         pretraining.train_model("docstrings-2l", tmp_path)

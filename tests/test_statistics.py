@@ -26,6 +26,17 @@ def test_the_jackknife_covers_the_truth_at_its_nominal_rate():
     assert np.mean([interval.value for interval in intervals]) == pytest.approx(truth, abs=0.005)
 
 
+@pytest.mark.parametrize("seeds", [6, 12])  # at 12 a stable feature may miss once; with one seed less it may not
+def test_intervals_of_bands_and_separation_cover_what_they_estimate(seeds):
+    generator = np.random.default_rng(3)
+    probabilities = generator.beta(0.3, 0.3, size=120)
+    found = [simulated(generator, probabilities, seeds) for _ in range(250)]
+    for estimates in ([one.separation() for one in found], [one.shares()["stable"] for one in found]):
+        truth = np.mean([estimate.value for estimate in estimates])
+        covered = np.mean([estimate.low <= truth <= estimate.high for estimate in estimates])
+        assert 0.89 <= covered <= 1.0
+
+
 def test_the_jackknife_of_a_mean_is_students_interval():
     values = np.array([1.0, 2.0, 4.0, 8.0, 9.0])
     ours = jackknife(lambda seeds: float(values[seeds].mean()), 5)

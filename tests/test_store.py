@@ -1,4 +1,5 @@
 import json
+import threading
 
 import pandas as pd
 import pytest
@@ -6,7 +7,8 @@ import torch
 
 from sae_stability import store as module
 from sae_stability.config import load_study
-from sae_stability.store import Store, fingerprint, key_of, read_metadata, replacing, save_tensors, write_json, write_table
+from sae_stability.results import Source
+from sae_stability.store import Store, fingerprint, key_of, locked, read_metadata, replacing, save_tensors, write_json, write_table
 
 
 @pytest.fixture
@@ -101,3 +103,27 @@ def test_keys_follow_inputs_and_content(tmp_path):
     (tmp_path / "f.txt").write_text("two")
     assert fingerprint(str(tmp_path)) != before
     assert fingerprint("a/hub-id") == "a/hub-id"
+
+
+def test_a_second_run_waits_for_the_first(tmp_path, capsys):
+    held = threading.Event()
+    release = threading.Event()
+
+    def first():
+        with locked(tmp_path / ".lock"):
+            held.set()
+            release.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    held.wait()
+    threading.Timer(0.2, release.set).start()
+    with locked(tmp_path / ".lock"):
+        assert release.is_set()
+    assert "waiting" in capsys.readouterr().out
+    thread.join()
+
+
+def test_models_of_the_same_name_have_folders_of_their_own():
+    sources = [Source(model, "docstrings", None, ("blocks.0.hook_resid_post",), 1, 1) for model in ("a/final", "b/final")]
+    assert sources[0].folder != sources[1].folder

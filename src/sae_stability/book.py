@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from sae_stability.config import ROOT, Study, load_study
 from sae_stability.figures import COLOURS
 from sae_stability.matching import BANDS
-from sae_stability.store import PACKAGE, Store, git_commit, key_of, read_json, replacing, sha256, write_json
+from sae_stability.store import DRAWING, PACKAGE, Store, git_commit, key_of, read_json, replacing, sha256, versions, write_json
 
 CHAPTERS = ROOT / "book"
 SITE = ROOT / "_build" / "html"
@@ -48,7 +48,12 @@ def execute(study: Study) -> None:
 def chapter_key(store: Store, name: str) -> str:
     """A chapter shows results and the code that draws them: it depends on all of both."""
     source = sorted(str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py"))
-    inputs = {"notebook": sha256(CHAPTERS / f"{name}.ipynb"), "commit": git_commit(), "study": store.study.sha256}
+    inputs = {
+        "drawing": versions(DRAWING),
+        "notebook": sha256(CHAPTERS / f"{name}.ipynb"),
+        "commit": git_commit(),
+        "study": store.study.sha256,
+    }
     return key_of(inputs, source, [store.provenance("tables")["key"], store.provenance("claims.json")["key"]])
 
 
@@ -58,7 +63,7 @@ def build(study: Study, site: Path = SITE) -> Path:
     executed = {name: store.folder / "chapters" / f"{name}.ipynb" for name in chapters()}
     static = sorted(file for file in [*CHAPTERS.rglob("*"), ROOT / "_config.yml", ROOT / "_toc.yml"] if file.is_file())
     content = {str(file): sha256(file) for file in [*executed.values(), *static]}
-    key = key_of({"content": content}, ("book.py",))
+    key = key_of({"content": content, "drawing": versions(DRAWING)}, ("book.py",))
     stamp = site / "provenance.json"
     if stamp.is_file() and read_json(stamp)["key"] == key:
         return site / "index.html"
@@ -105,6 +110,11 @@ def open_study(name: str) -> Store:
 
     path = ROOT / "results" / name / "study.json"
     return compute(Study(**read_json(path)) if path.is_file() else load_study(name))
+
+
+def short(commit: str) -> str:
+    """A commit as pages print it; what was changed since is not hidden."""
+    return commit[:10] + ("+changes" if commit.endswith("+changes") else "")
 
 
 def show(figure: Figure, name: str, alt: str, caption: str) -> None:

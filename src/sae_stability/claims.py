@@ -83,6 +83,7 @@ def judge_c1(real: Stability, surrogate: Stability, cell: str) -> dict:
         "ci_low": _number(separation.low),
         "ci_high": _number(separation.high),
         "null": _number(surrogate.separation().value),
+        "value_at_null_seeds": _number(real.among(list(range(min(len(real.alive), len(surrogate.alive))))).separation().value),
         "rule": C1_RULE,
         "cell": cell,
         "seeds": len(real.alive),

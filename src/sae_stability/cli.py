@@ -48,14 +48,17 @@ def run(
     chosen = load_study(study, overrides or (), name)
     _no_widgets()
     from sae_stability import book, stages
+    from sae_stability.store import locked
 
     if dry_run:
         for stage in stages.plan(chosen):
             print("done   " if stages.Store(chosen).is_done(stage.name, stage.key) else "missing", stage.name)
         return
-    stages.compute(chosen)
-    book.execute(chosen)
-    print(book.build(chosen))
+    with locked(stages.Store(chosen).folder / ".lock"):
+        stages.compute(chosen)
+        book.execute(chosen)
+        with locked(book.SITE.parent / ".lock"):
+            print(book.build(chosen))
 
 
 @app.command()

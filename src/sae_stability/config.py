@@ -39,10 +39,10 @@ class UserError(Exception):
 class Cell(BaseModel):
     """One ensemble to train: a site, a variant, a width and a sparsity. Every key can be set in a study or its grid."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    model: str = Field(description="an embedded name, a local Hugging Face folder, or a hub id")
-    corpus: str = Field("docstrings", description="the embedded corpus, a text file or folder, or a dataset id")
+    model: str = Field(min_length=1, description="an embedded name, a local Hugging Face folder, or a hub id")
+    corpus: str = Field("docstrings", min_length=1, description="the embedded corpus, a text file or folder, or a dataset id")
     hook_name: str = Field(description="such as blocks.2.hook_resid_post")
     context: int | None = Field(None, ge=8, description="tokens a context; by default what the model takes, at most 256")
     tokens: PositiveInt = Field(description="unique training tokens read from the corpus")
@@ -78,6 +78,8 @@ class Cell(BaseModel):
     def _two_seeds(cls, value: int | list[int]) -> int | list[int]:
         if (value if isinstance(value, int) else len(value)) < 2:
             raise ValueError("stability compares seeds: give two or more")
+        if isinstance(value, list) and min(value) < 0:
+            raise ValueError("a seed is negative; count from 0")
         if isinstance(value, list) and len(set(value)) < len(value):
             raise ValueError("a seed stands twice in the list; give each once")
         return value
@@ -86,7 +88,7 @@ class Cell(BaseModel):
     def _sparse(self) -> "Cell":
         if self.k > self.d_sae:
             raise ValueError(f"k: {self.k} features can't fire out of d_sae = {self.d_sae}; lower k or raise d_sae")
-        if self.batch > self.tokens * self.passes:
+        if self.batch > self.tokens:
             raise ValueError(f"batch: one step takes {self.batch} tokens, and tokens is {self.tokens}; lower batch or raise tokens")
         if self.warmup + self.decay > 1:
             raise ValueError("warmup: warmup and decay together exceed the whole training; lower one")
@@ -164,13 +166,18 @@ def load_study(study: str, overrides: Sequence[str] = (), name: str | None = Non
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a study is a list of 'key: value' lines; see studies/quick.yaml")
+    if overrides:
+        fields.pop("notes", None)  # they give the reasons of another choice
     for override in overrides:
         _override(fields, override)
     if name is not None:
         fields["name"] = name
-    for key in ("model", "corpus"):  # chapters are executed from another folder
-        if isinstance(fields.get(key), str) and Path(fields[key]).expanduser().exists():
-            fields[key] = str(Path(fields[key]).expanduser().resolve())
+    grid = fields.get("grid")
+    for key in ("model", "corpus"):
+        if key in fields:
+            fields[key] = _absolute(fields[key])
+        if isinstance(grid, dict) and isinstance(grid.get(key), list):
+            grid[key] = [_absolute(value) for value in grid[key]]
     try:
         return Study(**{str(key): value for key, value in fields.items()})
     except ValidationError as error:
@@ -208,6 +215,12 @@ def _override(fields: dict, override: str) -> None:
         inside[last] = yaml.safe_load(value)
     except yaml.YAMLError:
         inside[last] = value
+
+
+def _absolute(value):
+    """Paths that exist in full: chapters are executed from another folder than the command."""
+    path = Path(value).expanduser() if isinstance(value, str) and value else None
+    return str(path.resolve()) if path is not None and path.exists() else value
 
 
 def _nearest(word: str, known) -> str:

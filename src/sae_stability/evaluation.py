@@ -89,7 +89,7 @@ def losses(bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, token
 
     BOS and separators keep their activations, and are no targets.
     """
-    count = min(len(contexts.tokens), int(np.searchsorted(np.cumsum(contexts.is_text.sum(axis=1)), tokens)) + 1)
+    count = contexts.holding(tokens)
     kinds, document = np.unique(contexts.document[:count], return_inverse=True)
     document = document.reshape(count, -1)
     mean = ensemble.mean

@@ -39,7 +39,7 @@ class Stability:
     @property
     def matched(self) -> Bool[Tensor, "seed seed d_sae"]:
         """[s, t, i]: whether feature i of seed s reappears in seed t."""
-        return self.best_cosine >= self.threshold - ROUNDING
+        return (self.best_cosine >= self.threshold - ROUNDING) & self.alive[:, None]
 
     @property
     def trials(self) -> int:
@@ -87,20 +87,31 @@ class Stability:
     def match_rates(self) -> Float[np.ndarray, "seed seed"]:
         """[s, t]: the share of the live features of s that reappear in t; NaN where t is s."""
         live = self.alive.sum(1, keepdim=True).double()
-        rates = (self.matched & self.alive[:, None]).sum(2) / live
+        rates = self.matched.sum(2) / live
         return rates.fill_diagonal_(torch.nan).numpy()
 
     def shares(self) -> dict[str, Interval]:
-        """The share of live features in each band, with jackknife intervals over seeds."""
+        """The share of live features in each band, with jackknife intervals over seeds.
 
-        def share(which: int):
+        A band allows as many misses, or matches, with a seed left out as with all of them: else leaving one out would move
+        the bands and not only the features.
+        """
+        trials = self.trials
+        misses = trials - int(np.ceil((STABLE - ROUNDING) * trials))
+        matches = int(np.floor((UNSTABLE + ROUNDING) * trials))
+
+        def share(member):
             def estimate(seeds: list[int]) -> float:
-                band = self.among(seeds).band
-                return float((band == which).sum() / (band >= 0).sum())
+                kept = self.among(seeds)
+                return float(member(kept.counts[kept.alive], kept.trials).double().mean())
 
             return jackknife(estimate, len(self.alive)).within(0, 1)
 
-        return {name: share(which) for which, name in enumerate(BANDS)}
+        return {
+            "stable": share(lambda counts, trials: trials - counts <= misses),
+            "intermediate": share(lambda counts, trials: (trials - counts > misses) & (counts > matches)),
+            "unstable": share(lambda counts, trials: (counts <= matches) & (trials - counts > misses)),
+        }
 
     def latent(self) -> LatentShares:
         """The beta-binomial fit to the counts of all live features."""
@@ -117,20 +128,26 @@ class Stability:
     def separation(self) -> Interval:
         """Reappearance rate of stable less that of unstable features, in a seed that had no say in the bands.
 
-        For each pair (s, t) the bands of s come from the other S - 2 seeds. NaN where a band is empty or S < 4.
+        For each pair (s, t) the bands of s come from the other S - 2 seeds; the jackknife leaves out the pairs of a seed.
+        NaN where a band is empty or S < 3.
         """
         seeds = len(self.alive)
-        if seeds < 4:
+        if seeds < 3:
             return Interval(float("nan"), float("nan"), float("nan"))
-        return jackknife(lambda kept: self.among(kept)._held_out_separation(), seeds)
-
-    def _held_out_separation(self) -> float:
         matched = self.matched
-        others = (matched.sum(1, keepdim=True) - matched.int()) / (self.trials - 1)  # [s, t, i]: without t
-        counted = self.alive[:, None] & ~torch.eye(len(self.alive), dtype=torch.bool)[:, :, None]
-        band = band_of(others.numpy())
-        rate = [matched[torch.from_numpy(band == which) & counted].double().mean() for which in (0, 2)]
-        return float(rate[0] - rate[1])
+        without_t = (matched.sum(1, keepdim=True) - matched.int()) / (self.trials - 1)  # [s, t, i]
+        counted = self.alive[:, None] & ~torch.eye(seeds, dtype=torch.bool)[:, :, None]
+        band = torch.from_numpy(band_of(without_t.numpy()))
+        members = [(band == which) & counted for which in (0, 2)]
+        sizes = [member.sum(2).double() for member in members]  # [s, t]
+        returns = [(member & matched).sum(2).double() for member in members]
+
+        def estimate(kept: list[int]) -> float:
+            pairs = np.ix_(kept, kept)
+            stable, unstable = (there[pairs].sum() / of[pairs].sum() for there, of in zip(returns, sizes, strict=True))
+            return float(stable - unstable)
+
+        return jackknife(estimate, seeds)
 
 
 def stability(
@@ -143,23 +160,25 @@ def stability(
     Memory beside the result is `CHUNK * d_sae` cosines: it does not grow with d_sae squared. Dead features (`alive` false)
     match nothing. Raises `UserError` for one seed, a threshold outside (0, 1] or shapes that don't fit.
     """
-    W_dec = torch.as_tensor(W_dec)
+    W_dec = torch.as_tensor(W_dec).detach().float()
     if W_dec.ndim != 3 or len(W_dec) < 2:
         raise UserError(
             f"W_dec: stability compares seeds and wants [seed, d_sae, d_in] with two seeds or more, not {list(W_dec.shape)}"
         )
     if not 0 < threshold <= 1:
         raise UserError(f"threshold: {threshold} is no cosine in (0, 1]; the usual one is 0.7")
+    if not W_dec.isfinite().all():
+        raise UserError("W_dec: holds NaN or infinite weights; leave that SAE out")
     seeds, d_sae, _ = W_dec.shape
-    alive = torch.ones(seeds, d_sae, dtype=torch.bool) if alive is None else torch.as_tensor(alive).bool()
+    alive = torch.ones(seeds, d_sae, dtype=torch.bool) if alive is None else torch.as_tensor(alive).bool().cpu()
     if alive.shape != (seeds, d_sae):
         raise UserError(f"alive: give one flag a feature, {[seeds, d_sae]}, not {list(alive.shape)}")
 
-    directions = F.normalize(W_dec.float(), dim=2)
+    directions, living = F.normalize(W_dec, dim=2), alive.to(W_dec.device)
     best = torch.full((seeds, seeds, d_sae), torch.nan)
     pairs = [(s, t) for s in range(seeds) for t in range(s + 1, seeds)]
     for s, t in tqdm(pairs, "matching", unit="pair", disable=None, leave=False):
-        best[s, t], best[t, s] = best_cosines(directions[s], directions[t], alive[s], alive[t])
+        best[s, t], best[t, s] = best_cosines(directions[s], directions[t], living[s], living[t])
     return Stability(best, alive, threshold)
 
 
@@ -167,7 +186,7 @@ def best_cosines(
     A: Float[Tensor, "a d_in"], B: Float[Tensor, "b d_in"], a_alive: Bool[Tensor, "a"], b_alive: Bool[Tensor, "b"]
 ) -> tuple[Float[Tensor, "a"], Float[Tensor, "b"]]:
     """Each unit direction's best cosine with the live ones of the other dictionary, from one product; -1 where none lives."""
-    best_of_a, best_of_b = torch.full((len(A),), -1.0), torch.full((len(B),), -1.0)
+    best_of_a, best_of_b = A.new_full((len(A),), -1.0), B.new_full((len(B),), -1.0)
     for start in range(0, len(A), CHUNK):
         rows = slice(start, start + CHUNK)
         cosines = A[rows] @ B.T
@@ -187,7 +206,7 @@ def mcc(A: Float[Tensor, "a d_in"] | np.ndarray, B: Float[Tensor, "b d_in"] | np
     """Mean cosine of the best one-to-one matching of two dictionaries (MCC; Song et al., arXiv:2505.20254)."""
     from scipy.optimize import linear_sum_assignment
 
-    A, B = (F.normalize(torch.as_tensor(W).float(), dim=1) for W in (A, B))
-    cosines = (A @ B.T).numpy()
+    A, B = (F.normalize(torch.as_tensor(W).detach().float(), dim=1) for W in (A, B))
+    cosines = (A @ B.T).cpu().numpy()
     rows, columns = linear_sum_assignment(cosines, maximize=True)
     return float(cosines[rows, columns].mean())

@@ -1,5 +1,6 @@
 """Opens what the stages of a study have written: for the stages behind them, for tables and for chapters."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,8 +34,9 @@ class Source:
 
     @property
     def folder(self) -> str:
-        parts = [Path(self.model).name, Path(self.corpus).name, *([str(self.context)] if self.context else [])]
-        return "-".join(parts)
+        """Readable, and different for different sources: two models may both be called `final`."""
+        digest = hashlib.sha256(f"{self.model}\0{self.corpus}\0{self.context}".encode()).hexdigest()[:8]
+        return "-".join([Path(self.model).name, Path(self.corpus).name, digest])
 
 
 def sources_of(study: Study) -> dict[str, Source]:

@@ -4,6 +4,7 @@ Each stage is a plain function that fills a folder. `plan` gives each a key that
 recomputes what stands behind it and nothing else.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -43,8 +44,9 @@ def plan(study: Study) -> list[Stage]:
     """All stages of `study` in the order in which they run: what a user can get wrong is checked by the first ones."""
     stages: list[Stage] = []
 
-    def add(name: str, compute: Callable[[Path], None], inputs, modules: tuple[str, ...], before: list[str]) -> str:
-        key = key_of({"inputs": inputs, "threads": study.threads}, modules, before)
+    def add(name: str, compute: partial, inputs, modules: tuple[str, ...], before: list[str]) -> str:
+        body = inspect.getsource(compute.func)
+        key = key_of({"inputs": inputs, "compute": body, "threads": study.threads}, modules, before)
         stages.append(Stage(name, key, compute))
         return key
 
@@ -174,9 +176,9 @@ def train_real(study: Study, source: Source, cell: Cell, folder: Path) -> None:
 
 
 def train_surrogate(study: Study, source: Source, cell: Cell, folder: Path) -> None:
-    """The null: the same training on Gaussian data with the activations' mean and covariance."""
+    """The null: the same training, from the first of the same seeds, on Gaussian data with the activations' mean and covariance."""
     data = activations_of(Store(study), source, cell, "surrogate-train")
-    training.train(cell, data, list(range(cell.surrogate_seeds)), folder, "training, surrogate")
+    training.train(cell, data, cell.seed_list[: cell.surrogate_seeds], folder, "training, surrogate")
 
 
 def evaluate(study: Study, source: Source, name: str, cell: Cell, folder: Path) -> None:

@@ -5,6 +5,7 @@ holds the hash of everything that the result depends on: the study's fields, the
 modules that compute it and the versions of the libraries. Anything else is computed again.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -27,17 +28,8 @@ from safetensors.torch import save_file
 
 from sae_stability.config import ROOT, Study
 
-VERSIONED = (
-    "torch",
-    "transformers",
-    "transformer-lens",
-    "numpy",
-    "scipy",
-    "pandas",
-    "matplotlib",
-    "seaborn",
-    "jupyter-book",
-)
+COMPUTING = ("torch", "numpy", "scipy", "pandas", "pyarrow", "transformers", "transformer-lens", "tokenizers", "datasets")
+DRAWING = ("matplotlib", "seaborn", "papermill", "jupyter-book")
 
 PACKAGE = Path(__file__).parent
 TEMPORARY = ".writing-"
@@ -103,7 +95,7 @@ class Store:
             "study": self.study.model_dump(mode="json"),
             "study_sha256": self.study.sha256,
             "commit": git_commit(),
-            "versions": {"python": platform.python_version(), **versions()},
+            "versions": {"python": platform.python_version(), **versions(COMPUTING + DRAWING)},
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "device": "cpu",
             "seconds": round(time.monotonic() - started, 1),
@@ -117,6 +109,19 @@ class Store:
 
     def claims(self) -> list[dict]:
         return read_json(self.folder / "claims.json")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, so that two runs never write to one place; wait where another run holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{path.parent} is in use by another run; waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def drop(leftovers: Iterable[Path]) -> None:
@@ -187,7 +192,7 @@ def fingerprint(name: str) -> str | dict[str, str]:
     return name
 
 
-def versions(packages: Iterable[str] = VERSIONED) -> dict[str, str]:
+def versions(packages: Iterable[str] = COMPUTING) -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
 
 

@@ -189,7 +189,10 @@ def adjusted_threshold(surrogate: Stability) -> float:
 
 
 def examples(store: Store) -> pd.DataFrame:
-    """Features of the main cell's first seed, chosen by rule from each band, in the contexts where they fire most."""
+    """Features of the main cell's first seed, chosen by rule from each band, in the contexts where they fire most.
+
+    A chosen feature that does not fire in the first `EXAMPLE_TOKENS` held-out tokens has no rows.
+    """
     source, cell = sources_of(store.study)["main"], store.study.cells["main"]
     first = features(store, "main", "real").query("seed == @cell.seed_list[0] and alive")
     chosen = {}

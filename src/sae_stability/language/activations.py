@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file
@@ -74,7 +73,7 @@ def collect(
     described: str = "activations",
 ) -> None:
     """Write the activations of the first `tokens` text tokens at each hook point of `paths` to its file."""
-    count = int(np.searchsorted(np.cumsum(contexts.is_text.sum(axis=1)), tokens)) + 1
+    count = contexts.holding(tokens)
     stop = max(layer_of(hook_name) for hook_name in paths) + 1
     with ExitStack() as stack, torch.inference_mode():
         writers = {hook: stack.enter_context(_Writer(path, bridge.cfg.d_model, dtype)) for hook, path in paths.items()}
@@ -103,15 +102,22 @@ def layer_of(hook_name: str) -> int:
 
 
 class _Moments:
-    """Mean, covariance and average norm of a stream, summed in float64."""
+    """Mean, covariance and average norm of a stream.
+
+    Summed about the first chunk's mean: activations can stand far from zero, and squares of that would cancel badly.
+    """
 
     def __init__(self, d_in: int):
         self.rows = 0
+        self.origin = None
         self.first = torch.zeros(d_in, dtype=torch.float64)
         self.second = torch.zeros(d_in, d_in, dtype=torch.float64)
 
     def add(self, x: Float[Tensor, "token d_in"]) -> None:
         x = x.float()
+        if self.origin is None:
+            self.origin = x.mean(0)
+        x = x - self.origin
         self.rows += len(x)
         self.first += x.sum(0).double()
         self.second += (x.T @ x).double()
@@ -121,7 +127,7 @@ class _Moments:
         mean = self.first / self.rows
         covariance = self.second / self.rows - torch.outer(mean, mean)
         scale = (len(mean) / covariance.trace().clamp_min(1e-12)).sqrt().item()
-        return {"mean": mean.float(), "scale": scale, "covariance": covariance.float()}
+        return {"mean": mean.float() + self.origin, "scale": scale, "covariance": covariance.float()}
 
 
 class _Writer:

@@ -48,6 +48,10 @@ class Contexts:
     is_text: Bool[np.ndarray, "context position"]
     """False at BOS and separators, which no SAE sees."""
 
+    def holding(self, tokens: int) -> int:
+        """How many contexts, from the first, it takes to hold `tokens` text tokens; all where there are fewer."""
+        return min(len(self.tokens), int(np.searchsorted(np.cumsum(self.is_text.sum(axis=1)), tokens)) + 1)
+
 
 def load(name: str, characters: int | None = None) -> Corpus:
     """Read and split the corpus called `name`: `docstrings`, a path, or the id of a Hugging Face dataset.
@@ -90,8 +94,8 @@ def docstrings() -> list[str]:
 
     Test suites are left out: they are many files with few words.
     """
-    files = chain.from_iterable(_package_folder(package).rglob("*.py") for package in EMBEDDED_PACKAGES)
-    files = [file for file in sorted(files) if "tests" not in file.parts]
+    folders = [_package_folder(package) for package in EMBEDDED_PACKAGES]
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py")) if "tests" not in file.relative_to(folder).parts]
     collecting = gc.isenabled()
     gc.disable()  # syntax trees are millions of small objects without cycles: collecting them takes twice the parsing
     try:
@@ -153,6 +157,8 @@ def _package_folder(package: str) -> Path:
 def _read(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
+    except PermissionError:
+        raise UserError(f"corpus: {path} may not be read; check its permissions") from None
     except UnicodeDecodeError as error:
         raise UserError(f"corpus: {path} is not UTF-8 (byte {error.start}); convert it, with iconv for example") from None
     if not text.strip():
@@ -178,21 +184,24 @@ def _dataset(name: str, path: Path, characters: int | None) -> list[str]:
             rows = load_from_disk(str(path))
         else:
             rows = load_dataset(name, split="train", streaming=True)
+        return list(_texts(name, rows, characters))
+    except UserError:
+        raise
     except Exception as error:  # every backend of datasets raises its own kind
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"corpus: {name} is neither '{EMBEDDED}', nor a text file or folder, nor a dataset that can be read: {reason}"
-        ) from None
-    documents, read = [], 0
+        raise UserError(f"corpus: {name} can't be read as a text file, a folder or a dataset: {reason}") from None
+
+
+def _texts(name: str, rows, characters: int | None) -> Iterator[str]:
+    read = 0
     for row in rows:
-        text = row.get("text")
-        if not isinstance(text, str):
-            raise UserError(f"corpus: {name} has no text column 'text' but {', '.join(row)}; rename the one that holds the text")
-        documents.append(text)
+        if "text" not in row:
+            raise UserError(f"corpus: {name} has no column 'text' but {', '.join(row)}; rename the one that holds the text")
+        text = row["text"] or ""
+        yield text
         read += len(text)
         if characters is not None and read >= characters:
-            break
-    return documents
+            return
 
 
 def _batches(documents: list[str], size: int):

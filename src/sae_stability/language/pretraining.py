@@ -4,11 +4,9 @@ They are small GPT-NeoX models of docstrings. Each becomes a Hugging Face folder
 card that says how good it is beside counted baselines.
 """
 
-import json
 import math
-import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,31 +50,36 @@ def train_model(name: str, out: Path | None = None, epochs: float | None = None,
     """Train the embedded model `name` and write it to the folder `out`, by default models/NAME.
 
     An interrupted run goes on where it stopped.
-    Raises `UserError` for a name that is not in `RECIPES` and for a folder that is in use.
+    Raises `UserError` for a name that is not in `RECIPES`, a folder that is in use or a training of no steps.
     """
     if name not in RECIPES:
         raise UserError(f"train-model: there is no recipe {name}; take {' or '.join(RECIPES)}")
     out = out or ROOT / "models" / name
-    if (out / "config.json").exists():
-        raise UserError(f"train-model: {out} holds a model already; give another folder with --out")
-    recipe = RECIPES[name] if epochs is None else Recipe(**{**asdict(RECIPES[name]), "epochs": epochs})
-    scratch = out / "unfinished"
-    scratch.mkdir(parents=True, exist_ok=True)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"train-model: {out} holds something already; give another folder with --out, or remove it")
+    recipe = RECIPES[name] if epochs is None else replace(RECIPES[name], epochs=epochs)
+    unfinished = out.with_name(f"{out.name}.unfinished")  # takes the place of `out` when all of it is there
 
     corpus = load("docstrings")
     tokenizer = train_tokenizer(corpus.train)
     train, held_out = (pack(documents, tokenizer, CONTEXT) for documents in (corpus.train, corpus.evaluation))
+    if int(recipe.epochs * len(train.tokens)) < BATCH:
+        raise UserError(f"train-model: {recipe.epochs:g} epochs are less than one step; raise --epochs")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _fit(recipe, train.tokens, device, scratch, checkpoint_seconds)
-    curve = json.loads((scratch / "curve.json").read_text())
+    checkpoint = unfinished / "checkpoint.safetensors"
+    model, curve = _fit(recipe, train.tokens, device, checkpoint, corpus.sha256, checkpoint_seconds)
 
-    report = evaluate(model, tokenizer, corpus, train, held_out, device)
+    report = evaluate(model, tokenizer, train, held_out, device)
     report |= {"tokens_seen": curve[-1]["tokens"], "train_tokens": int(train.is_text.sum()), "curve": curve}
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    write_json(out / "training.json", {"name": name, "recipe": asdict(recipe), "corpus_sha256": corpus.sha256, **report})
-    (out / "README.md").write_text(_model_card(name, recipe, corpus, report), encoding="utf-8")
-    shutil.rmtree(scratch)
+    model.to(torch.bfloat16).save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    described = {"name": name, "recipe": asdict(recipe), "corpus_sha256": corpus.sha256, **report}
+    write_json(unfinished / "training.json", described)
+    (unfinished / "README.md").write_text(_model_card(name, recipe, corpus, report), encoding="utf-8")
+    checkpoint.unlink()
+    if out.exists():
+        out.rmdir()
+    unfinished.rename(out)
     return out
 
 
@@ -93,7 +96,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=CONTEXT)
 
 
-def evaluate(model, tokenizer, corpus: Corpus, train: Contexts, held_out: Contexts, device: str) -> dict:
+def evaluate(model, tokenizer, train: Contexts, held_out: Contexts, device: str) -> dict:
     """Loss on held-out documents in nats per token and bits per byte, beside unigram and bigram counts of the training split."""
     model.eval()
     nats, count = 0.0, 0
@@ -110,7 +113,14 @@ def evaluate(model, tokenizer, corpus: Corpus, train: Contexts, held_out: Contex
     return {"nats_per_token": losses, "bits_per_byte": bits, "held_out_tokens": count}
 
 
-def _fit(recipe: Recipe, tokens: Int[np.ndarray, "context position"], device: str, scratch: Path, every: float):
+def _fit(
+    recipe: Recipe,
+    tokens: Int[np.ndarray, "context position"],
+    device: str,
+    checkpoint: Path,
+    corpus_sha256: str,
+    every: float,
+) -> tuple[GPTNeoXForCausalLM, list[dict]]:
     """AdamW with a short warm-up and a cosine to zero, in bf16 where the processor computes in it."""
     torch.manual_seed(recipe.seed)
     model = GPTNeoXForCausalLM(
@@ -131,7 +141,8 @@ def _fit(recipe: Recipe, tokens: Int[np.ndarray, "context position"], device: st
     warmup = max(1, steps // 50)
     parameters = dict(model.named_parameters())
 
-    first, curve = _resume(scratch, parameters, optimizer)
+    run = {"recipe": asdict(recipe), "corpus_sha256": corpus_sha256}
+    first, curve = _resume(checkpoint, parameters, optimizer, run)
     fast = device == "cuda" or _cpu_computes_bf16()
     saved, running = time.monotonic(), []
     bar = tqdm(range(first, steps), "train-model", initial=first, total=steps, unit="step", disable=None)
@@ -154,9 +165,9 @@ def _fit(recipe: Recipe, tokens: Int[np.ndarray, "context position"], device: st
             running = []
             bar.set_postfix(nats=f"{curve[-1]['nats_per_token']:.3f}")
             if time.monotonic() - saved > every or step == steps - 1:
-                _save(scratch, step + 1, parameters, optimizer, curve)
+                _save(checkpoint, parameters, optimizer, {**run, "step": step + 1, "curve": curve})
                 saved = time.monotonic()
-    return model
+    return model, curve
 
 
 def _rows(step: int, contexts: int, seed: int) -> Int[np.ndarray, "batch"]:
@@ -166,33 +177,31 @@ def _rows(step: int, contexts: int, seed: int) -> Int[np.ndarray, "batch"]:
     return np.array([epochs[int(index // contexts)][index % contexts] for index in wanted])
 
 
-def _save(scratch: Path, step: int, parameters: dict, optimizer, curve: list[dict]) -> None:
+def _save(checkpoint: Path, parameters: dict, optimizer, metadata: dict) -> None:
     moments = {
         f"{moment}/{name}": optimizer.state[parameter][moment]
         for name, parameter in parameters.items()
         for moment in ("exp_avg", "exp_avg_sq")
     }
-    weights = {f"weight/{name}": parameter.detach() for name, parameter in parameters.items()}
-    save_tensors(scratch / "state.safetensors", {**weights, **moments}, {"step": step})
-    write_json(scratch / "curve.json", curve)
+    weights = {f"weight/{name}": parameter for name, parameter in parameters.items()}
+    save_tensors(checkpoint, {**weights, **moments}, metadata)
 
 
-def _resume(scratch: Path, parameters: dict, optimizer) -> tuple[int, list[dict]]:
-    path = scratch / "state.safetensors"
-    if not path.exists():
+def _resume(checkpoint: Path, parameters: dict, optimizer, run: dict) -> tuple[int, list[dict]]:
+    """Go back to the checkpoint, if there is one of this very recipe and corpus; give its step and the curve so far."""
+    metadata = read_metadata(checkpoint) if checkpoint.exists() else {}
+    if {key: metadata.get(key) for key in run} != run:
         return 0, []
-    step = int(read_metadata(path)["step"])
-    state = load_file(path)
+    state = load_file(checkpoint)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[f"weight/{name}"])
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(step), device=parameter.device),
+                "step": torch.tensor(float(metadata["step"]), device=parameter.device),
                 "exp_avg": state[f"exp_avg/{name}"].to(parameter.device),
                 "exp_avg_sq": state[f"exp_avg_sq/{name}"].to(parameter.device),
             }
-    curve = json.loads((scratch / "curve.json").read_text())
-    return step, [point for point in curve if point["tokens"] <= step * BATCH * CONTEXT]
+    return metadata["step"], metadata["curve"]
 
 
 def _cpu_computes_bf16() -> bool:
