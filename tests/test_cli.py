@@ -71,7 +71,7 @@ def test_an_unreadable_study_file_is_said(call, tmp_path, content, named):
         ("tokens=5_000_000", "tokens:"),
         ("context=100", "context: the model reads 64"),
         ("model=/no/such/model", "model: there is no folder"),
-        ("corpus=/no/such/text.txt", "corpus: /no/such/text.txt"),
+        ("corpus=/no/such/text.txt", "corpus: there is no /no/such/text.txt"),
     ],
 )
 def test_what_only_the_model_and_corpus_can_tell_is_checked_before_anything_is_computed(
