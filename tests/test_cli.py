@@ -87,6 +87,17 @@ def test_what_only_the_model_and_corpus_can_tell_is_checked_before_anything_is_c
     assert not list((tmp_path / "results").rglob("ensemble.safetensors"))
 
 
+def test_a_dry_run_lists_what_is_missing_and_computes_nothing(call, small, monkeypatch, tmp_path):
+    from sae_stability import store
+
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    status, out, _ = call("run", "embedded", *small, "--name", "other", "--dry-run")
+    assert status == 0
+    assert all(line.startswith("missing") for line in out.splitlines())
+    assert "cells/main/surrogate" in out
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_teaches(call):
     for command in ((), ("run",), ("check",), ("train-model",)):
         status, out, _ = call(*command, "--help")

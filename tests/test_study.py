@@ -56,7 +56,7 @@ stages.compute(load_study("embedded", sys.argv[2:], name=sys.argv[1]))
 
 def test_killed_at_any_moment_the_claims_are_those_of_an_undisturbed_run(house, small):
     # More passes than the other tests take, so that kills fall into training too.
-    overrides = [*(override.removeprefix("--set=") for override in small), "passes=30"]
+    overrides = [*(override.removeprefix("--set=") for override in small), "passes=12"]
     options = {"env": os.environ | {"SAE_STABILITY_ROOT": str(house)}, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     commands = {name: [sys.executable, "-c", COMPUTE, name, *overrides] for name in ("calm", "killed")}
     started = time.monotonic()
