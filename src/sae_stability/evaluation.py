@@ -87,9 +87,12 @@ def fit(ensemble: Ensemble, activations: Activations, document: Int[np.ndarray, 
 def losses(bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, tokens: int) -> Losses:
     """Cross-entropy of the model on about `tokens` held-out tokens, clean and under each intervention.
 
-    BOS and separators keep their activations, and are no targets.
+    They come from contexts spread evenly over all of the held-out text, so that they meet many documents. BOS and
+    separators keep their activations, and are no targets.
     """
-    count = contexts.holding(tokens)
+    spread = np.linspace(0, len(contexts.tokens) - 1, contexts.holding(tokens)).astype(int)
+    contexts = Contexts(contexts.tokens[spread], contexts.document[spread], contexts.is_text[spread])
+    count = len(spread)
     kinds, document = np.unique(contexts.document[:count], return_inverse=True)
     document = document.reshape(count, -1)
     mean = ensemble.mean
