@@ -94,7 +94,7 @@ def test_the_quick_study_is_consistent(quick):
     assert (real["alive"] == (real["frequency"] > 0)).all()
     assert real.groupby("seed")["frequency"].sum().sub(saes.set_index("seed")["l0"]).abs().max() < 1e-4
     live = real[real["alive"]]
-    assert (live["stability"] == live["matches"] / live["trials"]).all()
+    assert (live["stability"] == (live["matches"] / live["trials"]).astype("float32")).all()
     assert live["stability"].between(live["stability_low"], live["stability_high"]).all()
     assert (saes["explained_variance"] > 0.5).all()
     assert (saes["loss_clean"] < saes["loss_zero_ablated"]).all()
