@@ -1,13 +1,26 @@
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
 
-from sae_stability import training
-from sae_stability.config import UserError
+from sae_stability.config import UserError, Variants
+from sae_stability.language.activations import Activations
 from sae_stability.matching import stability
+from sae_stability.saes.sparse import Parameters
 from sae_stability.saes.topk import TopK
-from sae_stability.training import schedule, train
+from sae_stability.store import read_json
+from sae_stability.training import loop, train
+from sae_stability.training.loop import schedule
+from sae_stability.training.shuffling import ROUNDS, shuffled
+from sae_stability.training.steering import l0
+
+every_variant = pytest.mark.parametrize("name", Variants.__args__)
 
 
 def sparse_data(tokens: int = 2048, d_in: int = 12, features: int = 16, seed: int = 0) -> torch.Tensor:
@@ -22,8 +35,15 @@ def same(one, other) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.parameters, other.parameters, strict=True))
 
 
-def test_a_seed_alone_is_the_same_seed_in_company(cell):
-    x = sparse_data()
+@pytest.fixture
+def fixed(cell):
+    """The cell of any variant, its penalty given: nothing to steer."""
+    return lambda name, **keys: cell.model_copy(update={"variant": name, "coefficient": 1.0, **keys})
+
+
+@every_variant
+def test_a_seed_alone_is_the_same_seed_in_company(fixed, name):
+    x, cell = sparse_data(), fixed(name, clip=1.0)
     together, reordered = train(cell, x, [0, 1, 2]), train(cell, x, [2, 0])
     assert same(together.of(1), train(cell, x, [1]))
     assert same(together.of(2), reordered.of(0))
@@ -31,7 +51,26 @@ def test_a_seed_alone_is_the_same_seed_in_company(cell):
     assert not same(together.of(0), together.of(1))
 
 
-def test_initialisation_and_order_can_each_be_held_fixed(cell, monkeypatch):
+@every_variant
+def test_threads_and_shards_change_no_bit(fixed, name, tmp_path):
+    x, cell = sparse_data(), fixed(name, clip=1.0, encoder="float32")
+    whole = train(cell, x, [0, 1, 2], tmp_path / "whole")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert same(whole, train(cell, x, [0, 1, 2], tmp_path / "single"))
+    finally:
+        torch.set_num_threads(threads)
+    assert same(whole, train(cell, x, [0, 1, 2], tmp_path / "shards", at_once=2))
+    for other in ("single", "shards"):
+        assert contents(tmp_path / other) == contents(tmp_path / "whole")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_initialisation_and_order_can_each_be_held_fixed(cell):
     x = sparse_data()
     pinned = cell.model_copy(update={"fixed_initialisation": True, "fixed_order": True})
     both = train(pinned, x, [4, 5])
@@ -41,33 +80,25 @@ def test_initialisation_and_order_can_each_be_held_fixed(cell, monkeypatch):
         assert not same(ensemble.of(0), ensemble.of(1))
 
 
-@pytest.mark.parametrize("stop_at", [1, 7, 20, 31])
-def test_a_killed_run_resumes_to_the_same_bits(cell, tmp_path, monkeypatch, stop_at):
-    x = sparse_data()
-    undisturbed = train(cell, x, [0, 1], tmp_path / "a", checkpoint_seconds=0)
+@every_variant
+@pytest.mark.parametrize("stop_at", [3, 20])
+def test_an_interrupted_run_resumes_to_the_same_bits(fixed, name, tmp_path, monkeypatch, stop_at):
+    x, cell = sparse_data(), fixed(name)
+    monkeypatch.setattr(loop, "STRETCH", 1)
+    undisturbed = train(cell, x, [0, 1, 2], tmp_path / "a", at_once=2, checkpoint_seconds=0)
+    step = loop.Training._step
 
-    class Killed(BaseException):
-        pass
+    def dies(self, trainee, gradient, x, at):
+        if trainee.seed == 1 and at == stop_at:
+            raise KeyboardInterrupt
+        step(self, trainee, gradient, x, at)
 
-    step = training._step
-    calls = iter(range(10_000))
-
-    def dies(*arguments):
-        if next(calls) == 2 * stop_at:
-            raise Killed
-        return step(*arguments)
-
-    monkeypatch.setattr(training, "_step", dies)
-    with pytest.raises(Killed):
-        train(cell, x, [0, 1], tmp_path / "b", checkpoint_seconds=0)
-    monkeypatch.setattr(training, "_step", step)
-    resumed = train(cell, x, [0, 1], tmp_path / "b", checkpoint_seconds=0)
-    assert same(undisturbed, resumed)
-    for name in ("curve.json", "ensemble.safetensors"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    snapshots = sorted(file.name for file in (tmp_path / "a" / "snapshots").iterdir())
-    for name in snapshots:
-        assert (tmp_path / "a" / "snapshots" / name).read_bytes() == (tmp_path / "b" / "snapshots" / name).read_bytes()
+    monkeypatch.setattr(loop.Training, "_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(cell, x, [0, 1, 2], tmp_path / "b", at_once=2, checkpoint_seconds=0)
+    monkeypatch.setattr(loop.Training, "_step", step)
+    assert same(undisturbed, train(cell, x, [0, 1, 2], tmp_path / "b", at_once=2, checkpoint_seconds=0))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_known_directions_come_back_and_gaussian_noise_does_not(cell):
@@ -98,12 +129,6 @@ def test_the_decoder_keeps_unit_rows_and_dead_features_are_revived(cell, monkeyp
     assert fires[0] > fires[1]
 
 
-def test_each_pass_reads_every_token_once(cell):
-    orders = [training._order(cell, 0, which) for which in (0, 1)]
-    assert all(np.array_equal(np.sort(order), np.arange(cell.tokens)) for order in orders)
-    assert not np.array_equal(*orders)
-
-
 def test_the_rate_rises_stays_and_falls():
     rates = [schedule(step / 1000, 0.1, 0.2) for step in range(1000)]
     assert rates[0] < 0.02
@@ -112,13 +137,84 @@ def test_the_rate_rises_stays_and_falls():
     assert np.all(np.diff(rates[800:]) < 0)
 
 
-def test_divergence_is_said_with_its_seed(cell):
+def test_a_seed_that_diverges_stops_and_the_others_go_on(cell, tmp_path, monkeypatch, capsys):
+    x = sparse_data()
+    undisturbed = train(cell, x, [0, 1, 2])
+    gradients = TopK.gradients
+
+    def explodes(self, sae, gradient, x):
+        error, codes = gradients(self, sae, gradient, x)
+        return (error * math.nan if sae.b_dec.data_ptr() == marked[0] else error), codes
+
+    marked = [None]
+    begin = loop.Training._trainee
+
+    def marks(self, position, seed, method):
+        trainee = begin(self, position, seed, method)
+        if seed == 1:
+            marked[0] = trainee.sae.b_dec.data_ptr()
+        return trainee
+
+    monkeypatch.setattr(TopK, "gradients", explodes)
+    monkeypatch.setattr(loop.Training, "_trainee", marks)
+    rest = train(cell, x, [0, 1, 2], tmp_path)
+    assert rest.seeds == [0, 2]
+    assert same(rest.of(0), undisturbed.of(0))
+    assert same(rest.of(1), undisturbed.of(2))
+    assert read_json(tmp_path / "diverged.json") == {"1": 0}
+    assert "seed 1 diverged at step 0" in "".join(capsys.readouterr())
+
+
+def test_where_every_seed_diverges_the_rate_is_named(cell):
     x = sparse_data()
     x[5] = torch.nan
-    with pytest.raises(UserError, match="seed 0 diverged"):
+    with pytest.raises(UserError, match="rate: every seed"):
         train(cell, x, [0])
+
+
+def test_clipping_bounds_the_gradient_of_one_seed():
+    gradient = Parameters(torch.full((3, 2), 2.0), torch.full((3,), 2.0), torch.full((3, 2), 2.0), torch.full((1,), 2.0))
+    loop._clip(gradient, 1.0)
+    assert torch.cat([part.flatten() for part in gradient]).norm() == pytest.approx(1.0)
+    loop._clip(gradient, 5.0)
+    assert torch.cat([part.flatten() for part in gradient]).norm() == pytest.approx(1.0)
 
 
 def test_too_few_activations_are_said(cell):
     with pytest.raises(UserError, match="tokens"):
         train(cell, sparse_data(100), [0])
+
+
+@pytest.mark.parametrize(("name", "batch"), [("relu", 256), ("gated", 256), ("jumprelu", 64)])  # thresholds need many steps
+def test_a_penalty_is_steered_to_the_wanted_l0(cell, name, batch, tmp_path):
+    x = Activations.of(sparse_data(20_000, d_in=32, features=24))
+    size = {"tokens": 20_000, "passes": 5, "batch": batch, "d_sae": 48, "k": 3, "rate": 1e-2}
+    wanted = cell.model_copy(update={"variant": name, **size})
+    ensemble = train(wanted, x, [0, 1], tmp_path)
+    for position in range(2):
+        assert l0(ensemble, position, x) == pytest.approx(3, rel=0.1)
+    assert ensemble.coefficient > 0
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+@given(st.integers(1, 500), st.integers(0, 2**63), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_shuffle_is_a_permutation_any_part_of_which_can_be_asked_for(count, seed, data):
+    keys = np.random.default_rng(seed).integers(0, 2**63, ROUNDS, dtype=np.uint64)
+    whole = shuffled(count, keys, 0, count)
+    assert sorted(whole) == list(range(count))
+    start = data.draw(st.integers(0, count))
+    stop = data.draw(st.integers(start, count))
+    assert np.array_equal(whole[start:stop], shuffled(count, keys, start, stop))
+
+
+def test_shuffles_are_uniform():
+    """Where place 0 goes, and whether neighbours stay neighbours, over many keys."""
+    count, draws = 10, 20_000
+    keys = np.random.default_rng(0).integers(0, 2**63, (draws, ROUNDS), dtype=np.uint64)
+    orders = np.stack([shuffled(count, of, 0, count) for of in keys])
+    for column in orders.T:
+        assert chisquare(np.bincount(column, minlength=count)).pvalue > 1e-4
+    pairs = orders[:, 0] * count + orders[:, 1]
+    observed = np.bincount(pairs, minlength=count**2).reshape(count, count)[~np.eye(count, dtype=bool)]
+    assert chisquare(observed).pvalue > 1e-4

@@ -29,6 +29,9 @@ ROOT = Path(os.environ.get("SAE_STABILITY_ROOT") or Path(__file__).parents[2]).r
 HOOKS = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out")
 """Hook points whose value reaches the residual stream when it is written, so that an SAE can be spliced in."""
 
+Variants = Literal["relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka"]
+"""SAE variants: each is the file of its name in `saes/`."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -48,20 +51,31 @@ class Cell(BaseModel):
     tokens: PositiveInt = Field(description="unique training tokens read from the corpus")
     evaluation_tokens: PositiveInt = Field(1_000_000, description="held-out tokens to measure on, where there are as many")
 
-    variant: Literal["topk"] = "topk"
+    variant: Variants = "topk"
     d_sae: Annotated[int, Field(ge=2, description="features of each SAE")]
-    k: PositiveInt = Field(description="L0: features that fire on each token")
+    k: PositiveInt = Field(description="L0: features that fire on a token, which every variant is brought to")
+    coefficient: PositiveFloat | None = Field(
+        None, description="of the sparsity penalty of relu, gated and jumprelu; by default the one that pilot seeds find for L0 = k"
+    )
 
     seeds: PositiveInt | list[int] = Field(description="a count or a list; two or more")
     fixed_initialisation: bool = Field(False, description="every seed starts from the weights of seed 0")
     fixed_order: bool = Field(False, description="every seed reads the tokens in the order of seed 0")
-    surrogate_seeds: int = Field(4, ge=2, description="seeds of the null: the same training on Gaussian data")
+    nulls: list[Literal["surrogate", "randomised"]] = Field(
+        ["surrogate"],
+        description="what the same training finds in Gaussian data (surrogate), in a model with shuffled weights (randomised)",
+    )
+    surrogate_seeds: int = Field(4, ge=2, description="seeds of each null")
 
     passes: PositiveInt = Field(1, description="how often the training tokens are read")
     batch: PositiveInt = Field(1024, description="tokens a step")
     rate: PositiveFloat = Field(3e-3, description="peak learning rate of Adam")
     warmup: Share = Field(0.02, description="share of the steps in which the rate rises from zero")
     decay: Share = Field(0.3, description="share of the steps, at the end, in which it falls to zero")
+    clip: PositiveFloat | None = Field(None, description="norm to which each seed's gradient is clipped; by default it is not")
+    encoder: Literal["fastest", "float32"] = Field(
+        "fastest", description="in which training finds out what fires: bfloat16 where the processor multiplies it, else float32"
+    )
     dead_after: PositiveInt = Field(100_000, description="tokens without firing after which a feature is revived (AuxK)")
 
     threshold: float = Field(0.7, gt=0, le=1, description="cosine from which two features are the same")
@@ -84,6 +98,13 @@ class Cell(BaseModel):
             raise ValueError("a seed stands twice in the list; give each once")
         return value
 
+    @field_validator("nulls")
+    @classmethod
+    def _primary_null(cls, value: list[str]) -> list[str]:
+        if "surrogate" not in value or len(set(value)) < len(value):
+            raise ValueError("give surrogate, the primary null, and each null once")
+        return value
+
     @model_validator(mode="after")
     def _sparse(self) -> "Cell":
         if self.k > self.d_sae:
@@ -98,6 +119,10 @@ class Cell(BaseModel):
     def seed_list(self) -> list[int]:
         return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
 
+    def seeds_of(self, kind: str) -> list[int]:
+        """The seeds of the ensemble (`real`) or of one of its nulls, which takes the first of the same."""
+        return self.seed_list if kind == "real" else self.seed_list[: self.surrogate_seeds]
+
     @property
     def label(self) -> str:
         """How tables and claims name the cell."""
@@ -110,7 +135,10 @@ class Study(Cell):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the folder under results/")
     threads: PositiveInt | None = Field(None, description="CPU threads; bits depend on it. By default all cores")
     notes: str = Field("", description="what was chosen and why; the book shows it")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of activations cached on disk")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of activations")
+    stream: bool = Field(False, description="compute training activations as they are needed, and keep none on disk")
+    at_once: PositiveInt | None = Field(None, description="seeds that train at a time; by default as many as fit in memory")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where SAEs are trained")
     loss_tokens: PositiveInt = Field(50_000, description="held-out tokens on which the cross-entropy is measured")
     grid: dict[str, list[Any]] = Field({}, description="lists over keys of the cell, crossed into further cells")
 

@@ -79,8 +79,8 @@ def fit(ensemble: Ensemble, activations: Activations, document: Int[np.ndarray, 
         of = document[start : start + ROWS]
         total += np.bincount(of, (x - centre).square().sum(1).numpy(), len(kinds))
         for seed, (sae, codes) in enumerate(ensemble.codes(x)):
-            residual[seed] += np.bincount(of, (codes.decode(sae) - x).square().sum(1).numpy(), len(kinds))
-            firings[seed] += torch.bincount(codes.indices[codes.values > 0], minlength=ensemble.d_sae)
+            residual[seed] += np.bincount(of, (codes.decode(sae.W_dec) + sae.b_dec - x).square().sum(1).numpy(), len(kinds))
+            firings[seed] += torch.bincount(codes.fired(), minlength=ensemble.d_sae)
     return Fit(firings, rows, residual, total)
 
 

@@ -18,10 +18,16 @@ COLOURS = {
     "unstable": "#D55E00",
     "real": "#0072B2",
     "surrogate": "#CC79A7",
+    "randomised": "#009E73",
     "random directions": "#000000",
 }
-DASHES = {"real": "-", "surrogate": "--", "random directions": ":"}
-NAMES = {"real": "language model", "surrogate": "Gaussian surrogate", "random directions": "random directions"}
+DASHES = {"real": "-", "surrogate": "--", "randomised": "-.", "random directions": ":"}
+NAMES = {
+    "real": "language model",
+    "surrogate": "Gaussian surrogate",
+    "randomised": "shuffled weights",
+    "random directions": "random directions",
+}
 WIDTH = 5.6  # inches: text stays readable when a phone shrinks the figure
 
 

@@ -17,8 +17,10 @@ from sae_stability.matching import Stability, stability
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.store import Store, read_json, read_metadata
 
-KINDS = ("real", "surrogate")
-"""The ensemble of a cell, and its null: the same training on Gaussian data with the activations' mean and covariance."""
+
+def kinds_of(cell: Cell) -> list[str]:
+    """The ensemble of a cell (`real`) and its nulls: the same training on other data."""
+    return ["real", *cell.nulls]
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,27 @@ def facts_of(store: Store, source: Source) -> dict:
     return read_json(store.folder / "text" / source.folder / "facts.json")
 
 
-def activations_of(store: Store, source: Source, cell: Cell, split: str) -> Activations:
-    return Activations.open(store.folder / "activations" / source.folder / cell.hook_name / f"{split}.bin")
+def activations_of(store: Store, source: Source, cell: Cell, split: str, kind: str = "real") -> Activations:
+    stage = "randomised" if kind == "randomised" else "activations"
+    file = f"surrogate-{split}.bin" if kind == "surrogate" else f"{split}.bin"
+    return Activations.open(store.folder / stage / source.folder / cell.hook_name / file)
+
+
+def training_folder(store: Store, cell: str, kind: str) -> Path:
+    """Where an ensemble was trained: a stage of its own, or one for all cells that read the same stream."""
+    if store.study.stream:
+        return store.folder / "streams" / sources_of(store.study)[cell].folder / cell / kind
+    return store.folder / "cells" / cell / kind
 
 
 def ensemble_of(store: Store, cell: str, kind: str) -> Ensemble:
-    return Ensemble.open(store.folder / "cells" / cell / kind / "ensemble.safetensors")
+    return Ensemble.open(training_folder(store, cell, kind) / "ensemble.safetensors")
+
+
+def frontier_of(store: Store, cell: str) -> list[dict]:
+    """L0 and explained variance of pilots that are sparser and denser than the cell; none where there is no other variant."""
+    path = store.folder / "cells" / cell / "frontier" / "pilots.json"
+    return read_json(path) if path.is_file() else []
 
 
 def fit_of(store: Store, cell: str, kind: str) -> Fit:
@@ -92,11 +109,12 @@ def stability_of(store: Store, cell: str, kind: str) -> Stability:
 
 def growth_of(store: Store, cell: str, kind: str) -> dict[int, Stability]:
     """Stability on the way, by training tokens; features that are dead in the end are left out all along."""
-    folder = store.folder / "cells" / cell / kind / "snapshots"
-    end = stability_of(store, cell, kind)
-    found = {
-        read_metadata(file)["tokens"]: stability(load_tensors(file)["W_dec"], end.threshold, end.alive)
-        for file in folder.glob("*.safetensors")
-    }
+    folder = training_folder(store, cell, kind) / "snapshots"
+    end, seeds = stability_of(store, cell, kind), ensemble_of(store, cell, kind).seeds
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        metadata = read_metadata(file)
+        lasted = [metadata["seeds"].index(seed) for seed in seeds]  # others diverged later
+        found[metadata["tokens"]] = stability(load_tensors(file)["W_dec"][lasted], end.threshold, end.alive)
     final = store.study.cells[cell].tokens * store.study.cells[cell].passes
     return dict(sorted(found.items())) | {final: end}

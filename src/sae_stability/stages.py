@@ -18,15 +18,30 @@ from sae_stability import claims, tables, training
 from sae_stability.config import Cell, Study, UserError
 from sae_stability.evaluation import fit, losses
 from sae_stability.language import corpus, models
-from sae_stability.language.activations import Activations, collect, draw_surrogate
-from sae_stability.results import KINDS, Source, activations_of, contexts_of, ensemble_of, sources_of, stability_of
+from sae_stability.language.activations import Activations, Blocks, collect, draw_surrogate
+from sae_stability.language.streaming import Stream
+from sae_stability.results import (
+    Source,
+    activations_of,
+    contexts_of,
+    ensemble_of,
+    kinds_of,
+    sources_of,
+    stability_of,
+)
+from sae_stability.saes import files_of
+from sae_stability.saes.ensemble import Ensemble
 from sae_stability.store import Store, fingerprint, key_of, versions, write_json
 
 CHARACTERS_A_TOKEN = 8  # more than tokenizers pack on average: how much of a large dataset is read
 
 TEXT = ("language/corpus.py", "language/models.py")
 ACTIVATIONS = ("language/activations.py",)
-TRAINING = ("training.py", "saes/__init__.py", "saes/ensemble.py")
+TRAINING = (
+    *("training/__init__.py", "training/loop.py", "training/shards.py", "training/shuffling.py", "training/steering.py"),
+    *("saes/__init__.py", "saes/ensemble.py", "saes/sparse.py", "saes/plain.py", "saes/compiled.py"),
+)
+STREAMING = ("language/activations.py", "language/streaming.py")
 EVALUATION = ("evaluation.py", "statistics.py")
 ANALYSIS = ("tables.py", "matching.py", "statistics.py", "results.py")
 
@@ -55,27 +70,40 @@ def plan(study: Study) -> list[Stage]:
         source: add(f"text/{source.folder}", partial(read_text, source), _text_inputs(source), TEXT, [])
         for source in sources.values()
     }
+    cached = {"dtype": study.dtype, "stream": study.stream}
     of_site = {
-        source: add(f"activations/{source.folder}", partial(run_model, study, source), study.dtype, ACTIVATIONS, [key])
+        source: add(f"activations/{source.folder}", partial(run_model, study, source), cached, ACTIVATIONS, [key])
         for source, key in of_text.items()
     }
+    of_random = {
+        source: add(f"randomised/{source.folder}", partial(run_randomised, study, source), cached, ACTIVATIONS, [of_text[source]])
+        for source in {sources[name]: None for name, cell in study.cells.items() if "randomised" in cell.nulls}
+    }
+    trained: dict[tuple[str, str], str] = {}
+    if study.stream:
+        for source in of_text:
+            cells = {name: cell for name, cell in study.cells.items() if sources[name] == source}
+            inputs = {f"{name}/{kind}": _training_inputs(cell, kind) for name, cell in cells.items() for kind in kinds_of(cell)}
+            modules = {module for cell in cells.values() for module in (*TRAINING, *STREAMING, *files_of(cell.variant))}
+            before = [of_text[source]]
+            key = add(f"streams/{source.folder}", partial(train_streamed, study, source, cells), inputs, tuple(modules), before)
+            trained |= {(name, kind): key for name, cell in cells.items() for kind in kinds_of(cell)}
+    else:
+        for name, cell in study.cells.items():
+            for kind in kinds_of(cell):
+                before = [of_random[sources[name]] if kind == "randomised" else of_site[sources[name]]]
+                compute = partial(train_cached, study, sources[name], cell, kind)
+                modules = (*TRAINING, *files_of(cell.variant))
+                trained[name, kind] = add(f"cells/{name}/{kind}", compute, _training_inputs(cell, kind), modules, before)
     evaluated = []
+    several = len({cell.variant for cell in study.cells.values()}) > 1
     for name, cell in study.cells.items():
-        source = sources[name]
-        modules = (*TRAINING, f"saes/{cell.variant}.py")
-        inputs = cell.model_dump(exclude={"threshold", "evaluation_tokens"})
-        before = [of_site[source]]
-        real = add(f"cells/{name}/real", partial(train_real, study, source, cell), inputs, modules, before)
-        null = add(f"cells/{name}/surrogate", partial(train_surrogate, study, source, cell), inputs, modules, before)
-        evaluated.append(
-            add(
-                f"cells/{name}/evaluation",
-                partial(evaluate, study, source, name, cell),
-                study.loss_tokens,
-                EVALUATION,
-                [real, null],
-            )
-        )
+        before = [trained[name, kind] for kind in kinds_of(cell)] + [of_site[sources[name]]]
+        compute = partial(evaluate, study, sources[name], name, cell)
+        evaluated.append(add(f"cells/{name}/evaluation", compute, study.loss_tokens, EVALUATION, before))
+        if several:
+            compute = partial(trace_frontier, study, sources[name], name, cell)
+            evaluated.append(add(f"cells/{name}/frontier", compute, {}, (*EVALUATION, *STREAMING), [trained[name, "real"]]))
     add("tables", partial(tables.write, study), study.model_dump(), ANALYSIS, evaluated)
     return stages
 
@@ -110,7 +138,7 @@ def judge(study: Study, store: Store) -> None:
     if store.is_done("claims.json", key):
         return
     cell = study.cells["main"]
-    real, surrogate = (stability_of(store, "main", kind) for kind in KINDS)
+    real, surrogate = (stability_of(store, "main", kind) for kind in ("real", "surrogate"))
     ledger = [claims.judge_c1(real, surrogate, cell.label)]
     ledger += [claims.not_tested(claim, cell.label) for claim in claims.CLAIMS if claim != "C1"]
     with store.computing_file("claims.json", key) as path:
@@ -158,42 +186,106 @@ def read_text(source: Source, folder: Path) -> None:
 
 
 def run_model(study: Study, source: Source, folder: Path) -> None:
-    """Cache activations of every site of the source, and Gaussian surrogates of them."""
-    bridge = models.load(source.model)
-    store = Store(study)
-    for split, tokens in (("train", source.tokens), ("evaluation", source.evaluation_tokens)):
-        paths = {hook_name: folder / hook_name / f"{split}.bin" for hook_name in source.hook_names}
-        collect(bridge, contexts_of(store, source, split), paths, tokens, getattr(torch, study.dtype), f"activations, {split}")
+    """Cache activations of every site of the source, and Gaussian surrogates of them; only held-out ones where training streams."""
+    _collect(study, source, models.load(source.model), folder)
     for hook_name in source.hook_names:
-        real = Activations.open(folder / hook_name / "train.bin")
-        held_out = len(Activations.open(folder / hook_name / "evaluation.bin"))
-        for seed, (split, rows) in enumerate((("train", source.tokens), ("evaluation", held_out))):
-            draw_surrogate(real, folder / hook_name / f"surrogate-{split}.bin", rows, seed, f"surrogate, {split}")
+        of_split = {split: folder / hook_name / f"{split}.bin" for split in _cached_splits(study, source)}
+        real = Activations.open(of_split["evaluation" if study.stream else "train"])
+        for split, path in of_split.items():
+            rows, seed = len(Activations.open(path)), ("train", "evaluation").index(split)
+            draw_surrogate(real, path.with_name(f"surrogate-{split}.bin"), rows, seed, f"surrogate, {split}")
 
 
-def train_real(study: Study, source: Source, cell: Cell, folder: Path) -> None:
-    training.train(cell, activations_of(Store(study), source, cell, "train"), cell.seed_list, folder, "training")
+def run_randomised(study: Study, source: Source, folder: Path) -> None:
+    """The same on a copy of the model with shuffled weights."""
+    _collect(study, source, models.load(source.model, randomised=True), folder)
 
 
-def train_surrogate(study: Study, source: Source, cell: Cell, folder: Path) -> None:
-    """The null: the same training, from the first of the same seeds, on Gaussian data with the activations' mean and covariance."""
-    data = activations_of(Store(study), source, cell, "surrogate-train")
-    training.train(cell, data, cell.seed_list[: cell.surrogate_seeds], folder, "training, surrogate")
+def _collect(study: Study, source: Source, bridge, folder: Path) -> None:
+    for split, tokens in _cached_splits(study, source).items():
+        paths = {hook_name: folder / hook_name / f"{split}.bin" for hook_name in source.hook_names}
+        contexts = contexts_of(Store(study), source, split)
+        collect(bridge, contexts, paths, tokens, getattr(torch, study.dtype), f"activations, {split}")
+
+
+def _cached_splits(study: Study, source: Source) -> dict[str, int]:
+    """Tokens of the activations that are kept on disk."""
+    cached = {"train": source.tokens, "evaluation": source.evaluation_tokens}
+    return {"evaluation": cached["evaluation"]} if study.stream else cached
+
+
+def train_cached(study: Study, source: Source, cell: Cell, kind: str, folder: Path) -> None:
+    """Train the ensemble of a cell, or one of its nulls, on cached activations."""
+    data = activations_of(Store(study), source, cell, "train", kind)
+    ensemble = training.train(cell, data, cell.seeds_of(kind), folder, kind, study.device, study.at_once)
+    _enough(cell, ensemble)
+
+
+def train_streamed(study: Study, source: Source, cells: dict[str, Cell], folder: Path) -> None:
+    """Train all cells of a source, and their nulls, together: one forward pass feeds them all."""
+    jobs, streams = [], _Streams(study, source)
+    for name, cell in cells.items():
+        for kind in kinds_of(cell):
+            jobs.append(training.prepare(cell, streams.blocks(cell, kind), cell.seeds_of(kind), folder / name / kind, study.device))
+    for job, ensemble in zip(jobs, training.train_all(jobs, "training", torch.device(study.device), study.at_once), strict=True):
+        _enough(job.cell, ensemble)
+
+
+class _Streams:
+    """The streams of a source: of the model, and of its copy with shuffled weights where a null asks for it."""
+
+    def __init__(self, study: Study, source: Source):
+        self.study, self.source, self.open = study, source, {}
+
+    def blocks(self, cell: Cell, kind: str) -> Blocks:
+        randomised = kind == "randomised"
+        if randomised not in self.open:
+            contexts = contexts_of(Store(self.study), self.source, "train")
+            bridge = models.load(self.source.model, randomised)
+            hook_names, dtype = list(self.source.hook_names), getattr(torch, self.study.dtype)
+            self.open[randomised] = Stream(bridge, contexts, hook_names, self.source.tokens, dtype)
+        stream = self.open[randomised]
+        return stream.surrogate(cell.hook_name) if kind == "surrogate" else stream.site(cell.hook_name)
+
+
+def _enough(cell: Cell, ensemble: Ensemble) -> None:
+    if len(ensemble.seeds) < 2:
+        raise UserError(f"rate: all seeds but {ensemble.seeds[0]} of {cell.label} diverged; lower rate")
+
+
+def trace_frontier(study: Study, source: Source, name: str, cell: Cell, folder: Path) -> None:
+    """Train a sparser and a denser pilot, for the comparison of variants at equal explained variance."""
+    store = Store(study)
+    coefficient = ensemble_of(store, name, "real").coefficient
+    data = _Streams(study, source).blocks(cell, "real") if study.stream else activations_of(store, source, cell, "train")
+    pilots = training.sparser_and_denser(cell, data, coefficient, folder, torch.device(study.device))
+    held_out = activations_of(store, source, cell, "evaluation")
+    document = contexts_of(store, source, "evaluation")
+    measured = [fit(pilot, held_out, document.document[document.is_text]) for pilot in pilots]
+    write_json(
+        folder / "pilots.json", [{"l0": of.l0[0].item(), "explained_variance": of.explained_variance(0).value} for of in measured]
+    )
 
 
 def evaluate(study: Study, source: Source, name: str, cell: Cell, folder: Path) -> None:
-    """Measure real and surrogate SAEs on held-out tokens, and the model's loss with the real ones spliced in."""
+    """Measure the ensemble and its nulls on held-out tokens, and the model's loss with the ensemble spliced in."""
     store = Store(study)
     contexts = contexts_of(store, source, "evaluation")
     document = contexts.document[contexts.is_text]
-    for kind, split in (("real", "evaluation"), ("surrogate", "surrogate-evaluation")):
-        measured = fit(ensemble_of(store, name, kind), activations_of(store, source, cell, split), document)
+    for kind in kinds_of(cell):
+        measured = fit(ensemble_of(store, name, kind), activations_of(store, source, cell, "evaluation", kind), document)
         save_file(
             {**vars(measured), "firings": measured.firings.numpy(), "rows": np.array(measured.rows)},
             folder / f"{kind}.safetensors",
         )
     spliced = losses(models.load(source.model), ensemble_of(store, name, "real"), cell.hook_name, contexts, study.loss_tokens)
     save_file(vars(spliced), folder / "losses.safetensors")
+
+
+def _training_inputs(cell: Cell, kind: str) -> dict:
+    """What an ensemble depends on: how it is evaluated, and other nulls, are not among it."""
+    left_out = {"threshold", "evaluation_tokens", "nulls", "surrogate_seeds", "seeds"}
+    return {**cell.model_dump(exclude=left_out), "seeds": cell.seeds_of(kind)}
 
 
 def _text_inputs(source: Source) -> dict:

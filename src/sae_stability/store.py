@@ -5,6 +5,7 @@ holds the hash of everything that the result depends on: the study's fields, the
 modules that compute it and the versions of the libraries. Anything else is computed again.
 """
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -23,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sae_stability.config import ROOT, Study
 
-COMPUTING = ("torch", "numpy", "scipy", "pandas", "pyarrow", "transformers", "transformer-lens", "tokenizers", "datasets")
+COMPUTING = ("torch", "numpy", "numba", "scipy", "pandas", "pyarrow", "transformers", "transformer-lens", "tokenizers", "datasets")
 DRAWING = ("matplotlib", "seaborn", "papermill", "jupyter-book")
 
 PACKAGE = Path(__file__).parent
@@ -162,7 +163,12 @@ def save_tensors(path: Path, tensors: dict, metadata: dict) -> None:
     with replacing(path) as temporary:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         # One entry: safetensors writes several in an order that changes from run to run.
-        save_file(contiguous, temporary, {"metadata": json.dumps(metadata)})
+        try:
+            save_file(contiguous, temporary, {"metadata": json.dumps(metadata)})
+        except SafetensorError as error:  # its own kind, also where the disk is full
+            if f"os error {errno.ENOSPC}" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+            raise
 
 
 def read_metadata(path: Path) -> dict:

@@ -8,23 +8,26 @@ import torch
 import torch.nn.functional as F
 
 from sae_stability.config import Study
-from sae_stability.evaluation import top_contexts
+from sae_stability.evaluation import Fit, top_contexts
 from sae_stability.language import models
 from sae_stability.matching import BANDS, Stability, stability
 from sae_stability.results import (
-    KINDS,
     activations_of,
     contexts_of,
     ensemble_of,
     fit_of,
+    frontier_of,
     growth_of,
+    kinds_of,
     losses_of,
     sources_of,
     stability_of,
+    training_folder,
 )
 from sae_stability.statistics import Interval
 from sae_stability.store import Store, read_json, write_table
 
+L0_TOLERANCE = 0.05
 NULL_SHARE = 0.01  # the adjusted threshold is where this share of surrogate features match
 THRESHOLDS = np.round(np.arange(0.3, 1.0, 0.02), 2)
 EXAMPLE_QUANTILES = (0.25, 0.5, 0.75)  # of firing frequency in a band: which features the book shows
@@ -35,12 +38,13 @@ def write(study: Study, folder: Path) -> None:
     """Write every table of the study to `folder`."""
     store = Store(study)
     tables = {"features": [], "saes": [], "cells": [], "curve": [], "growth": [], "thresholds": []}
-    for cell in study.cells:
-        tables["features"] += [features(store, cell, kind) for kind in KINDS]
+    for cell, described in study.cells.items():
+        kinds = kinds_of(described)
+        tables["features"] += [features(store, cell, kind) for kind in kinds]
         tables["saes"].append(saes(store, cell))
         tables["cells"].append(cells(store, cell))
-        tables["curve"] += [curve(store, cell, kind) for kind in KINDS]
-        tables["growth"] += [growth(store, cell, kind) for kind in KINDS]
+        tables["curve"] += [curve(store, cell, kind) for kind in kinds]
+        tables["growth"] += [growth(store, cell, kind) for kind in kinds]
         tables["thresholds"].append(thresholds(store, cell))
     for name, parts in tables.items():
         write_table(folder / f"{name}.parquet", pd.concat(parts, ignore_index=True))
@@ -79,7 +83,7 @@ def features(store: Store, cell: str, kind: str, threshold: float | None = None)
 
 def at_equal_seeds(store: Store, cell: str, threshold: float) -> pd.DataFrame:
     """Matches of each live feature, real and surrogate, in a study of as many seeds as the smaller ensemble has."""
-    found = {kind: stability_of(store, cell, kind).at(threshold) for kind in KINDS}
+    found = {kind: stability_of(store, cell, kind).at(threshold) for kind in kinds_of(store.study.cells[cell])}
     seeds = list(range(min(len(stability.alive) for stability in found.values())))
     parts = [(kind, stability.among(seeds)) for kind, stability in found.items()]
     return pd.concat(
@@ -100,6 +104,7 @@ def saes(store: Store, cell: str) -> pd.DataFrame:
                 "seed": seed,
                 **_interval("explained_variance", measured.explained_variance(position)),
                 "l0": float(measured.l0[position]),
+                "l0_on_target": on_target(float(measured.l0[position]), store.study.cells[cell].k),
                 "dead": int((~found.alive[position]).sum()),
                 "mean_stability": float(np.nanmean(found.probability[position])),
                 **_interval("loss_recovered", loss.recovered(position)),
@@ -120,10 +125,20 @@ def cells(store: Store, cell: str) -> pd.DataFrame:
         stability_of(store, cell, "surrogate"),
     )
     equal = min(len(real.alive), len(surrogate.alive))
+    measured = fit_of(store, cell, "real")
+    l0 = measured.l0.mean().item()
     row = {
         "cell": cell,
         "label": described.label,
+        "variant": described.variant,
+        "k": described.k,
+        "l0": l0,
+        "l0_on_target": on_target(l0, described.k),
+        "coefficient": ensemble_of(store, cell, "real").coefficient,
+        "explained_variance": mean_explained(measured),
+        "l0_at_equal_quality": l0_at_equal_quality(store, cell),
         "seeds": len(real.alive),
+        "diverged": len(described.seed_list) - len(real.alive),
         "surrogate_seeds": len(surrogate.alive),
         "threshold": described.threshold,
         "adjusted_threshold": adjusted_threshold(surrogate),
@@ -144,9 +159,31 @@ def cells(store: Store, cell: str) -> pd.DataFrame:
     return pd.DataFrame([row])
 
 
+def on_target(l0: float, k: int) -> bool:
+    """Whether an L0 on held-out tokens is the one that the cell was to be brought to, within `L0_TOLERANCE`."""
+    return abs(l0 - k) <= L0_TOLERANCE * k
+
+
+def mean_explained(measured: Fit) -> float:
+    """Explained variance on held-out tokens, on average over seeds."""
+    return float(1 - measured.residual.sum(1).mean() / measured.total.sum())
+
+
+def l0_at_equal_quality(store: Store, cell: str) -> float:
+    """The L0 at which the cell would explain as much variance as the study's main cell; NaN beyond what was trained.
+
+    Read off between the ensemble and its sparser and denser pilots: log L0 against explained variance, piecewise linear.
+    """
+    wanted, own = (fit_of(store, name, "real") for name in ("main", cell))
+    points = [(mean_explained(own), own.l0.mean().item())]
+    points += [(pilot["explained_variance"], pilot["l0"]) for pilot in frontier_of(store, cell)]
+    explained, l0 = np.array(sorted(points)).T
+    return float(np.exp(np.interp(mean_explained(wanted), explained, np.log(l0), left=np.nan, right=np.nan)))
+
+
 def curve(store: Store, cell: str, kind: str) -> pd.DataFrame:
     """The training curve: one row per seed and point."""
-    table = pd.DataFrame(read_json(store.folder / "cells" / cell / kind / "curve.json"))
+    table = pd.DataFrame(read_json(training_folder(store, cell, kind) / "curve.json"))
     return table.assign(cell=cell, kind=kind)
 
 
@@ -161,14 +198,10 @@ def growth(store: Store, cell: str, kind: str) -> pd.DataFrame:
 
 def thresholds(store: Store, cell: str) -> pd.DataFrame:
     """Mean stability against the threshold, for the ensemble, its surrogate and random directions."""
-    real = stability_of(store, cell, "real")
     d_sae, d_in = ensemble_of(store, cell, "real").W_dec.shape[1:]
     directions = F.normalize(torch.randn(3, d_sae, d_in, generator=torch.Generator().manual_seed(0)), dim=2)
-    kinds = {
-        "real": real,
-        "surrogate": stability_of(store, cell, "surrogate"),
-        "random directions": stability(directions),
-    }
+    kinds = {kind: stability_of(store, cell, kind) for kind in kinds_of(store.study.cells[cell])}
+    kinds["random directions"] = stability(directions)
     rows = [
         {
             "cell": cell,
@@ -194,7 +227,7 @@ def examples(store: Store) -> pd.DataFrame:
     A chosen feature that does not fire in the first `EXAMPLE_TOKENS` held-out tokens has no rows.
     """
     source, cell = sources_of(store.study)["main"], store.study.cells["main"]
-    first = features(store, "main", "real").query("seed == @cell.seed_list[0] and alive")
+    first = features(store, "main", "real").query(f"seed == {ensemble_of(store, 'main', 'real').seeds[0]} and alive")
     chosen = {}
     for band in BANDS:
         ranked = first[first["band"] == band].sort_values(["frequency", "feature"])["feature"].tolist()

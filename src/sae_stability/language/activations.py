@@ -3,11 +3,13 @@
 One forward pass feeds every site that a study asks for, and stops at the last layer needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file
@@ -19,6 +21,20 @@ from sae_stability.store import read_metadata, save_tensors
 
 BATCH = 16  # contexts a forward pass
 CHUNK = 1 << 16  # surrogate tokens drawn at a time
+
+
+class Blocks(Protocol):
+    """What SAEs are trained on: blocks of activations, one after another, each read in an order of its seed's own."""
+
+    d_in: int
+    sizes: list[int]
+    """Tokens of each block."""
+
+    def __len__(self) -> int: ...
+
+    def block(self, index: int) -> "Activations": ...
+
+    def first(self, rows: int) -> "Blocks": ...
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,18 @@ class Activations:
         """The first `rows` tokens, under the same normalisation."""
         return replace(self, data=self.data[:rows])
 
+    def with_data(self, data: Float[Tensor, "token d_in"]) -> "Activations":
+        """Other tokens, under the same normalisation."""
+        return replace(self, data=data)
+
+    @property
+    def sizes(self) -> list[int]:
+        """As `Blocks`: one block of all tokens."""
+        return [len(self)]
+
+    def block(self, index: int) -> "Activations":
+        return self
+
     @classmethod
     def of(cls, x: Float[Tensor, "token d_in"]) -> "Activations":
         """Activations held in memory."""
@@ -74,27 +102,37 @@ def collect(
 ) -> None:
     """Write the activations of the first `tokens` text tokens at each hook point of `paths` to its file."""
     count = contexts.holding(tokens)
-    stop = max(layer_of(hook_name) for hook_name in paths) + 1
-    with ExitStack() as stack, torch.inference_mode():
+    with ExitStack() as stack:
         writers = {hook: stack.enter_context(_Writer(path, bridge.cfg.d_model, dtype)) for hook, path in paths.items()}
         for start in tqdm(range(0, count, BATCH), described, unit="batch", disable=None):
-            rows = slice(start, min(start + BATCH, count))
-            ids = torch.from_numpy(contexts.tokens[rows]).long()
-            _, cache = bridge.run_with_cache(ids, names_filter=list(paths), stop_at_layer=stop)
-            text = torch.from_numpy(contexts.is_text[rows])
-            for hook, writer in writers.items():
-                writer.write(cache[hook][text][: tokens - writer.rows])
+            for hook, x in forward(bridge, contexts, slice(start, min(start + BATCH, count)), list(paths)).items():
+                writers[hook].write(x[: tokens - writers[hook].rows])
+
+
+def forward(
+    bridge, contexts: Contexts, rows: slice | Int[np.ndarray, "context"], hook_names: list[str]
+) -> dict[str, Float[Tensor, "token d_in"]]:
+    """Activations of the text tokens of some contexts at each hook point, from one pass that stops at the last layer needed."""
+    ids, text = torch.from_numpy(contexts.tokens[rows]).long(), torch.from_numpy(contexts.is_text[rows])
+    stop = max(layer_of(hook_name) for hook_name in hook_names) + 1
+    with torch.inference_mode():
+        _, cache = bridge.run_with_cache(ids, names_filter=hook_names, stop_at_layer=stop)
+    return {hook: cache[hook][text].clone() for hook in hook_names}
 
 
 def draw_surrogate(real: Activations, path: Path, rows: int, seed: int = 0, described: str = "surrogate") -> None:
     """Write `rows` Gaussian tokens with the mean and covariance of `real`: data with no features to find (PAPER, nulls)."""
-    variance, axes = torch.linalg.eigh(real.covariance.double())
-    root = (axes * variance.clamp_min(0).sqrt()).T.float()
-    generator = torch.Generator().manual_seed(seed)
+    draw, generator = gaussian(real), torch.Generator().manual_seed(seed)
     with _Writer(path, real.d_in, real.data.dtype) as writer:
         for start in tqdm(range(0, rows, CHUNK), described, unit="chunk", disable=None):
-            noise = torch.randn(min(CHUNK, rows - start), real.d_in, generator=generator)
-            writer.write(noise @ root + real.mean)
+            writer.write(draw(min(CHUNK, rows - start), generator))
+
+
+def gaussian(real: Activations) -> Callable[[int, torch.Generator], Float[Tensor, "token d_in"]]:
+    """Draws Gaussian tokens with the mean and covariance of `real`."""
+    variance, axes = torch.linalg.eigh(real.covariance.double())
+    root = (axes * variance.clamp_min(0).sqrt()).T.float()
+    return lambda rows, generator: torch.randn(rows, real.d_in, generator=generator) @ root + real.mean
 
 
 def layer_of(hook_name: str) -> int:

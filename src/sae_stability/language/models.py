@@ -30,8 +30,11 @@ def locate(name: str) -> str:
     return str(folder)
 
 
-def load(name: str):
+def load(name: str, randomised: bool = False):
     """Boot the model called `name` as a TransformerBridge, in float32 and evaluation mode; nothing is unpickled or run from it.
+
+    With `randomised`, the entries of each weight are shuffled: what such a model computes has the scale of the model's weights and
+    nothing of what it learnt.
 
     Raises `UserError` in one line where it can't be booted.
     """
@@ -43,6 +46,8 @@ def load(name: str):
 
     try:
         weights = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+        if randomised:
+            shuffle_weights(weights)
         bridge = TransformerBridge.boot_transformers(
             where, hf_model=weights, tokenizer=load_tokenizer(name), dtype=torch.float32, device="cpu"
         )
@@ -53,6 +58,14 @@ def load(name: str):
         raise UserError(f"model: {name} comes without a tokenizer; save one beside it with tokenizer.save_pretrained")
     bridge.eval()
     return bridge
+
+
+@torch.no_grad()
+def shuffle_weights(model: torch.nn.Module, seed: int = 0) -> None:
+    """Shuffle the entries of each parameter in place. Weights that are tied stay tied."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.flatten()[torch.randperm(parameter.numel(), generator=generator)].view_as(parameter))
 
 
 def load_tokenizer(name: str):

@@ -1,59 +1,36 @@
-"""Sparse autoencoders: their parameters, their codes and, one a file, the variants.
+"""Sparse autoencoders: one variant a file behind one small interface (`variant.py`).
 
-A variant is a small object with three methods: `initialise`, `encode` and `gradients` (see `topk.py`). It works on one
-seed; `training.py` runs it for all seeds of a cell.
+A variant works on one seed; `training.py` runs it for all seeds of a cell. To add one, write its file and add its name to
+`Variants` in `config.py`.
 """
 
-from typing import NamedTuple
+from importlib import import_module
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
+
+from sae_stability.saes.variant import Variant
 
 
-class Parameters(NamedTuple):
-    """The weights of one SAE, or of all seeds with a leading axis. The decoder's rows have unit length."""
-
-    W_enc_rows: Float[Tensor, "*seed d_sae d_in"]
-    """The encoder, one row a feature: `W_enc` transposed, as gradients and optimiser like it in memory."""
-    b_enc: Float[Tensor, "*seed d_sae"]
-    W_dec: Float[Tensor, "*seed d_sae d_in"]
-    b_dec: Float[Tensor, "*seed d_in"]
-
-    def of_seed(self, position: int) -> "Parameters":
-        return Parameters(*(tensor[position] for tensor in self))
+def variant(name: str) -> type[Variant]:
+    """The variant that the file `name`.py holds."""
+    module = import_module(f"sae_stability.saes.{name}")
+    (found,) = (kind for kind in vars(module).values() if isinstance(kind, type) and _is_variant_of(kind, module.__name__))
+    return found
 
 
-class Codes(NamedTuple):
-    """What fires: for each token the values and indices of k features. A value of 0 does not fire."""
-
-    values: Float[Tensor, "token k"]
-    indices: Int[Tensor, "token k"]
-
-    def decode(self, sae: Parameters) -> Float[Tensor, "token d_in"]:
-        return F.embedding_bag(self.indices, sae.W_dec, per_sample_weights=self.values, mode="sum") + sae.b_dec
-
-    def into_codes(self, upstream: Float[Tensor, "token d_in"], W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "token k"]:
-        """The gradient of the values: each token's upstream gradient times the directions of the features that fire."""
-        count, k = self.indices.shape
-        starts = torch.arange(0, count * k, k)
-        token = torch.arange(count).repeat_interleave(k)
-        backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
-        return backward(upstream, W_dec, self.indices.flatten(), starts, token, 0).view(count, k)
-
-    def by_feature(self, d_sae: int) -> tuple[Int[Tensor, "firing"], Int[Tensor, "d_sae"], Int[Tensor, "firing"]]:
-        """Firings sorted by feature: their tokens, where each feature starts, and the order in `values.flatten()`."""
-        feature, order = torch.sort(self.indices.flatten(), stable=True)
-        starts = torch.searchsorted(feature, torch.arange(d_sae))
-        return order // self.indices.shape[1], starts, order
-
-    def dense(self, d_sae: int) -> Float[Tensor, "token d_sae"]:
-        return torch.zeros(len(self.values), d_sae).scatter_(1, self.indices, self.values)
+def files_of(name: str) -> list[str]:
+    """The files that hold a variant and those it builds on, under the package's folder."""
+    return sorted({f"saes/{kind.__module__.rpartition('.')[2]}.py" for kind in variant(name).__mro__ if issubclass(kind, Variant)})
 
 
-def variant(name: str, k: int):
-    """The variant called `name`, at L0 `k`."""
-    from sae_stability.saes.topk import TopK
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """In which encoder products are fastest: bfloat16 where the processor multiplies it, float32 elsewhere."""
+    if device.type == "cuda":
+        multiplies = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        multiplies = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if multiplies else torch.float32
 
-    return {"topk": TopK}[name](k)
+
+def _is_variant_of(kind: type, module: str) -> bool:
+    return issubclass(kind, Variant) and kind.__module__ == module

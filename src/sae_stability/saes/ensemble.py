@@ -9,13 +9,17 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_stability.saes import Codes, Parameters, variant
+from sae_stability.saes import variant
+from sae_stability.saes.sparse import Codes, Parameters
 from sae_stability.store import read_metadata, save_tensors
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """SAEs that differ in their seed. They take raw activations: the normalisation of training is part of them."""
+    """SAEs that differ in their seed. They take raw activations: the normalisation of training is part of them.
+
+    The decoder's rows have unit length.
+    """
 
     variant: str
     k: int
@@ -26,6 +30,8 @@ class Ensemble:
     """Removed from activations before they are encoded."""
     scale: float
     """Activations less their mean are multiplied by it: their average norm is then sqrt(d_in)."""
+    coefficient: float = 0.0
+    """Weight of the sparsity penalty under which they were trained, where the variant has one."""
 
     @property
     def W_enc(self) -> Float[Tensor, "seed d_in d_sae"]:
@@ -49,20 +55,29 @@ class Ensemble:
 
     def codes(self, normalised: Float[Tensor, "token d_in"]) -> Iterator[tuple[Parameters, Codes]]:
         """Each seed's SAE and its sparse codes of normalised activations."""
-        method = variant(self.variant, self.k)
+        method = variant(self.variant)(self.k)
         for position in range(len(self.seeds)):
-            sae = self.parameters.of_seed(position)
+            sae = type(self.parameters)(*(tensor[position] for tensor in self.parameters))
             yield sae, method.encode(sae, normalised)
 
     def of(self, position: int) -> "Ensemble":
         """The ensemble of the one seed at `position`."""
-        alone = Parameters(*(tensor[position : position + 1] for tensor in self.parameters))
+        alone = type(self.parameters)(*(tensor[position : position + 1] for tensor in self.parameters))
         return replace(self, seeds=[self.seeds[position]], parameters=alone)
+
+    @classmethod
+    def joined(cls, parts: list["Ensemble"]) -> "Ensemble":
+        """One ensemble from several of the same cell."""
+        if len(parts) == 1:
+            return parts[0]
+        tensors = zip(*(part.parameters for part in parts), strict=True)
+        parameters = type(parts[0].parameters)(*map(torch.cat, tensors))
+        return replace(parts[0], seeds=[seed for part in parts for seed in part.seeds], parameters=parameters)
 
     def reconstruct(self, position: int, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_in"]:
         """What the SAE at `position` of `seeds` makes of raw activations."""
         sae, codes = next(self.of(position).codes(self.normalise(x)))
-        return self.to_raw(codes.decode(sae))
+        return self.to_raw(codes.decode(sae.W_dec) + sae.b_dec)
 
     def normalise(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_in"]:
         return (x.float() - self.mean) * self.scale
@@ -72,10 +87,11 @@ class Ensemble:
 
     def save(self, path: Path) -> None:
         tensors = {**self.parameters._asdict(), "mean": self.mean}
-        save_tensors(path, tensors, {"variant": self.variant, "k": self.k, "seeds": self.seeds, "scale": self.scale})
+        metadata = {"variant": self.variant, "k": self.k, "seeds": self.seeds, "scale": self.scale, "coefficient": self.coefficient}
+        save_tensors(path, tensors, metadata)
 
     @classmethod
     def open(cls, path: Path) -> "Ensemble":
         tensors, metadata = load_file(path), read_metadata(path)
         mean = tensors.pop("mean")
-        return cls(parameters=Parameters(**tensors), mean=mean, **metadata)
+        return cls(parameters=variant(metadata["variant"]).parameters(**tensors), mean=mean, **metadata)

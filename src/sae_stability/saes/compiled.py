@@ -1,0 +1,249 @@
+"""The sparse products of `plain.py` as numba kernels for the CPU: same functions, same results up to rounding.
+
+Pre-activations are compared as integers: the bits of positive floats, in float32 and bfloat16 alike, grow with their value. Every
+output row belongs to one thread, so that results do not depend on the number of threads.
+"""
+
+from functools import cache
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numba import njit, prange
+from torch import Tensor
+
+from sae_stability.saes.plain import ByFeature
+
+LANES = 128  # a row is scanned in so many interleaved lanes; a vector register holds 16 or 32 of them
+REASSOCIATED = {"nsz", "arcp", "contract", "reassoc"}  # sums may be vectorised; NaN and infinity keep their meaning
+KEYS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+
+
+def top(pre: Float[Tensor, "token d_sae"], k: int) -> Int[Tensor, "token k"]:
+    """The k largest of each row; where fewer are positive, some feature of value zero or less fills the places."""
+    features = torch.empty(len(pre), k, dtype=torch.int64)
+    keys = pre.view(KEYS[pre.dtype]).numpy()
+    _with_threads(_top, keys, k, np.iinfo(keys.dtype).max, _blocks(), features.numpy())
+    return features
+
+
+def above(pre: Float[Tensor, "token d_sae"], bound: Float[Tensor, "d_sae"]) -> tuple[Int[Tensor, "token+1"], Int[Tensor, "firing"]]:
+    """Where each row exceeds `bound`, which is zero or more: where rows start, and features in rising order."""
+    keys = pre.view(KEYS[pre.dtype]).numpy()
+    least = bound.to(pre.dtype).view(KEYS[pre.dtype]).numpy()
+    starts = torch.zeros(len(pre) + 1, dtype=torch.int64)
+    _with_threads(_count_above, keys, least, starts.numpy())
+    starts.cumsum_(0)
+    features = torch.empty(int(starts[-1]), dtype=torch.int64)
+    _with_threads(_above, keys, least, starts.numpy(), _blocks(), features.numpy())
+    return starts, features
+
+
+def dots(
+    rows: Float[Tensor, "row d_in"], W: Float[Tensor, "d_sae d_in"], starts: Int[Tensor, "row+1"], features: Int[Tensor, "firing"]
+) -> Float[Tensor, "firing"]:
+    """For each firing, its row times its feature's direction."""
+    out = torch.empty(len(features))
+    _with_threads(_dots, rows.numpy(), W.numpy(), starts.numpy(), features.numpy(), out.numpy())
+    return out
+
+
+def combine(
+    values: Float[Tensor, "firing"],
+    W: Float[Tensor, "d_sae d_in"],
+    starts: Int[Tensor, "row+1"],
+    features: Int[Tensor, "firing"],
+) -> Float[Tensor, "row d_in"]:
+    """For each row, the directions of its features weighted by their values."""
+    out = torch.empty(len(starts) - 1, W.shape[1])
+    _with_threads(_weighted_rows, values.numpy(), W.numpy(), starts.numpy(), features.numpy(), _blocks(), out.numpy())
+    return out
+
+
+def transposed(starts: Int[Tensor, "row+1"], features: Int[Tensor, "firing"], d_sae: int) -> ByFeature:
+    """Firings sorted by feature, and by row within a feature."""
+    return ByFeature(*map(torch.from_numpy, _transposed(starts.numpy(), features.numpy(), d_sae)))
+
+
+def sums(
+    by_feature: ByFeature, weights: Float[Tensor, "firing"], rows: Float[Tensor, "row d_in"], out: Float[Tensor, "d_sae d_in"]
+) -> None:
+    """For each feature, the rows on which it fires weighted by `weights`."""
+    weights = weights.index_select(0, by_feature.order)
+    starts, chosen = by_feature.starts.numpy(), by_feature.rows.numpy()
+    _with_threads(_weighted_rows, weights.numpy(), rows.numpy(), starts, chosen, _blocks(), out.numpy())
+
+
+def _blocks() -> int:
+    """Into how many pieces of about equal work a kernel cuts its rows."""
+    return 8 * torch.get_num_threads()
+
+
+def _with_threads(kernel, *arguments) -> None:
+    """Call a kernel with as many threads as PyTorch uses in the calling thread."""
+    threads = torch.get_num_threads()
+    _launch()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    kernel(*arguments)
+
+
+def concurrent() -> bool:
+    """Whether several threads may call kernels at a time: numba's plainest threading layer breaks under that."""
+    _launch()
+    return numba.threading_layer() != "workqueue"
+
+
+@cache
+def _launch() -> None:
+    """Start numba's threads, which sets those of PyTorch to all cores where both share one OpenMP; put PyTorch's back."""
+    threads = torch.get_num_threads()
+    _count_above(np.zeros((1, 1), np.int16), np.zeros(1, np.int16), np.zeros(2, np.int64))
+    torch.set_num_threads(threads)
+
+
+@njit(cache=True)
+def _kth_largest(keys, count, k, least, most):
+    """The largest integer in [least, most] that k of the first `count` keys reach; `least` where fewer do."""
+    while least < most:
+        middle = least + (most - least + 1) // 2
+        reached = 0
+        for i in range(count):
+            reached += keys[i] >= middle
+        if reached >= k:
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _top(keys, k, most, blocks, features):
+    rows, d_sae = keys.shape
+    depth = d_sae // LANES
+    if k > LANES:
+        depth = 0  # lanes can't tell where the k largest are: look at every key
+    for block in prange(blocks):
+        largest = np.empty(LANES, keys.dtype)
+        candidates = np.empty(d_sae + 1, np.int64)
+        found = np.empty(d_sae, keys.dtype)
+        for i in range(block * rows // blocks, (block + 1) * rows // blocks):
+            row = keys[i]
+            # k lanes have their largest key at or above `floor`, so the k largest keys are there too.
+            floor = 1
+            if depth > 0:
+                for lane in range(LANES):
+                    largest[lane] = row[lane]
+                for level in range(1, depth):
+                    for lane in range(LANES):
+                        key = row[level * LANES + lane]
+                        largest[lane] = key if key > largest[lane] else largest[lane]
+                floor = _kth_largest(largest, LANES, k, 1, most)
+            count = 0
+            for lane in range(LANES if depth > 0 else 0):
+                if largest[lane] >= floor:
+                    for level in range(depth):
+                        j = level * LANES + lane
+                        candidates[count] = j
+                        count += row[j] >= floor
+            for j in range(depth * LANES, d_sae):
+                candidates[count] = j
+                count += row[j] >= floor
+            for c in range(count):
+                found[c] = row[candidates[c]]
+            kth = floor
+            if count > k:
+                kth = _kth_largest(found, count, k, floor, most)
+            ties = k
+            for c in range(count):
+                ties -= found[c] > kth
+            place = 0
+            for c in range(count):
+                if found[c] > kth or (found[c] == kth and ties > 0):
+                    ties -= found[c] == kth
+                    features[i, place] = candidates[c]
+                    place += 1
+            if place < k:  # too few are positive
+                for j in range(d_sae):
+                    if row[j] < floor and place < k:
+                        features[i, place] = j
+                        place += 1
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _count_above(keys, least, starts):
+    for i in prange(len(keys)):
+        row = keys[i]
+        count = 0
+        for j in range(len(row)):
+            count += row[j] > least[j]
+        starts[i + 1] = count
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _above(keys, least, starts, blocks, features):
+    for block in prange(blocks):
+        candidates = np.empty(keys.shape[1] + 1, np.int64)
+        for i in range(block * len(keys) // blocks, (block + 1) * len(keys) // blocks):
+            row = keys[i]
+            count = 0
+            for j in range(len(row)):
+                candidates[count] = j
+                count += row[j] > least[j]
+            features[starts[i] : starts[i + 1]] = candidates[:count]
+
+
+@njit(parallel=True, nogil=True, cache=True, fastmath=REASSOCIATED)
+def _dots(rows, W, starts, features, out):
+    d_in = W.shape[1]
+    for i in prange(len(starts) - 1):
+        row = rows[i]
+        for p in range(starts[i], starts[i + 1]):
+            direction = W[features[p]]
+            total = np.float32(0)
+            for c in range(d_in):
+                total += row[c] * direction[c]
+            out[p] = total
+
+
+@njit(parallel=True, nogil=True, cache=True, fastmath=REASSOCIATED)
+def _weighted_rows(weights, rows, starts, chosen, blocks, out):
+    """out[i] = sum of weights[p] * rows[chosen[p]] over p in [starts[i], starts[i + 1])."""
+    d_in = out.shape[1]
+    count = len(out)
+    # Some features fire a thousand times as often as others: blocks of equal firings, not of equal rows.
+    bounds = np.searchsorted(starts, np.arange(blocks + 1) * len(chosen) // blocks)
+    bounds[0], bounds[blocks] = 0, count
+    for block in prange(blocks):
+        for i in range(bounds[block], bounds[block + 1]):
+            total = out[i]
+            total[:] = 0
+            p, stop = starts[i], starts[i + 1]
+            while p + 4 <= stop:  # four rows at a time: the running total goes through memory a quarter as often
+                w0, w1, w2, w3 = weights[p], weights[p + 1], weights[p + 2], weights[p + 3]
+                r0, r1, r2, r3 = rows[chosen[p]], rows[chosen[p + 1]], rows[chosen[p + 2]], rows[chosen[p + 3]]
+                for c in range(d_in):
+                    total[c] += w0 * r0[c] + w1 * r1[c] + w2 * r2[c] + w3 * r3[c]
+                p += 4
+            while p < stop:
+                weight, row = weights[p], rows[chosen[p]]
+                for c in range(d_in):
+                    total[c] += weight * row[c]
+                p += 1
+
+
+@njit(nogil=True, cache=True)
+def _transposed(starts, features, d_sae):
+    begins = np.zeros(d_sae + 1, np.int64)
+    for feature in features:
+        begins[feature + 1] += 1
+    for f in range(d_sae):
+        begins[f + 1] += begins[f]
+    place = begins[:-1].copy()
+    rows, order = np.empty(len(features), np.int64), np.empty(len(features), np.int64)
+    for i in range(len(starts) - 1):
+        for p in range(starts[i], starts[i + 1]):
+            q = place[features[p]]
+            place[features[p]] = q + 1
+            rows[q], order[q] = i, p
+    return begins, rows, order

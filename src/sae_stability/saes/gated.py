@@ -1,0 +1,72 @@
+"""Gated SAEs: one path decides what fires, another how strongly (Rajamanoharan et al., arXiv:2404.16014, eq. 5 to 8).
+
+    pi = W_enc (x - b_dec) + b_enc,                                   # opens the gate where it is positive
+    z  = 1[pi > 0] * ReLU(exp(r_mag) * W_enc (x - b_dec) + b_mag),    x_hat = W_dec z + b_dec,
+    loss = |x - x_hat|^2 + lambda |ReLU(pi)|_1 + |x - x_hat_frozen(ReLU(pi))|^2,
+
+where x_hat_frozen decodes with a copy of W_dec and b_dec that the loss does not train.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_stability.saes import sparse
+from sae_stability.saes.sparse import Codes
+from sae_stability.saes.variant import Variant, backpropagate, starting_threshold
+
+
+class GatedParameters(NamedTuple):
+    """The weights of a Gated SAE; `W_enc` and `b_enc` are the gate's."""
+
+    W_enc_rows: Float[Tensor, "*seed d_sae d_in"]
+    b_enc: Float[Tensor, "*seed d_sae"]
+    W_dec: Float[Tensor, "*seed d_sae d_in"]
+    b_dec: Float[Tensor, "*seed d_in"]
+    r_mag: Float[Tensor, "*seed d_sae"]
+    """Log of how much longer the magnitude's encoder is than the gate's."""
+    b_mag: Float[Tensor, "*seed d_sae"]
+
+
+@dataclass(frozen=True)
+class Gated(Variant):
+    steered: ClassVar[bool] = True
+    parameters: ClassVar[type] = GatedParameters
+
+    def initialise(self, d_in: int, d_sae: int, generator: torch.Generator) -> GatedParameters:
+        sae = super().initialise(d_in, d_sae, generator)
+        sae.b_enc.fill_(-starting_threshold(self.k, d_sae))
+        return GatedParameters(*sae, r_mag=torch.zeros(d_sae), b_mag=sae.b_enc.clone())
+
+    def encode(self, sae, x) -> Codes:
+        gate = sparse.above(sae, x - sae.b_dec, torch.zeros_like(sae.b_enc), x.dtype)
+        return gate._replace(values=self._magnitudes(sae, gate)[0].relu() * (gate.values > 0))
+
+    def gradients(self, sae, gradient, x):
+        centred = x - sae.b_dec
+        gate = sparse.above(sae, centred, torch.zeros_like(sae.b_enc), self.dtype)
+        opened = gate.values > 0
+        gate = gate._replace(values=gate.values.relu())
+        magnitudes, scaled = self._magnitudes(sae, gate)
+        codes = gate._replace(values=magnitudes.relu() * opened)
+        error = codes.decode(sae.W_dec) + sae.b_dec - x
+        upstream = error * (2 / len(x))
+        frozen_upstream = (gate.decode(sae.W_dec) + sae.b_dec - x) * (2 / len(x))
+
+        into_magnitude = codes.into(upstream, sae.W_dec) * (codes.values > 0)
+        into_gate = (gate.into(frozen_upstream, sae.W_dec) + self.coefficient / len(x)) * opened
+        stretch = sae.r_mag.exp()[codes.features]
+        backpropagate(sae, gradient, codes, centred, upstream, into_magnitude * stretch + into_gate, upstream.sum(0))
+        # b_enc is the gate's alone, and b_dec is frozen where the gate's reconstruction adds it.
+        gradient.b_enc.zero_().index_add_(0, codes.features, into_gate)
+        gradient.b_mag.zero_().index_add_(0, codes.features, into_magnitude)
+        gradient.r_mag.zero_().index_add_(0, codes.features, into_magnitude * scaled)
+        return error, codes
+
+    def _magnitudes(self, sae: GatedParameters, gate: Codes) -> tuple[Float[Tensor, "firing"], Float[Tensor, "firing"]]:
+        """Pre-activations of the magnitudes where the gate is open, with and without their bias."""
+        scaled = (gate.values - sae.b_enc[gate.features]) * sae.r_mag.exp()[gate.features]
+        return scaled + sae.b_mag[gate.features], scaled

@@ -1,0 +1,147 @@
+"""Whole ensembles: seeds in shards that fit in memory, each resumed where it stopped, put together at the end."""
+
+import shutil
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from sae_stability.config import Cell, UserError
+from sae_stability.language.activations import Blocks
+from sae_stability.saes.ensemble import Ensemble
+from sae_stability.store import read_json, read_metadata, save_tensors, write_json
+from sae_stability.training.loop import CHECKPOINT, SNAPSHOTS, Training
+
+ENSEMBLE, CURVE, DIVERGED, SHARDS = "ensemble.safetensors", "curve.json", "diverged.json", "shards"
+CHECKPOINT_SECONDS = 20
+MEMORY_SHARE = 0.7  # of what is free, that the seeds under training may take
+
+
+@dataclass(frozen=True)
+class Job:
+    """An ensemble to train: seeds of a cell on blocks of activations, into a folder."""
+
+    cell: Cell
+    blocks: Blocks
+    seeds: Sequence[int]
+    folder: Path | None
+    coefficients: Sequence[float]
+    """Of the sparsity penalty, one a seed."""
+
+    @property
+    def visits(self) -> list[int]:
+        """How many steps each visit to a block takes. What does not fill a batch is left out."""
+        return [size // self.cell.batch for size in self.blocks.sizes] * self.cell.passes
+
+    def part(self, positions: Sequence[int]) -> "Job":
+        """A shard of the seeds, with a folder of its own."""
+        seeds = [self.seeds[position] for position in positions]
+        folder = self.folder and self.folder / SHARDS / f"{seeds[0]}-{len(seeds)}"
+        return replace(self, seeds=seeds, folder=folder, coefficients=[self.coefficients[position] for position in positions])
+
+
+def train_all(
+    jobs: Sequence[Job],
+    described: str,
+    device: torch.device,
+    at_once: int | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> list[Ensemble]:
+    """Train the ensembles of all `jobs`, at most `at_once` seeds at a time; by default as many as fit in memory.
+
+    Jobs whose blocks come from one stream share its forward passes. With folders, the run can be killed at any moment and resumes
+    to the same bits. Each folder then holds `ensemble.safetensors`, `curve.json` (explained variance, L0 and dead features of
+    each seed as training goes), `snapshots/STEP.safetensors` (decoders on the way) and `diverged.json` (where seeds stopped).
+
+    Raises `UserError` where all seeds of a job diverge.
+    """
+    done = {
+        index: Ensemble.open(job.folder / ENSEMBLE)
+        for index, job in enumerate(jobs)
+        if job.folder and (job.folder / ENSEMBLE).exists()
+    }
+    parts: list[list[tuple[Job, Ensemble]]] = [[] for _ in jobs]
+    total = sum(sum(job.visits) * job.cell.batch * len(job.seeds) for index, job in enumerate(jobs) if index not in done)
+    with tqdm(desc=described, total=total, unit="tok", unit_scale=True, disable=None) as bar:
+        for group in _groups(jobs, done, device, at_once):
+            shards = {index: jobs[index].part(positions) for index, positions in group.items()}
+            trained = _train(list(shards.values()), device, checkpoint_seconds, bar)
+            for (index, shard), ensemble in zip(shards.items(), trained, strict=True):
+                parts[index].append((shard, ensemble))
+    return [done[index] if index in done else _joined(job, parts[index]) for index, job in enumerate(jobs)]
+
+
+def _groups(jobs: Sequence[Job], done: Container[int], device: torch.device, at_once: int | None) -> list[dict[int, list[int]]]:
+    """Which seeds train at a time: positions among a job's seeds, by the job's index."""
+    free = MEMORY_SHARE * (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+    groups: list[dict[int, list[int]]] = [{}]
+    seeds, memory = 0, 0
+    for index, job in enumerate(jobs):
+        if index in done:
+            continue
+        parameters = 2 * job.cell.d_sae * job.blocks.d_in
+        each = 4 * (3 * parameters + job.cell.batch * job.blocks.d_in)  # with Adam's two moments, and a batch
+        for position in range(len(job.seeds)):
+            if groups[-1] and (seeds == at_once or memory + each > free):
+                groups.append({})
+                seeds, memory = 0, 0
+            groups[-1].setdefault(index, []).append(position)
+            seeds, memory = seeds + 1, memory + each
+    return [group for group in groups if group]
+
+
+def _train(shards: list[Job], device: torch.device, checkpoint_seconds: float, bar: tqdm) -> list[Ensemble]:
+    """Train the seeds of some shards together, or take what an earlier run finished."""
+    finished = [shard.folder is not None and (shard.folder / ENSEMBLE).exists() for shard in shards]
+    trainings = {}
+    for index, shard in enumerate(shards):
+        if not finished[index]:
+            inputs = (shard.cell, shard.seeds, shard.coefficients, shard.visits, shard.blocks.d_in, shard.folder)
+            trainings[index] = Training(*inputs, device, checkpoint_seconds, bar)
+    for visit in range(max(len(shard.visits) for shard in shards)):
+        for index, training in trainings.items():
+            if training.wants(visit):
+                training.consume(visit, shards[index].blocks.block(visit % len(shards[index].blocks.sizes)))
+    ensembles = []
+    for index, shard in enumerate(shards):
+        if finished[index]:
+            bar.update(sum(shard.visits) * shard.cell.batch * len(shard.seeds))
+            ensembles.append(Ensemble.open(shard.folder / ENSEMBLE))
+            continue
+        training = trainings.pop(index)
+        ensemble = training.finish(shard.blocks.block(len(shard.blocks.sizes) - 1))
+        if shard.folder is not None:
+            write_json(shard.folder / CURVE, training.curve)
+            diverged = {trainee.seed: trainee.diverged for trainee in training.trainees if trainee.diverged is not None}
+            write_json(shard.folder / DIVERGED, diverged)
+            ensemble.save(shard.folder / ENSEMBLE)
+            (shard.folder / CHECKPOINT).unlink(missing_ok=True)
+        ensembles.append(ensemble)
+    return ensembles
+
+
+def _joined(job: Job, parts: list[tuple[Job, Ensemble]]) -> Ensemble:
+    """The ensemble of a job from those of its shards, and its files from theirs."""
+    if not any(ensemble.seeds for _, ensemble in parts):
+        raise UserError(f"rate: every seed of {job.cell.label} diverged; lower rate")
+    ensemble = Ensemble.joined([ensemble for _, ensemble in parts])
+    if job.folder is None:
+        return ensemble
+    folders = [shard.folder for shard, _ in parts]
+    curve = [row for folder in folders for row in read_json(folder / CURVE)]
+    order = {seed: place for place, seed in enumerate(job.seeds)}
+    write_json(job.folder / CURVE, sorted(curve, key=lambda row: (row["tokens"], order[row["seed"]])))
+    write_json(job.folder / DIVERGED, {seed: step for folder in folders for seed, step in read_json(folder / DIVERGED).items()})
+    for snapshot in sorted((folders[0] / SNAPSHOTS).glob("*")):
+        files = [folder / SNAPSHOTS / snapshot.name for folder in folders if (folder / SNAPSHOTS / snapshot.name).exists()]
+        metadata = read_metadata(files[0]) | {"seeds": [seed for file in files for seed in read_metadata(file)["seeds"]]}
+        save_tensors(
+            job.folder / SNAPSHOTS / snapshot.name, {"W_dec": torch.cat([load_file(file)["W_dec"] for file in files])}, metadata
+        )
+    ensemble.save(job.folder / ENSEMBLE)
+    shutil.rmtree(job.folder / SHARDS)
+    return ensemble

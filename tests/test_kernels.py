@@ -1,0 +1,128 @@
+"""The compiled kernels against the plain ones and against dense tensors."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_stability.saes import compiled, plain, sparse
+from sae_stability.saes.sparse import Codes, Parameters
+
+shapes = st.tuples(st.integers(1, 20), st.integers(2, 700), st.integers(1, 40), st.integers(0, 10_000))
+BOTH = pytest.mark.parametrize("kernels", [plain, compiled])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_codes(rows: int, d_sae: int, seed: int) -> tuple[Codes, torch.Tensor]:
+    """Codes of which about a fifth fire, and the same as a dense matrix."""
+    dense = normal(rows, d_sae, seed=seed) * (torch.rand(rows, d_sae, generator=torch.Generator().manual_seed(seed + 1)) < 0.2)
+    fires = dense != 0
+    starts = torch.nn.functional.pad(fires.sum(1).cumsum(0), (1, 0))
+    return Codes(starts, fires.nonzero()[:, 1], dense[fires]), dense
+
+
+@DTYPES
+@given(shape=shapes)
+@settings(max_examples=60, deadline=None)
+def test_top_finds_the_k_largest(shape, dtype):
+    rows, d_sae, k, seed = shape
+    k = min(k, d_sae)
+    pre = normal(rows, d_sae, seed=seed).to(dtype)  # bfloat16 has many ties
+    features = compiled.top(pre, k)
+    assert all(len(set(row)) == k for row in features.tolist())
+    ours, best = pre.gather(1, features).float(), torch.topk(pre.float(), k, dim=1).values
+    torch.testing.assert_close(ours.relu().sort(1, descending=True).values, best.relu(), rtol=0, atol=0)
+
+
+def test_top_fills_up_where_too_few_are_positive():
+    pre = -torch.ones(3, 600)
+    pre[1, 7] = 2.0
+    features = compiled.top(pre, 4)
+    assert all(len(set(row)) == 4 for row in features.tolist())
+    assert 7 in features[1]
+
+
+@DTYPES
+@given(shape=shapes)
+@settings(max_examples=40, deadline=None)
+def test_above_finds_what_exceeds_each_features_bound(shape, dtype):
+    rows, d_sae, _, seed = shape
+    pre, bound = normal(rows, d_sae, seed=seed).to(dtype), normal(d_sae, seed=seed + 1).relu()
+    for ours, theirs in zip(compiled.above(pre, bound), plain.above(pre, bound), strict=True):
+        assert torch.equal(ours, theirs)
+    starts, features = plain.above(pre, bound)
+    fires = torch.zeros(rows, d_sae, dtype=torch.bool)
+    fires[torch.arange(rows).repeat_interleave(starts.diff()), features] = True
+    assert torch.equal(fires, pre > bound.to(dtype))
+
+
+@BOTH
+@given(shape=shapes)
+@settings(max_examples=40, deadline=None)
+def test_sparse_products_are_dense_products(shape, kernels):
+    rows, d_sae, d_in, seed = shape
+    codes, dense = random_codes(rows, d_sae, seed)
+    W, x = normal(d_sae, d_in, seed=seed + 2), normal(rows, d_in, seed=seed + 3)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(kernels.combine(codes.values, W, codes.starts, codes.features), dense @ W, **close)
+    torch.testing.assert_close(kernels.dots(x, W, codes.starts, codes.features), (x @ W.T)[dense != 0], **close)
+    out = torch.full((d_sae, d_in), 7.0)
+    kernels.sums(kernels.transposed(codes.starts, codes.features, d_sae), codes.values, x, out)
+    torch.testing.assert_close(out, dense.T @ x, **close)
+    for ours, theirs in zip(
+        kernels.transposed(codes.starts, codes.features, d_sae), plain.transposed(codes.starts, codes.features, d_sae), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_number_of_threads_changes_no_bit(threads):
+    codes, _ = random_codes(300, 900, 0)
+    W, x = normal(900, 64, seed=1), normal(300, 64, seed=2)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (threads, 3 - threads):
+            torch.set_num_threads(count)
+            out = torch.empty(900, 64)
+            compiled.sums(codes.by_feature(900), codes.values, x, out)
+            results.append([out, codes.decode(W), codes.into(x, W), compiled.top(x @ W.T, 9)])
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@DTYPES
+@given(rows=st.integers(1, 90), d_sae=st.integers(4, 200), k=st.integers(1, 4), seed=st.integers(0, 1000), skewed=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_top_of_batch_finds_the_largest_of_the_batch(rows, d_sae, k, seed, skewed, dtype):
+    d_in = 8
+    x = normal(rows, d_in, seed=seed)
+    if skewed:  # few tokens hold most of the largest: the sample of tokens says little about the batch
+        x[:: max(2, rows // 3)] *= 50
+    sae = Parameters(normal(d_sae, d_in, seed=seed + 1), normal(d_sae, seed=seed + 2), torch.empty(0), torch.empty(0))
+    codes = sparse.top_of_batch(sae, x, k, dtype)
+    pre = x @ sae.W_enc_rows.T + sae.b_enc
+    positive = int((pre > 0).sum())
+    assert len(codes.values) == min(rows * k, positive) or dtype == torch.bfloat16  # whose zero lies a rounding away
+    if dtype == torch.float32:
+        found, best = codes.values.sort(descending=True).values, pre.flatten().relu().topk(len(codes.values)).values
+        torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-4)
+    row = codes.rows()
+    assert torch.all((row * d_sae + codes.features).diff() > 0)  # features rise within a token
+    torch.testing.assert_close(codes.values, pre[row, codes.features], rtol=1e-4, atol=1e-4)
+
+
+def test_keeping_some_firings_is_zeroing_the_others():
+    codes, dense = random_codes(30, 40, 3)
+    chosen = torch.rand(len(codes.values)) < 0.5
+    zeroed = codes._replace(values=codes.values * chosen)
+    assert torch.equal(codes.keep(chosen).dense(40), zeroed.dense(40))
+    assert torch.equal(codes.dense(40), dense)
+    assert np.array_equal(codes.fired(), codes.features[codes.values > 0])

@@ -1,0 +1,102 @@
+"""Training that is killed at random moments, or has no disk left, and goes on to the same bits."""
+
+import errno
+import hashlib
+import multiprocessing
+import os
+import random
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sae_stability import store
+from sae_stability.config import Cell
+from sae_stability.training import train
+
+KILLS = 50
+CELL = Cell(
+    model="none",
+    hook_name="blocks.0.hook_resid_post",
+    tokens=6000,
+    passes=3,
+    d_sae=64,
+    k=4,
+    seeds=3,
+    batch=64,
+    dead_after=2000,
+)
+
+
+def run(variant: str, folder: Path) -> None:
+    """Train into a folder, with a checkpoint as often as the loop comes by."""
+    torch.set_num_threads(2)
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(6000, 16)).astype(np.float32) ** 3)
+    cell = CELL.model_copy(update={"variant": variant, "coefficient": 1.0})
+    train(cell, x, [0, 1, 2], folder, at_once=2, checkpoint_seconds=0.0)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(store.TEMPORARY))
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def kill_again_and_again(variant: str, folder: Path, kills: int) -> int:
+    """SIGKILL runs of a variant `kills` times or a few more, and compare what they leave with an undisturbed run's."""
+    context = multiprocessing.get_context("forkserver")  # children start at once: imports are done before they are forked
+    context.set_forkserver_preload(["sae_stability.training", __name__])
+    calm = context.Process(target=run, args=(variant, folder / "calm"))
+    started = time.monotonic()
+    calm.start()
+    calm.join()
+    assert calm.exitcode == 0
+    seconds = time.monotonic() - started
+    moments = random.Random(variant)
+    done, attempt = 0, 0
+    while done < kills:
+        attempt += 1
+        process = None
+        while process is None or process.exitcode != 0:
+            process = context.Process(target=run, args=(variant, folder / str(attempt)))
+            process.start()
+            process.join(moments.uniform(0.1, 0.8) * seconds)
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+                process.join()
+                done += 1
+            assert process.exitcode in (0, -signal.SIGKILL)
+        assert contents(folder / str(attempt)) == contents(folder / "calm")
+    return done
+
+
+def test_runs_killed_at_random_moments_end_in_the_same_bits(tmp_path):
+    variants = ("topk", "matryoshka")
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(lambda variant: kill_again_and_again(variant, tmp_path / variant, KILLS // 2), variants)
+    assert sum(done) >= KILLS
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    x = torch.randn(2048, 8, generator=torch.Generator().manual_seed(0))
+    cell = CELL.model_copy(update={"tokens": 2048, "passes": 2})
+    train(cell, x, [0, 1], tmp_path / "calm", checkpoint_seconds=0)
+    save, calls = store.save_file, iter(range(10**6))
+
+    def full(tensors, path, metadata):
+        if next(calls) == 4:
+            Path(path).write_bytes(b"half a checkpoi")
+            raise store.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(tensors, path, metadata)
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as stopped:
+        train(cell, x, [0, 1], tmp_path / "full", checkpoint_seconds=0)
+    assert stopped.value.errno == errno.ENOSPC
+    assert not list((tmp_path / "full").rglob(f"{store.TEMPORARY}*"))
+    monkeypatch.setattr(store, "save_file", save)
+    train(cell, x, [0, 1], tmp_path / "full", checkpoint_seconds=0)
+    assert contents(tmp_path / "full") == contents(tmp_path / "calm")

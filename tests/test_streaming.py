@@ -1,0 +1,136 @@
+import numpy as np
+import pytest
+import torch
+
+from sae_stability import stages
+from sae_stability.config import UserError, load_study
+from sae_stability.language import corpus, models
+from sae_stability.language.activations import Activations, collect
+from sae_stability.language.streaming import Stream
+from sae_stability.results import ensemble_of
+from sae_stability.training import train
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def bridge(model_folders):
+    return models.load(str(model_folders["gpt2"]))
+
+
+@pytest.fixture(scope="module")
+def contexts(bridge, text_file):
+    return corpus.pack(corpus.load(str(text_file)).train, bridge.tokenizer, 32)
+
+
+def test_a_stream_computes_what_a_cache_holds(bridge, contexts, tmp_path):
+    collect(bridge, contexts, {HOOK: tmp_path / "all.bin"}, 10**9, torch.float32)
+    cached = Activations.open(tmp_path / "all.bin")
+    stream = Stream(bridge, contexts, [HOOK], tokens=3000, dtype=torch.float32, block_tokens=700)
+    site = stream.site(HOOK)
+    blocks = [site.block(index) for index in range(len(site.sizes))]
+    assert [len(block) for block in blocks] == site.sizes
+    assert len(site) >= 3000 > len(site) - 700
+    assert max(site.sizes) <= 700 + 32
+    streamed = torch.cat([block.data for block in blocks])
+    # Every token is computed once: each streamed row is another row of the cache.
+    nearest = torch.cdist(streamed, cached.data)
+    assert nearest.min(1).values.max() < 1e-3 < 0.1 < nearest.median()
+    assert all(torch.equal(block.mean, blocks[0].mean) and block.scale == blocks[0].scale for block in blocks)
+    torch.testing.assert_close(blocks[0].mean, blocks[0].data.mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_can_be_asked_for_again_and_shortened(bridge, contexts):
+    stream = Stream(bridge, contexts, [HOOK], tokens=2000, block_tokens=600)
+    site = stream.site(HOOK)
+    first = site.block(0).data.clone()
+    site.block(2)
+    assert torch.equal(site.block(0).data, first)
+    short = site.first(site.sizes[0] + 10)
+    assert short.sizes == [site.sizes[0], 10]
+    assert torch.equal(short.block(1).data, site.block(1).data[:10])
+    assert stream.site(HOOK).first(5).sizes == [5]
+
+
+def test_one_forward_pass_feeds_all_sites(bridge, contexts, monkeypatch):
+    calls = []
+    run = bridge.run_with_cache
+    monkeypatch.setattr(bridge, "run_with_cache", lambda *args, **options: calls.append(1) or run(*args, **options))
+    other = "blocks.0.hook_resid_post"
+    stream = Stream(bridge, contexts, [HOOK, other], tokens=600, block_tokens=600)
+    for hook in (HOOK, other):
+        stream.site(hook).block(0)
+        stream.surrogate(hook).block(0)
+    assert len(calls) == -(-len(stream.rows[0]) // 16)
+
+
+def test_a_streamed_surrogate_has_the_moments_of_the_first_block(bridge, contexts):
+    stream = Stream(bridge, contexts, [HOOK], tokens=4000, dtype=torch.float32, block_tokens=4000)
+    real, drawn = stream.site(HOOK).block(0), stream.surrogate(HOOK).block(0)
+    assert torch.equal(real.mean, drawn.mean)
+    spread = real.covariance.diagonal().sqrt().max()
+    assert (drawn.data.mean(0) - real.mean).abs().max() < 0.1 * spread
+    assert (torch.cov(drawn.data.T) - real.covariance).norm() < 0.2 * real.covariance.norm()
+
+
+def test_training_on_blocks_resumes_to_the_same_bits(cell, bridge, contexts, tmp_path, monkeypatch):
+    site = Stream(bridge, contexts, [HOOK], tokens=2048, block_tokens=500).site(HOOK)
+    small = cell.model_copy(update={"tokens": 2000, "passes": 2})
+    whole = train(small, site, [0, 1], tmp_path / "a", checkpoint_seconds=0)
+    block = type(site).block
+    calls = iter(range(10**6))
+
+    def dies(self, index):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return block(self, index)
+
+    monkeypatch.setattr(type(site), "block", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(small, site, [0, 1], tmp_path / "b", checkpoint_seconds=0)
+    monkeypatch.setattr(type(site), "block", block)
+    resumed = train(small, site, [0, 1], tmp_path / "b", checkpoint_seconds=0)
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters, resumed.parameters, strict=True))
+    assert (tmp_path / "a/curve.json").read_bytes() == (tmp_path / "b/curve.json").read_bytes()
+
+
+def test_a_streamed_study_trains_all_cells_from_one_pass_over_the_text(house, small, monkeypatch):
+    monkeypatch.setattr("sae_stability.store.ROOT", house)
+    keys = [override.removeprefix("--set=") for override in small]
+    study = load_study("embedded", [*keys, "stream=true", "nulls=[surrogate,randomised]", "grid={d_sae: [32], k: [3]}"], "streamed")
+    passes = []
+    compute = Stream._compute
+
+    def counted(self, index):
+        passes.append(self.held is None or self.held[0] != index)
+        return compute(self, index)
+
+    monkeypatch.setattr(Stream, "_compute", counted)
+    store = stages.compute(study)
+    for name in study.cells:
+        for kind in ("real", "surrogate", "randomised"):
+            assert len(ensemble_of(store, name, kind).seeds) == 4
+    assert not list((store.folder / "activations").rglob("train.bin"))
+    assert sum(passes) == 2  # one block, of the model and of its copy with shuffled weights
+
+
+def test_shuffled_weights_keep_their_values_and_lose_what_was_learnt(model_folders):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folders["neox"])
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    models.shuffle_weights(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.flatten().sort().values, before[name].flatten().sort().values)
+    moved = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    assert any("dense" in name for name in moved)
+    again = AutoModelForCausalLM.from_pretrained(model_folders["neox"])
+    models.shuffle_weights(again)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_device_that_is_not_there_is_said(cell):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(UserError, match="device"):
+        train(cell, torch.from_numpy(np.random.default_rng(0).normal(size=(2048, 8))).float(), [0], device="cuda")
