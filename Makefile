@@ -3,8 +3,9 @@ PYTHON ?= python3
 STUDY ?= embedded
 VENV := .venv
 READY := $(VENV)/ready
+PEERS := .venv-bench
 
-.PHONY: book test lint lock clean
+.PHONY: book test bench lint lock clean
 
 book: $(READY)  ## compute a study and build its book: make book, make book STUDY=quick
 	$(VENV)/bin/sae-stability run $(STUDY)
@@ -13,6 +14,20 @@ test: $(READY)  ## lint, then the whole test suite
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest
+
+bench: $(READY) $(PEERS)/ready  ## measure training against SAELens, dictionary_learning and sparsify
+	$(VENV)/bin/python benchmarks/data.py
+	$(PEERS)/bin/python -m pytest -q -p no:cacheprovider benchmarks/test_peers.py
+	$(PEERS)/bin/python benchmarks/bench.py
+
+# torchvision comes with a peer that does not use it here, and its operators may be built for another torch.
+$(PEERS)/ready: benchmarks/requirements.txt
+	rm -rf $(PEERS)
+	$(PYTHON) -m venv $(PEERS) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv --quiet $(PEERS); }
+	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/requirements.txt
+	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
 
 # The interpreter's own check first: an old one fails in one line and not in the middle of an install.
 $(READY): requirements.lock pyproject.toml

@@ -33,7 +33,7 @@ def test_every_page_opens_without_a_fault(site, address, width):
     from playwright.sync_api import sync_playwright
 
     faults, pages = [], sorted(path.name for path in site.glob("*.html"))
-    assert {"index.html", "setup.html", "stability.html"} <= set(pages)
+    assert {"index.html", "setup.html", "stability.html", "costs.html"} <= set(pages)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": width, "height": 844})

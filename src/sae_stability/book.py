@@ -23,6 +23,7 @@ from sae_stability.matching import BANDS
 from sae_stability.store import DRAWING, PACKAGE, Store, git_commit, key_of, read_json, replacing, sha256, versions, write_json
 
 CHAPTERS = ROOT / "book"
+BENCHMARKS = ROOT / "benchmarks" / "results.json"
 SITE = ROOT / "_build" / "html"
 
 
@@ -53,6 +54,7 @@ def chapter_key(store: Store, name: str) -> str:
         "notebook": sha256(CHAPTERS / f"{name}.ipynb"),
         "commit": git_commit(),
         "study": store.study.sha256,
+        "benchmarks": sha256(BENCHMARKS),
     }
     return key_of(inputs, source, [store.provenance("tables")["key"], store.provenance("claims.json")["key"]])
 
@@ -110,6 +112,11 @@ def open_study(name: str) -> Store:
 
     path = ROOT / "results" / name / "study.json"
     return compute(Study(**read_json(path)) if path.is_file() else load_study(name))
+
+
+def benchmarks() -> dict:
+    """What `make bench` measured last."""
+    return read_json(BENCHMARKS)
 
 
 def short(commit: str) -> str:

@@ -28,6 +28,8 @@ NAMES = {
     "randomised": "shuffled weights",
     "random directions": "random directions",
 }
+VARIANT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00")
+DASH_CYCLE = ("-", "--")
 WIDTH = 5.6  # inches: text stays readable when a phone shrinks the figure
 
 
@@ -59,6 +61,42 @@ def training_curves(curve: pd.DataFrame, title: str) -> Figure:
         ylim=(late - 0.25 * (top - late) - 0.005, top + 0.01),
     )
     axis.xaxis.set_major_formatter(_in_thousands)
+    return figure
+
+
+def variant_curves(curve: pd.DataFrame, title: str) -> Figure:
+    """Explained variance of each seed of each variant. Columns: variant, seed, tokens, explained_variance."""
+    figure, (axis,) = _axes(title, height=4.2)
+    names = list(dict.fromkeys(curve["variant"]))
+    late = curve[curve["tokens"] > 0.2 * curve["tokens"].max()]
+    ends = curve[curve["tokens"] == curve["tokens"].max()].groupby("variant")["explained_variance"].mean()
+    for place, name in enumerate(names):
+        for index, (_, part) in enumerate(curve[curve["variant"] == name].groupby("seed")):
+            axis.plot(
+                part["tokens"], part["explained_variance"], DASH_CYCLE[place % 2], color=VARIANT_COLOURS[place], linewidth=1,
+                label=f"{name}, {ends[name]:.3f}" if index == 0 else None,
+            )  # fmt: skip
+    low, high = late["explained_variance"].min(), late["explained_variance"].max()
+    axis.set(
+        xlabel="training tokens",
+        ylabel="explained variance of the batches",
+        ylim=(low - 0.1 * (high - low), high + 0.05 * (high - low)),
+    )
+    axis.legend(frameon=False, title="one line a seed, its variant and end", ncols=2, loc="lower right", fontsize="small")
+    axis.xaxis.set_major_formatter(_in_thousands)
+    return figure
+
+
+def step_times(times: pd.DataFrame, floor_ms: float, title: str) -> Figure:
+    """Milliseconds a step and seed takes. Columns: contestant, ms."""
+    figure, (axis,) = _axes(title, height=0.45 * len(times) + 1.4)
+    ordered = times.sort_values("ms", ascending=False)
+    colours = [COLOURS["real"] if name.startswith("ours") else COLOURS["intermediate"] for name in ordered["contestant"]]
+    bars = axis.barh(ordered["contestant"], ordered["ms"], color=colours, height=0.7)
+    axis.bar_label(bars, [f"{value:.0f}" for value in ordered["ms"]], padding=3, fontsize="small")
+    axis.axvline(floor_ms, color="black", linestyle=":", label=f"floor, {floor_ms:.0f} ms")
+    axis.set(xlabel="milliseconds a step and seed", xlim=(0, ordered["ms"].max() * 1.12))
+    axis.legend(frameon=False, loc="upper right")
     return figure
 
 

@@ -124,6 +124,11 @@ def check(study: Study) -> None:
     _compute_missing(Store(study), [stage for stage in plan(study) if stage.name.startswith("text/")])
 
 
+def compute_activations(study: Study) -> None:
+    """Compute what is missing of the text and the cached activations of `study`, and nothing behind them."""
+    _compute_missing(Store(study), [stage for stage in plan(study) if stage.name.startswith(("text/", "activations/"))])
+
+
 def _compute_missing(store: Store, stages: list[Stage]) -> None:
     for stage in stages:
         if not store.is_done(stage.name, stage.key):

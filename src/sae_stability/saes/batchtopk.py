@@ -42,7 +42,7 @@ class BatchTopK(Variant):
     def gradients(self, sae, gradient, x):
         centred = x - sae.b_dec
         codes = sparse.top_of_batch(sae, centred, self.k, self.dtype)
-        error = codes.decode(sae.W_dec) + sae.b_dec - x
+        error = codes.decode(sae.W_dec).sub_(centred)
         upstream = error * (2 / len(x))
         into_pre = codes.into(upstream, sae.W_dec)
         backpropagate(sae, gradient, codes, centred, upstream, into_pre, upstream.sum(0))

@@ -52,9 +52,9 @@ class Gated(Variant):
         gate = gate._replace(values=gate.values.relu())
         magnitudes, scaled = self._magnitudes(sae, gate)
         codes = gate._replace(values=magnitudes.relu() * opened)
-        error = codes.decode(sae.W_dec) + sae.b_dec - x
+        error = codes.decode(sae.W_dec).sub_(centred)
         upstream = error * (2 / len(x))
-        frozen_upstream = (gate.decode(sae.W_dec) + sae.b_dec - x) * (2 / len(x))
+        frozen_upstream = gate.decode(sae.W_dec).sub_(centred).mul_(2 / len(x))
 
         into_magnitude = codes.into(upstream, sae.W_dec) * (codes.values > 0)
         into_gate = (gate.into(frozen_upstream, sae.W_dec) + self.coefficient / len(x)) * opened

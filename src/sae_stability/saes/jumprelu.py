@@ -58,7 +58,7 @@ class JumpReLU(Variant):
         theta = threshold[near.features]
         fires = near.values > theta
         codes = near._replace(values=near.values * fires)
-        error = codes.decode(sae.W_dec) + sae.b_dec - x
+        error = codes.decode(sae.W_dec).sub_(centred)
         upstream = error * (2 / len(x))
         into_codes = codes.into(upstream, sae.W_dec)
         backpropagate(sae, gradient, codes, centred, upstream, into_codes * fires, upstream.sum(0))

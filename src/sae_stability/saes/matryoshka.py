@@ -34,7 +34,7 @@ class Matryoshka(BatchTopK):
         # In turn what a dictionary adds, the error of its reconstruction, and the sum of the errors in which what it adds takes
         # part: its own and those of all larger ones.
         upstream = parts.decode(sae.W_dec).view(len(x), len(nested), -1)
-        upstream[:, 0] += sae.b_dec - x
+        upstream[:, 0] -= centred
         for level in range(1, len(nested)):
             upstream[:, level] += upstream[:, level - 1]
         error = upstream[:, -1].clone()

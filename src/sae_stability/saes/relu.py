@@ -33,7 +33,7 @@ class ReLU(Variant):
     def gradients(self, sae, gradient, x):
         centred = x - sae.b_dec
         codes = self._fire(sae, centred, self.dtype)
-        error = codes.decode(sae.W_dec) + sae.b_dec - x
+        error = codes.decode(sae.W_dec).sub_(centred)
         upstream = error * (2 / len(x))
         norms = sae.W_dec.norm(dim=1)
         penalty = norms * (self.coefficient / len(x))

@@ -20,7 +20,7 @@ class TopK(Variant):
         centred = x - sae.b_dec
         codes = sparse.top(sae, centred, self.k, self.dtype)
         codes = codes._replace(values=codes.values.relu())
-        error = codes.decode(sae.W_dec) + sae.b_dec - x
+        error = codes.decode(sae.W_dec).sub_(centred)
         upstream = error * (2 / len(x))
         into_pre = codes.into(upstream, sae.W_dec) * (codes.values > 0)
         backpropagate(sae, gradient, codes, centred, upstream, into_pre, upstream.sum(0))

@@ -82,8 +82,12 @@ class Training:
 
         kind, dtype = variant(cell.variant), fastest_dtype(device) if cell.encoder == "fastest" else torch.float32
         methods = [kind(cell.k, coefficient, dtype) for coefficient in coefficients]
-        begun = [method.initialise(d_in, cell.d_sae, _generator(cell, seed)) for method, seed in zip(methods, seeds, strict=True)]
-        self.parameters = kind.parameters(*(torch.stack(tensors).to(device) for tensors in zip(*begun, strict=True)))
+        for position, (method, seed) in enumerate(zip(methods, seeds, strict=True)):
+            begun = method.initialise(d_in, cell.d_sae, _generator(cell, seed))
+            if position == 0:
+                self.parameters = kind.parameters(*(torch.empty(len(seeds), *tensor.shape, device=device) for tensor in begun))
+            for stacked, tensor in zip(self.parameters, begun, strict=True):
+                stacked[position] = tensor
         self.trainees = [self._trainee(position, *of) for position, of in enumerate(zip(seeds, methods, strict=True))]
         self.workers = workers(len(seeds), device)
         self.gradients: SimpleQueue[Parameters] = SimpleQueue()  # one a worker, not one a seed
@@ -175,7 +179,7 @@ class Training:
             _revive(sae, gradient, x - sae.b_dec, error, dead)
         if trainee.method.unit_decoder:
             # A direction has no length to learn: the gradient along it would only fight the normalisation below.
-            gradient.W_dec.sub_(sae.W_dec * (gradient.W_dec * sae.W_dec).sum(1, keepdim=True))
+            gradient.W_dec.addcmul_(sae.W_dec, torch.linalg.vecdot(gradient.W_dec, sae.W_dec)[:, None], value=-1)
         if cell.clip is not None:
             _clip(gradient, cell.clip)
         for parameter, its in zip(sae, gradient, strict=True):
@@ -279,7 +283,7 @@ def _revive(
 
 def _mean_square(x: Float[Tensor, "token d_in"]) -> float:
     """The mean of |x|^2 over tokens. Row by row: the bits of a sum over everything depend on the number of threads."""
-    return x.square().sum(1).mean().item()
+    return torch.linalg.vecdot(x, x).mean().item()
 
 
 def _clip(gradient: Parameters, most: float) -> None:

@@ -41,14 +41,14 @@ def steer(cell: Cell, blocks: Blocks, folder: Path | None, device: torch.device)
     if folder is not None and (folder / PILOTS).exists():
         return read_json(folder / PILOTS)["coefficient"]
     few = cell.model_copy(update={"tokens": max(cell.batch, cell.tokens // SHORT), "passes": 1})
-    guess = _crossing(LADDER, _l0(few, blocks, LADDER, folder and folder / "ladder", device), cell.k)
+    guess = crossing(LADDER, _l0(few, blocks, LADDER, folder and folder / "ladder", device), cell.k)
     tried: list[float] = []
     found: list[float] = []
     for attempt in range(ATTEMPTS):
         around = [guess * factor for factor in AROUND]
         found += _l0(cell, blocks, around, folder and folder / f"around-{attempt}", device)
         tried += around
-        guess = _crossing(tried, found, cell.k)
+        guess = crossing(tried, found, cell.k)
         if min(found) <= cell.k <= max(found) and any(1 / NEAR < l0 / cell.k < NEAR for l0 in found):
             break
     if folder is not None:
@@ -93,7 +93,7 @@ def l0(ensemble: Ensemble, position: int, activations: Activations) -> float:
     return firings / len(rows)
 
 
-def _crossing(coefficients: Sequence[float], found: Sequence[float], k: float) -> float:
+def crossing(coefficients: Sequence[float], found: Sequence[float], k: float) -> float:
     """Where L0 falls to k as the coefficient rises, read off between the pilots on either side, or a step beyond all of them."""
     above = max(((c, l0) for c, l0 in zip(coefficients, found, strict=True) if l0 >= k), default=None)
     below = min(((c, l0) for c, l0 in zip(coefficients, found, strict=True) if l0 < k), default=None)
