@@ -104,6 +104,21 @@ def test_the_quick_study_is_consistent(quick):
     assert set(examples["feature"]) <= set(live.loc[live["seed"] == 0, "feature"])
 
 
+def test_cells_are_compared_at_equal_l0_and_at_equal_quality(quick):
+    cells = quick.table("cells").set_index("variant", drop=False)
+    assert set(cells["variant"]) == {"topk", "batchtopk", "gated"}
+    assert ((cells["l0"] - cells["k"]).abs() <= 0.05 * cells["k"]).eq(cells["l0_on_target"]).all()
+    main = cells[cells["cell"] == "main"].iloc[0]
+    assert main["l0_at_equal_quality"] == pytest.approx(main["l0"])  # the main cell sets the quality
+    for _, other in cells[cells["cell"] != "main"].dropna(subset="l0_at_equal_quality").iterrows():
+        # Whoever explains more at its own L0 needs fewer features for the same.
+        assert (other["explained_variance"] > main["explained_variance"]) == (other["l0_at_equal_quality"] < other["l0"])
+    for name in ("features", "saes", "curve", "growth", "thresholds"):
+        flagged = quick.table(name).set_index("cell")["cell_on_target"]
+        assert (flagged == flagged.index.map(cells.set_index("cell")["l0_on_target"])).all()
+    assert (cells["coefficient"] > 0).eq(cells["variant"] == "gated").all()
+
+
 def test_tables_read_anywhere(quick):
     for path in (quick.folder / "tables").glob("*.parquet"):
         assert len(pd.read_parquet(path)) > 0

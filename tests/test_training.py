@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from sae_stability.config import UserError, Variants
+from sae_stability.config import Cell, UserError, Variants
 from sae_stability.language.activations import Activations
 from sae_stability.matching import stability
 from sae_stability.saes.sparse import Parameters
@@ -17,6 +17,7 @@ from sae_stability.saes.topk import TopK
 from sae_stability.store import read_json
 from sae_stability.training import loop, train
 from sae_stability.training.loop import schedule
+from sae_stability.training.shards import Job, _groups
 from sae_stability.training.shuffling import ROUNDS, shuffled
 from sae_stability.training.steering import l0
 
@@ -68,6 +69,18 @@ def test_threads_and_shards_change_no_bit(fixed, name, tmp_path):
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 5))
+@settings(max_examples=50, deadline=None)
+def test_shards_hold_each_seed_once_and_never_too_many(counts, at_once):
+    cell = Cell(model="none", hook_name="blocks.0.hook_resid_post", tokens=64, d_sae=8, k=2, seeds=3, batch=64)
+    x = Activations.of(torch.randn(64, 4))
+    jobs = [Job(cell, x, list(range(count)), None, [0.0] * count) for count in counts]
+    groups = _groups(jobs, (), torch.device("cpu"), at_once)
+    assert all(sum(map(len, group.values())) <= at_once for group in groups)
+    for index, count in enumerate(counts):
+        assert [position for group in groups for position in group.get(index, [])] == list(range(count))
 
 
 def test_initialisation_and_order_can_each_be_held_fixed(cell):

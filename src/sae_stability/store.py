@@ -98,7 +98,7 @@ class Store:
             "commit": git_commit(),
             "versions": {"python": platform.python_version(), **versions(COMPUTING + DRAWING)},
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "device": "cpu",
+            "device": self.study.device,
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_gb": round(peak_memory_gb(), 2),
             "files": {str(file.relative_to(path.parent)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files},

@@ -46,8 +46,10 @@ def write(study: Study, folder: Path) -> None:
         tables["curve"] += [curve(store, cell, kind) for kind in kinds]
         tables["growth"] += [growth(store, cell, kind) for kind in kinds]
         tables["thresholds"].append(thresholds(store, cell))
-    for name, parts in tables.items():
-        write_table(folder / f"{name}.parquet", pd.concat(parts, ignore_index=True))
+    whole = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+    hit = whole["cells"].set_index("cell")["l0_on_target"]
+    for name, table in whole.items():  # a cell that misses its L0 is flagged wherever it appears
+        write_table(folder / f"{name}.parquet", table.assign(cell_on_target=table["cell"].map(hit)))
     write_table(folder / "examples.parquet", examples(store))
 
 
