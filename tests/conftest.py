@@ -117,6 +117,7 @@ def small(model_folders, text_file) -> list[str]:
         "loss_tokens": 500,
         "batch": 64,
         "dead_after": 1000,
+        "grid": "{}",
     }
     return [f"--set={key}={value}" for key, value in values.items()]
 

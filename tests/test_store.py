@@ -29,6 +29,20 @@ def test_a_finished_stage_is_done_for_its_key_only(store):
     assert list(provenance["files"]) == ["result.json"]
 
 
+def test_a_stage_killed_while_its_provenance_is_written_keeps_its_files(store, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "_record", killed)
+        with pytest.raises(KeyboardInterrupt), store.computing("stage", "key") as folder:
+            write_json(folder / "result.json", 1)
+    with store.computing("stage", "key") as folder:
+        assert (folder / "result.json").exists()
+    assert list(store.provenance("stage")["files"]) == ["result.json"]
+    assert not (folder / "begun.json").exists()
+
+
 def test_an_interrupted_stage_is_not_done_and_keeps_what_it_has(store):
     with pytest.raises(KeyboardInterrupt), store.computing("stage", "key") as folder:
         write_json(folder / "half.json", 1)
@@ -97,7 +111,7 @@ def test_keys_follow_inputs_and_content(tmp_path):
     assert key_of({"a": 1}) == key_of({"a": 1})
     assert key_of({"a": 1}) != key_of({"a": 2})
     assert key_of({"a": 1}) != key_of({"a": 1}, before=["x"])
-    assert key_of({}, ["training.py"]) != key_of({}, ["matching.py"])
+    assert key_of({}, ["tables.py"]) != key_of({}, ["matching.py"])
     (tmp_path / "f.txt").write_text("one")
     before = fingerprint(str(tmp_path))
     (tmp_path / "f.txt").write_text("two")

@@ -119,6 +119,25 @@ def test_cells_are_compared_at_equal_l0_and_at_equal_quality(quick):
     assert (cells["coefficient"] > 0).eq(cells["variant"] == "gated").all()
 
 
+def test_a_stage_is_computed_again_when_what_it_depends_on_changes():
+    from sae_stability import stages
+    from sae_stability.config import load_study
+
+    def keys(*overrides: str) -> dict[str, str]:
+        return {stage.name: stage.key for stage in stages.plan(load_study("quick", ["grid={}", *overrides]))}
+
+    def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+        return {name for name in before if before[name] != after.get(name)}
+
+    cached, streamed = keys(), keys("stream=true")
+    trained = {name for name in cached if name.startswith("cells/")}
+    assert trained <= changed(cached, keys("device=cuda"))
+    assert changed(cached, keys("surrogate_seeds=3")) == {"cells/main/surrogate", "cells/main/evaluation", "tables"}
+    assert changed(cached, keys("threshold=0.6")) == {"tables"}
+    stream = next(name for name in streamed if name.startswith("streams/"))
+    assert {stream, "cells/main/evaluation", "tables"} <= changed(streamed, keys("stream=true", "dtype=float32"))
+
+
 def test_tables_read_anywhere(quick):
     for path in (quick.folder / "tables").glob("*.parquet"):
         assert len(pd.read_parquet(path)) > 0

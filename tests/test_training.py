@@ -7,15 +7,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from scipy.stats import chisquare
 
 from sae_stability.config import Cell, UserError, Variants
 from sae_stability.language.activations import Activations
 from sae_stability.matching import stability
+from sae_stability.saes import variant
 from sae_stability.saes.sparse import Parameters
 from sae_stability.saes.topk import TopK
-from sae_stability.store import read_json
-from sae_stability.training import loop, train
+from sae_stability.store import TEMPORARY, read_json
+from sae_stability.training import loop, steering, train, train_all
 from sae_stability.training.loop import schedule
 from sae_stability.training.shards import Job, _groups
 from sae_stability.training.shuffling import ROUNDS, shuffled
@@ -231,3 +233,111 @@ def test_shuffles_are_uniform():
     pairs = orders[:, 0] * count + orders[:, 1]
     observed = np.bincount(pairs, minlength=count**2).reshape(count, count)[~np.eye(count, dtype=bool)]
     assert chisquare(observed).pvalue > 1e-4
+
+
+class Pieces:
+    """Blocks of the given sizes."""
+
+    def __init__(self, x: torch.Tensor, sizes: list[int]):
+        self.whole, self.sizes, self.d_in = Activations.of(x), sizes, x.shape[1]
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def block(self, index: int) -> Activations:
+        start = sum(self.sizes[:index])
+        return self.whole.with_data(self.whole.data[start : start + self.sizes[index]])
+
+    def first(self, rows: int) -> "Pieces":
+        return self
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_a_last_block_smaller_than_a_batch_is_left_out(fixed, name):
+    x = sparse_data(640)
+    pieces, cell = Pieces(x, [600, 40]), fixed(name, tokens=640)
+    whole = Pieces(x[:600], [600])
+    whole.whole = pieces.whole
+    assert same(train(cell, pieces, [0, 1]), train_all([Job(cell, whole, [0, 1], None, [1.0, 1.0])], "", torch.device("cpu"))[0])
+
+
+def test_blocks_that_fill_no_batch_are_said(cell):
+    with pytest.raises(UserError, match="batch"):
+        train(cell.model_copy(update={"tokens": 640, "batch": 400}), Pieces(sparse_data(640), [320, 320]), [0])
+
+
+def test_a_folder_that_holds_another_training_is_refused(cell, tmp_path):
+    x = sparse_data()
+    train(cell, x, [0, 1], tmp_path)
+    with pytest.raises(UserError, match="another training"):
+        train(cell.model_copy(update={"k": 2}), x, [0, 1], tmp_path)
+
+
+def test_what_a_kill_left_half_written_is_cleared(cell, tmp_path):
+    x = sparse_data()
+    calm = train(cell, x, [0, 1], tmp_path / "calm")
+    leftover = tmp_path / "killed" / "shards" / "0-2" / "snapshots" / f"{TEMPORARY}abc.safetensors"
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
+    assert same(calm, train(cell, x, [0, 1], tmp_path / "killed"))
+    assert contents(tmp_path / "killed") == contents(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("at_once", [None, 1])
+def test_snapshots_hold_the_seeds_that_lasted(fixed, tmp_path, monkeypatch, at_once):
+    """And one seed's NaN stays its own: not even the shared gradient carries it to the others."""
+    step = loop.Training._step
+
+    def breaks(self, trainee, gradient, x, at):
+        if trainee.seed == 0 and at == 1:
+            for part in gradient:
+                part.fill_(math.nan)
+            x = x * math.nan
+        step(self, trainee, gradient, x, at)
+
+    monkeypatch.setattr(loop.Training, "_step", breaks)
+    ensemble = train(fixed("batchtopk", clip=1.0), sparse_data(), [0, 1, 2], tmp_path, at_once=at_once)
+    assert ensemble.seeds == [1, 2]
+    snapshots = list((tmp_path / "snapshots").iterdir())
+    assert len(snapshots) == 6
+    assert {load_file(file)["W_dec"].shape[0] for file in snapshots} == {2}
+    monkeypatch.undo()
+    assert same(ensemble, train(fixed("batchtopk", clip=1.0), sparse_data(), [1, 2]))
+
+
+def test_a_pilot_that_diverges_does_not_stop_the_search(cell, tmp_path, monkeypatch):
+    measured = {0.25: 9.0, 1.0: 5.0, 4.0: 1.5, 16.0: 0.1}
+    monkeypatch.setattr(
+        steering, "_l0", lambda cell, blocks, tried, *_: [measured.get(c, math.inf if c < 1.5 else 6 / c) for c in tried]
+    )
+    found = steering.steer(cell.model_copy(update={"variant": "relu"}), None, tmp_path, torch.device("cpu"))
+    assert found == pytest.approx(2.0, rel=0.05)
+    assert {"coefficient", "l0"} == set(read_json(tmp_path / "pilots.json")["pilots"][0])
+
+
+def test_a_denser_pilot_has_no_more_features_than_there_are(cell):
+    full = cell.model_copy(update={"k": 20})
+    pilots = steering.sparser_and_denser(full, Activations.of(sparse_data()), 0.0, None, torch.device("cpu"))
+    assert [pilot.k for pilot in pilots] == [14, 24]
+
+
+def test_an_sae_that_never_fires_has_a_threshold():
+    method = variant("batchtopk")(2)
+    sae = method.initialise(4, 8, torch.Generator().manual_seed(0))
+    sae.b_enc.fill_(-100)
+    method.finish(sae, iter([torch.randn(16, 4)]))
+    assert sae.threshold == 0
+
+
+def test_clipping_many_features_gives_the_same_bits_for_any_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    gradient = [torch.randn(40_000, 5, generator=generator), torch.randn(40_000, generator=generator)]
+    before, clipped = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            clipped.append([part.clone() for part in gradient])
+            loop._clip(clipped[-1], 1.0)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*clipped, strict=True))

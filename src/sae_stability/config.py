@@ -133,7 +133,7 @@ class Study(Cell):
     """A main cell, and a grid that crosses lists over any of its keys into further cells."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the folder under results/")
-    threads: PositiveInt | None = Field(None, description="CPU threads; bits depend on it. By default all cores")
+    threads: PositiveInt | None = Field(None, description="CPU threads; the bits of activations depend on it. By default all cores")
     notes: str = Field("", description="what was chosen and why; the book shows it")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of activations")
     stream: bool = Field(False, description="compute training activations as they are needed, and keep none on disk")
@@ -198,6 +198,8 @@ def load_study(study: str, overrides: Sequence[str] = (), name: str | None = Non
         fields.pop("notes", None)  # they give the reasons of another choice
     for override in overrides:
         _override(fields, override)
+        if isinstance(fields.get("grid"), dict):  # what is set by hand holds for every cell
+            fields["grid"].pop(override.partition("=")[0], None)
     if name is not None:
         fields["name"] = name
     grid = fields.get("grid")

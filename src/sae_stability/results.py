@@ -110,11 +110,9 @@ def stability_of(store: Store, cell: str, kind: str) -> Stability:
 def growth_of(store: Store, cell: str, kind: str) -> dict[int, Stability]:
     """Stability on the way, by training tokens; features that are dead in the end are left out all along."""
     folder = training_folder(store, cell, kind) / "snapshots"
-    end, seeds = stability_of(store, cell, kind), ensemble_of(store, cell, kind).seeds
+    end = stability_of(store, cell, kind)
     found = {}
     for file in folder.glob("*.safetensors"):
-        metadata = read_metadata(file)
-        lasted = [metadata["seeds"].index(seed) for seed in seeds]  # others diverged later
-        found[metadata["tokens"]] = stability(load_tensors(file)["W_dec"][lasted], end.threshold, end.alive)
+        found[read_metadata(file)["tokens"]] = stability(load_tensors(file)["W_dec"], end.threshold, end.alive)
     final = store.study.cells[cell].tokens * store.study.cells[cell].passes
     return dict(sorted(found.items())) | {final: end}

@@ -29,7 +29,7 @@ from sae_stability.results import (
     sources_of,
     stability_of,
 )
-from sae_stability.saes import files_of
+from sae_stability.saes import fastest_dtype, files_of
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.store import Store, fingerprint, key_of, versions, write_json
 
@@ -60,7 +60,7 @@ def plan(study: Study) -> list[Stage]:
     stages: list[Stage] = []
 
     def add(name: str, compute: partial, inputs, modules: tuple[str, ...], before: list[str]) -> str:
-        body = inspect.getsource(compute.func)
+        body = [inspect.getsource(part) for part in (compute.func, _collect, _cached_splits, _Streams, _training_inputs)]
         key = key_of({"inputs": inputs, "compute": body, "threads": study.threads}, modules, before)
         stages.append(Stage(name, key, compute))
         return key
@@ -83,7 +83,8 @@ def plan(study: Study) -> list[Stage]:
     if study.stream:
         for source in of_text:
             cells = {name: cell for name, cell in study.cells.items() if sources[name] == source}
-            inputs = {f"{name}/{kind}": _training_inputs(cell, kind) for name, cell in cells.items() for kind in kinds_of(cell)}
+            pairs = [(name, cell, kind) for name, cell in cells.items() for kind in kinds_of(cell)]
+            inputs = {f"{name}/{kind}": _training_inputs(study, cell, kind) for name, cell, kind in pairs}
             modules = {module for cell in cells.values() for module in (*TRAINING, *STREAMING, *files_of(cell.variant))}
             before = [of_text[source]]
             key = add(f"streams/{source.folder}", partial(train_streamed, study, source, cells), inputs, tuple(modules), before)
@@ -94,16 +95,18 @@ def plan(study: Study) -> list[Stage]:
                 before = [of_random[sources[name]] if kind == "randomised" else of_site[sources[name]]]
                 compute = partial(train_cached, study, sources[name], cell, kind)
                 modules = (*TRAINING, *files_of(cell.variant))
-                trained[name, kind] = add(f"cells/{name}/{kind}", compute, _training_inputs(cell, kind), modules, before)
+                trained[name, kind] = add(f"cells/{name}/{kind}", compute, _training_inputs(study, cell, kind), modules, before)
     evaluated = []
     several = len({cell.variant for cell in study.cells.values()}) > 1
     for name, cell in study.cells.items():
-        before = [trained[name, kind] for kind in kinds_of(cell)] + [of_site[sources[name]]]
+        held_out = [of[sources[name]] for of in (of_site, of_random) if sources[name] in of]
+        before = [*(trained[name, kind] for kind in kinds_of(cell)), *held_out]
         compute = partial(evaluate, study, sources[name], name, cell)
         evaluated.append(add(f"cells/{name}/evaluation", compute, study.loss_tokens, EVALUATION, before))
         if several:
             compute = partial(trace_frontier, study, sources[name], name, cell)
-            evaluated.append(add(f"cells/{name}/frontier", compute, {}, (*EVALUATION, *STREAMING), [trained[name, "real"]]))
+            before = [trained[name, "real"], of_site[sources[name]]]
+            evaluated.append(add(f"cells/{name}/frontier", compute, {}, (*EVALUATION, *STREAMING), before))
     add("tables", partial(tables.write, study), study.model_dump(), ANALYSIS, evaluated)
     return stages
 
@@ -255,7 +258,7 @@ class _Streams:
 
 def _enough(cell: Cell, ensemble: Ensemble) -> None:
     if len(ensemble.seeds) < 2:
-        raise UserError(f"rate: all seeds but {ensemble.seeds[0]} of {cell.label} diverged; lower rate")
+        raise UserError(f"rate: fewer than two seeds of {cell.label} did not diverge; lower rate")
 
 
 def trace_frontier(study: Study, source: Source, name: str, cell: Cell, folder: Path) -> None:
@@ -287,10 +290,11 @@ def evaluate(study: Study, source: Source, name: str, cell: Cell, folder: Path) 
     save_file(vars(spliced), folder / "losses.safetensors")
 
 
-def _training_inputs(cell: Cell, kind: str) -> dict:
+def _training_inputs(study: Study, cell: Cell, kind: str) -> dict:
     """What an ensemble depends on: how it is evaluated, and other nulls, are not among it."""
     left_out = {"threshold", "evaluation_tokens", "nulls", "surrogate_seeds", "seeds"}
-    return {**cell.model_dump(exclude=left_out), "seeds": cell.seeds_of(kind)}
+    machine = {"device": study.device, "fastest": str(fastest_dtype(torch.device(study.device))), "dtype": study.dtype}
+    return {**cell.model_dump(exclude=left_out), "seeds": cell.seeds_of(kind), **machine}
 
 
 def _text_inputs(source: Source) -> dict:

@@ -69,8 +69,8 @@ class Store:
         drop(folder.rglob(f"{TEMPORARY}*"))
         started = time.monotonic()
         yield folder
-        begun.unlink()
-        self._record(stage, key, started, [file for file in sorted(folder.rglob("*")) if file.is_file()])
+        self._record(stage, key, started, [file for file in sorted(folder.rglob("*")) if file.is_file() and file != begun])
+        begun.unlink()  # last: a run that is killed while files are hashed keeps them
 
     @contextmanager
     def computing_file(self, stage: str, key: str) -> Iterator[Path]:

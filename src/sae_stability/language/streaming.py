@@ -1,7 +1,8 @@
 """Activations that are never stored: computed block by block when training asks for them.
 
 The block is the shuffle buffer: contexts come in random order, and each seed reads the tokens of a block in an order of its own.
-One forward pass gives a block of every site, and all cells of a study read it before the next one is computed.
+One forward pass gives a block of every site, and all cells of a study read it before the next one is computed. Only the pilots that
+steer a penalty read the stream on their own.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor
 from sae_stability.language.activations import BATCH, Activations, forward, gaussian
 from sae_stability.language.corpus import Contexts
 
+SURROGATE_SEEDS = 1 << 32  # beyond those of surrogates that are cached
 BLOCK = 1 << 18  # tokens: the size of the shuffle buffer
 
 
@@ -51,14 +53,17 @@ class Stream:
 
     def _block(self, hook_name: str, index: int) -> Activations:
         if hook_name not in self.first_blocks:
-            # Only the moments are kept: the data of an empty slice holds on to nothing.
-            self.first_blocks = {hook: Activations.of(x).first(0) for hook, x in self._compute(0).items()}
+            # Only the moments are kept.
+            computed = self._compute(0)
+            self.first_blocks = {hook: Activations.of(x).with_data(x.new_empty(0, x.shape[1])) for hook, x in computed.items()}
         return self.first_blocks[hook_name].with_data(self._compute(index)[hook_name])
 
     def _surrogate(self, hook_name: str, index: int) -> Activations:
-        real = self._block(hook_name, 0) if hook_name not in self.first_blocks else self.first_blocks[hook_name]
-        drawn = gaussian(real)(self.sizes[index], torch.Generator().manual_seed(index))
-        return self.first_blocks[hook_name].with_data(drawn.to(self.dtype))
+        if hook_name not in self.first_blocks:
+            self._block(hook_name, 0)
+        real = self.first_blocks[hook_name]
+        drawn = gaussian(real)(self.sizes[index], torch.Generator().manual_seed(SURROGATE_SEEDS + index))
+        return real.with_data(drawn.to(self.dtype))
 
     def _compute(self, index: int) -> dict[str, Float[Tensor, "token d_in"]]:
         if self.held is None or self.held[0] != index:

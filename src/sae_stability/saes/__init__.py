@@ -1,6 +1,6 @@
 """Sparse autoencoders: one variant a file behind one small interface (`variant.py`).
 
-A variant works on one seed; `training.py` runs it for all seeds of a cell. To add one, write its file and add its name to
+A variant works on one seed; `training/` runs it for all seeds of a cell. To add one, write its file and add its name to
 `Variants` in `config.py`.
 """
 
@@ -26,7 +26,7 @@ def files_of(name: str) -> list[str]:
 def fastest_dtype(device: torch.device) -> torch.dtype:
     """In which encoder products are fastest: bfloat16 where the processor multiplies it, float32 elsewhere."""
     if device.type == "cuda":
-        multiplies = torch.cuda.is_bf16_supported(including_emulation=False)
+        multiplies = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         multiplies = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if multiplies else torch.float32

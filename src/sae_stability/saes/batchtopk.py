@@ -45,9 +45,11 @@ class BatchTopK(Variant):
         error = codes.decode(sae.W_dec).sub_(centred)
         upstream = error * (2 / len(x))
         into_pre = codes.into(upstream, sae.W_dec)
+        gradient.threshold.zero_()
         backpropagate(sae, gradient, codes, centred, upstream, into_pre, upstream.sum(0))
         return error, codes
 
     def finish(self, sae, batches) -> None:
-        smallest = [sparse.top_of_batch(sae, x - sae.b_dec, self.k, x.dtype).values.min() for x in batches]
-        sae.threshold.copy_(torch.stack(smallest).mean())
+        fired = [sparse.top_of_batch(sae, x - sae.b_dec, self.k, x.dtype).values for x in batches]
+        smallest = [values.min() for values in fired if len(values)]
+        sae.threshold.copy_(torch.stack(smallest).mean() if smallest else torch.tensor(0.0))

@@ -9,7 +9,8 @@ with H the step function. Thresholds get straight-through gradients from the pre
     d H / d theta = -(1 / bandwidth) K((pre - theta) / bandwidth),
 
 with K the rectangle of width 1. The paper's bandwidth of 0.001 is for activations of norm 1 in a few thousand dimensions, where a
-direction has a standard deviation of about 0.02. Here it is 1, and the bandwidth is in proportion.
+direction has a standard deviation of about 0.02. Here it is 1, and the bandwidth is in proportion. The window ends at zero: codes
+are never negative.
 """
 
 from dataclasses import dataclass

@@ -42,6 +42,7 @@ class Matryoshka(BatchTopK):
             upstream[:, level] += upstream[:, level + 1]
         upstream *= 2 / len(x)
         rows = upstream.flatten(0, 1)
+        gradient.threshold.zero_()
         backpropagate(sae, gradient, parts, centred, rows, parts.into(rows, sae.W_dec), upstream[:, 0].sum(0))
         return error, codes
 

@@ -79,7 +79,12 @@ def top(sae: Parameters, centred: Float[Tensor, "token d_in"], k: int, dtype: to
 
 
 def above(sae: Parameters, centred: Float[Tensor, "token d_in"], bound: Float[Tensor, "d_sae"], dtype: torch.dtype) -> Codes:
-    """The pre-activations that exceed `bound`, which is zero or more; features rise within a token."""
+    """The pre-activations that exceed `bound`, which is zero or more; features rise within a token.
+
+    In bfloat16 some that lie just below it are among them, so that hardly any that lie above are missed.
+    """
+    if dtype == torch.bfloat16:
+        bound = bound * (1 - torch.finfo(dtype).eps)
     parts = [kernels(pre).above(pre, bound) for pre in _pre_activations(sae, centred, dtype)]
     return _exact(sae, centred, *_joined(parts))
 
@@ -95,8 +100,9 @@ def top_of_batch(sae: Parameters, centred: Float[Tensor, "token d_in"], k: int, 
     guess = torch.topk(sample.flatten(), wanted).values[-1].float().clamp_min(0)
     count, none = len(centred) * k, torch.zeros_like(sae.b_enc)
     codes = above(sae, centred, none + guess, dtype)
-    if len(codes.values) < count and guess > 0:
+    if (codes.values > 0).sum() < count and guess > 0:
         codes = above(sae, centred, none, dtype)
+    codes = codes.keep(codes.values > 0)  # bfloat16's zero lies a rounding away
     if len(codes.values) <= count:
         return codes
     least = codes.values.kthvalue(len(codes.values) - count + 1).values

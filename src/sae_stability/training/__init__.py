@@ -39,7 +39,10 @@ def train(
     if isinstance(activations, Tensor):
         activations = Activations.of(activations)
     job = prepare(cell, activations, seeds, folder, device)
-    return train_all([job], described, torch.device(device), at_once, checkpoint_seconds)[0]
+    (ensemble,) = train_all([job], described, torch.device(device), at_once, checkpoint_seconds)
+    if not ensemble.seeds:
+        raise UserError(f"rate: every seed of {cell.label} diverged; lower rate")
+    return ensemble
 
 
 def prepare(cell: Cell, blocks: Blocks, seeds: Sequence[int], folder: Path | None = None, device: str = "cpu") -> Job:

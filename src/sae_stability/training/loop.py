@@ -1,9 +1,10 @@
 """The training loop: some seeds of a cell, step by step, over one block of activations after another.
 
 A seed sets the initialisation and the order of the data, each of which can be held fixed on its own. Seeds share nothing
-but the activations: a seed trained alone and the same seed trained in company give the same SAE, bit for bit.
+but the activations: a seed trained alone and the same seed trained in company give the same SAE, on a CPU bit for bit.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -129,9 +130,14 @@ class Training:
         if self.folder is not None and time.monotonic() - self.saved_at > self.checkpoint_seconds:
             self._save()
 
+    @property
+    def last_visit(self) -> int:
+        """The last visit that has steps: what is left at the end of a stream can be less than a batch."""
+        return max(visit for visit, steps in enumerate(self.visits) if steps)
+
     def finish(self, block: Activations) -> Ensemble:
-        """The ensemble of the seeds that did not diverge; `block` is the last one visited."""
-        last = len(self.visits) - 1
+        """The ensemble of the seeds that did not diverge; `block` is that of `last_visit`."""
+        last = self.last_visit
         for trainee in self.running:
             batches = range(max(0, self.visits[last] - FINISHING_BATCHES), self.visits[last])
             trainee.method.finish(trainee.sae, (self._batch(trainee, last, place, block) for place in batches))
@@ -282,15 +288,20 @@ def _revive(
 
 
 def _mean_square(x: Float[Tensor, "token d_in"]) -> float:
-    """The mean of |x|^2 over tokens. Row by row: the bits of a sum over everything depend on the number of threads."""
-    return torch.linalg.vecdot(x, x).mean().item()
+    """The mean of |x|^2 over tokens."""
+    return _total(torch.linalg.vecdot(x, x)) / len(x)
 
 
 def _clip(gradient: Parameters, most: float) -> None:
     """Scale the gradient of one seed down to norm `most`."""
-    rows = [part.reshape(len(part) if part.dim() else 1, -1).square().sum(1).sum() for part in gradient]
-    norm = torch.stack(rows).sum().sqrt()
-    torch._foreach_mul_(list(gradient), (most / norm).clamp_max(1))
+    rows = [part.reshape(len(part) if part.dim() else 1, -1) for part in gradient]
+    norm = math.sqrt(sum(_total(torch.linalg.vecdot(part, part)) for part in rows))
+    torch._foreach_mul_(list(gradient), min(1.0, most / norm))
+
+
+def _total(values: Float[Tensor, "row"]) -> float:
+    """A sum by one thread: the bits of PyTorch's depend on their number."""
+    return float(values.cpu().numpy().sum(dtype=np.float64))
 
 
 def _strongest(pre: Float[Tensor, "token feature"], k: int) -> tuple[Int[Tensor, "token k"], Float[Tensor, "token k"]]:
@@ -305,4 +316,4 @@ def _generator(cell: Cell, seed: int) -> torch.Generator:
 
 def _random(seed: int, *purpose: int) -> np.random.SeedSequence:
     """Independent random streams from one seed."""
-    return np.random.SeedSequence([seed, *purpose])
+    return np.random.SeedSequence(seed, spawn_key=purpose)

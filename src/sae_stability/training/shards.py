@@ -13,12 +13,12 @@ from tqdm import tqdm
 from sae_stability.config import Cell, UserError
 from sae_stability.language.activations import Blocks
 from sae_stability.saes.ensemble import Ensemble
-from sae_stability.store import read_json, read_metadata, save_tensors, write_json
+from sae_stability.store import TEMPORARY, drop, read_json, read_metadata, save_tensors, write_json
 from sae_stability.training.loop import CHECKPOINT, SNAPSHOTS, Training
 
-ENSEMBLE, CURVE, DIVERGED, SHARDS = "ensemble.safetensors", "curve.json", "diverged.json", "shards"
+JOB, ENSEMBLE, CURVE, DIVERGED, SHARDS = "job.json", "ensemble.safetensors", "curve.json", "diverged.json", "shards"
 CHECKPOINT_SECONDS = 20
-MEMORY_SHARE = 0.7  # of what is free, that the seeds under training may take
+MEMORY_SHARE = 0.5  # of the machine's, that the seeds under training may take
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,11 @@ def train_all(
     to the same bits. Each folder then holds `ensemble.safetensors`, `curve.json` (explained variance, L0 and dead features of
     each seed as training goes), `snapshots/STEP.safetensors` (decoders on the way) and `diverged.json` (where seeds stopped).
 
-    Raises `UserError` where all seeds of a job diverge.
+    Seeds that diverge are left out of their ensemble. Raises `UserError` where no step can be taken, or where a folder holds
+    another training.
     """
+    for job in jobs:
+        _claim(job)
     done = {
         index: Ensemble.open(job.folder / ENSEMBLE)
         for index, job in enumerate(jobs)
@@ -75,9 +78,30 @@ def train_all(
     return [done[index] if index in done else _joined(job, parts[index]) for index, job in enumerate(jobs)]
 
 
+def _claim(job: Job) -> None:
+    """Mark the job's folder as its own, and clear what an interrupted run left half-written."""
+    if sum(job.visits) == 0:
+        raise UserError(f"batch: {job.cell.batch:,} tokens are more than any block of activations has; lower batch")
+    if job.folder is None:
+        return
+    described = {
+        "cell": job.cell.model_dump(mode="json"),
+        "seeds": list(job.seeds),
+        "coefficients": list(job.coefficients),
+        "blocks": list(job.blocks.sizes),
+    }
+    if (job.folder / JOB).exists() and read_json(job.folder / JOB) != described:
+        raise UserError(f"folder: {job.folder} holds another training; give an empty one")
+    write_json(job.folder / JOB, described)
+    drop(job.folder.rglob(f"{TEMPORARY}*"))
+    if (job.folder / ENSEMBLE).exists():
+        shutil.rmtree(job.folder / SHARDS, ignore_errors=True)
+
+
 def _groups(jobs: Sequence[Job], done: Container[int], device: torch.device, at_once: int | None) -> list[dict[int, list[int]]]:
     """Which seeds train at a time: positions among a job's seeds, by the job's index."""
-    free = MEMORY_SHARE * (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+    # All of the memory, not what is free: a run that resumes must find the shards that it began.
+    free = MEMORY_SHARE * (torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total)
     groups: list[dict[int, list[int]]] = [{}]
     seeds, memory = 0, 0
     for index, job in enumerate(jobs):
@@ -113,7 +137,7 @@ def _train(shards: list[Job], device: torch.device, checkpoint_seconds: float, b
             ensembles.append(Ensemble.open(shard.folder / ENSEMBLE))
             continue
         training = trainings.pop(index)
-        ensemble = training.finish(shard.blocks.block(len(shard.blocks.sizes) - 1))
+        ensemble = training.finish(shard.blocks.block(training.last_visit % len(shard.blocks.sizes)))
         if shard.folder is not None:
             write_json(shard.folder / CURVE, training.curve)
             diverged = {trainee.seed: trainee.diverged for trainee in training.trainees if trainee.diverged is not None}
@@ -126,8 +150,6 @@ def _train(shards: list[Job], device: torch.device, checkpoint_seconds: float, b
 
 def _joined(job: Job, parts: list[tuple[Job, Ensemble]]) -> Ensemble:
     """The ensemble of a job from those of its shards, and its files from theirs."""
-    if not any(ensemble.seeds for _, ensemble in parts):
-        raise UserError(f"rate: every seed of {job.cell.label} diverged; lower rate")
     ensemble = Ensemble.joined([ensemble for _, ensemble in parts])
     if job.folder is None:
         return ensemble
@@ -136,12 +158,12 @@ def _joined(job: Job, parts: list[tuple[Job, Ensemble]]) -> Ensemble:
     order = {seed: place for place, seed in enumerate(job.seeds)}
     write_json(job.folder / CURVE, sorted(curve, key=lambda row: (row["tokens"], order[row["seed"]])))
     write_json(job.folder / DIVERGED, {seed: step for folder in folders for seed, step in read_json(folder / DIVERGED).items()})
-    for snapshot in sorted((folders[0] / SNAPSHOTS).glob("*")):
-        files = [folder / SNAPSHOTS / snapshot.name for folder in folders if (folder / SNAPSHOTS / snapshot.name).exists()]
-        metadata = read_metadata(files[0]) | {"seeds": [seed for file in files for seed in read_metadata(file)["seeds"]]}
-        save_tensors(
-            job.folder / SNAPSHOTS / snapshot.name, {"W_dec": torch.cat([load_file(file)["W_dec"] for file in files])}, metadata
-        )
+    for name in sorted({file.name for folder in folders for file in (folder / SNAPSHOTS).glob("*")}):
+        files = [folder / SNAPSHOTS / name for folder in folders if (folder / SNAPSHOTS / name).exists()]
+        seeds = [seed for file in files for seed in read_metadata(file)["seeds"]]
+        lasted = [seeds.index(seed) for seed in ensemble.seeds]
+        W_dec = torch.cat([load_file(file)["W_dec"] for file in files])[lasted]
+        save_tensors(job.folder / SNAPSHOTS / name, {"W_dec": W_dec}, read_metadata(files[0]) | {"seeds": ensemble.seeds})
     ensemble.save(job.folder / ENSEMBLE)
     shutil.rmtree(job.folder / SHARDS)
     return ensemble

@@ -52,27 +52,25 @@ def steer(cell: Cell, blocks: Blocks, folder: Path | None, device: torch.device)
         if min(found) <= cell.k <= max(found) and any(1 / NEAR < l0 / cell.k < NEAR for l0 in found):
             break
     if folder is not None:
-        write_json(
-            folder / PILOTS,
-            {"coefficient": guess, "pilots": [{"coefficient": c, "l0": l0} for c, l0 in zip(tried, found, strict=True)]},
-        )
+        rows = zip(tried, [l0 if math.isfinite(l0) else None for l0 in found], strict=True)  # None: the pilot diverged
+        write_json(folder / PILOTS, {"coefficient": guess, "pilots": [{"coefficient": c, "l0": l0} for c, l0 in rows]})
         for trained in folder.iterdir():
             if trained.is_dir():
                 shutil.rmtree(trained)
     return guess
 
 
-def sparser_and_denser(
-    cell: Cell, blocks: Blocks, coefficient: float, folder: Path | None, device: torch.device
-) -> tuple[Ensemble, Ensemble]:
-    """Two pilots beside a cell, each an ensemble of one seed, with about `ASIDE` times fewer and more features a token."""
+def sparser_and_denser(cell: Cell, blocks: Blocks, coefficient: float, folder: Path | None, device: torch.device) -> list[Ensemble]:
+    """Two pilots beside a cell, each an ensemble of one seed, with about `ASIDE` times fewer and more features a token.
+
+    A pilot that diverges is left out.
+    """
     jobs = []
     for name, factor in (("sparser", 1 / ASIDE), ("denser", ASIDE)):
-        k = cell.k if variant(cell.variant).steered else max(1, round(cell.k * factor))
+        k = cell.k if variant(cell.variant).steered else min(cell.d_sae, max(1, round(cell.k * factor)))
         aside = cell.model_copy(update={"k": k})
         jobs.append(Job(aside, blocks.first(cell.tokens), [PILOT_SEEDS], folder and folder / name, [coefficient / factor]))
-    sparser, denser = train_all(jobs, "pilots", device)
-    return sparser, denser
+    return [pilot for pilot in train_all(jobs, "pilots", device) if pilot.seeds]
 
 
 def _l0(cell: Cell, blocks: Blocks, coefficients: Sequence[float], folder: Path | None, device: torch.device) -> list[float]:
