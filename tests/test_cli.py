@@ -107,7 +107,7 @@ def test_help_teaches(call):
 
 
 def test_overrides_reach_the_grid_and_name_the_cells():
-    study = load_study("embedded", ["grid.d_sae=[512, 1024]", "grid.k=[16, 32]", "seeds=[3, 5]"], name="wide")
+    study = load_study("embedded", ["grid={}", "grid.d_sae=[512, 1024]", "grid.k=[16, 32]", "seeds=[3, 5]"], name="wide")
     assert study.name == "wide"
     assert study.seed_list == [3, 5]
     assert list(study.cells) == ["main", "d_sae=512,k=16", "d_sae=512,k=32", "d_sae=1024,k=32"]  # 1024 and 16 are the main cell
