@@ -1,5 +1,6 @@
 """What a variant is: the interface that training, evaluation and the tables know."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -14,7 +15,7 @@ from sae_stability.saes.sparse import Codes, Parameters, kernels
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(ABC):
     """One SAE objective on one seed. A variant overrides `encode` and `gradients`, and what else differs.
 
     Activations come normalised: mean zero, average norm sqrt(d_in).
@@ -38,17 +39,17 @@ class Variant:
         W_dec = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         return Parameters(W_enc_rows=W_dec.clone(), b_enc=torch.zeros(d_sae), W_dec=W_dec, b_dec=torch.zeros(d_in))
 
+    @abstractmethod
     def encode(self, sae: Parameters, x: Float[Tensor, "token d_in"]) -> Codes:
         """The codes at inference, in float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradients(
         self, sae: Parameters, gradient: Parameters, x: Float[Tensor, "token d_in"]
     ) -> tuple[Float[Tensor, "token d_in"], Codes]:
         """Write the gradient of the loss, a mean over tokens, into `gradient`; return x_hat - x and the codes."""
-        raise NotImplementedError
 
-    def finish(self, sae: Parameters, batches: Iterable[Float[Tensor, "token d_in"]]) -> None:
+    def finish(self, sae: Parameters, batches: Iterable[Float[Tensor, "token d_in"]]) -> None:  # noqa: B027, most need nothing
         """What is left to do in place once training has ended, with some batches of its tokens."""
 
 
