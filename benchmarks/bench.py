@@ -30,7 +30,7 @@ from sae_stability.store import git_commit, write_json
 from sae_stability.training import prepare, train
 from sae_stability.training.loop import Training
 from sae_stability.training.shuffling import ROUNDS, shuffled
-from sae_stability.training.steering import AROUND, crossing
+from sae_stability.training.steering import crossing, search
 
 LIBRARIES = ("saelens", "dictionary_learning", "sparsify")
 MODES = ("float32", "bfloat16")
@@ -178,19 +178,17 @@ def compare_quality(name: str, train_on: Activations, held_out: Activations) -> 
     cell = shape.cell(name, TOKENS)
     coefficient = prepare(cell, train_on, [0]).coefficients[0] or None
     for encoder in ("float32", "fastest"):
-        started = time.perf_counter()
         ensemble = train(cell.model_copy(update={"coefficient": coefficient, "encoder": encoder}), train_on, list(SEEDS))
-        seconds = time.perf_counter() - started
         x = held_out.data.float()
         measured = [_quality(ensemble.of(seed).encode(x)[0], ensemble.reconstruct(seed, x), x) for seed in SEEDS]
-        rows.append(_summary(name, f"ours, {encoder}", measured, coefficient, seconds / len(SEEDS)))
+        rows.append(_summary(name, f"ours, {encoder}", measured, coefficient))
     if coefficient is not None:  # SAELens's penalties are weighed by the same rule as ours
-        around = [coefficient * factor for factor in AROUND]
-        found = [_saelens(name, train_on, held_out, PILOT, penalty)[0] for penalty in around]
-        coefficient = crossing(around, found, shape.k)
-    started = time.perf_counter()
+        tried, found = search(
+            lambda around: [_saelens(name, train_on, held_out, PILOT, penalty)[0] for penalty in around], coefficient, shape.k
+        )
+        coefficient = crossing(tried, found, shape.k)
     measured = [_saelens(name, train_on, held_out, seed, coefficient) for seed in tqdm(SEEDS, f"quality, {name}", disable=None)]
-    rows.append(_summary(name, "saelens", measured, coefficient, (time.perf_counter() - started) / len(SEEDS)))
+    rows.append(_summary(name, "saelens", measured, coefficient))
     return rows
 
 
@@ -215,7 +213,7 @@ def _quality(z: torch.Tensor, x_hat: torch.Tensor, x: torch.Tensor) -> tuple[flo
     return (z > 0).sum(1).float().mean().item(), 1 - ((x_hat - x).square().sum() / (x - x.mean(0)).square().sum()).item()
 
 
-def _summary(name: str, contestant: str, measured: list[tuple[float, float]], coefficient: float | None, seconds: float) -> dict:
+def _summary(name: str, contestant: str, measured: list[tuple[float, float]], coefficient: float | None) -> dict:
     l0, explained = (np.array(values) for values in zip(*measured, strict=True))
     error = explained.std(ddof=1) / np.sqrt(len(explained))
     return {
@@ -225,7 +223,6 @@ def _summary(name: str, contestant: str, measured: list[tuple[float, float]], co
         "explained_variance": round(float(explained.mean()), 5),
         "standard_error": round(float(error), 5),
         "coefficient": coefficient,
-        "seconds_a_seed": round(seconds, 2),
     }
 
 

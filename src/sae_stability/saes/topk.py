@@ -13,15 +13,17 @@ from sae_stability.saes.variant import Variant, backpropagate
 @dataclass(frozen=True)
 class TopK(Variant):
     def encode(self, sae, x) -> Codes:
-        codes = sparse.top(sae, x - sae.b_dec, self.k, x.dtype)
-        return codes._replace(values=codes.values.relu())
+        return self._fire(sae, x - sae.b_dec, x.dtype)
 
     def gradients(self, sae, gradient, x):
         centred = x - sae.b_dec
-        codes = sparse.top(sae, centred, self.k, self.dtype)
-        codes = codes._replace(values=codes.values.relu())
+        codes = self._fire(sae, centred, self.dtype)
         error = codes.decode(sae.W_dec).sub_(centred)
         upstream = error * (2 / len(x))
         into_pre = codes.into(upstream, sae.W_dec) * (codes.values > 0)
         backpropagate(sae, gradient, codes, centred, upstream, into_pre, upstream.sum(0))
         return error, codes
+
+    def _fire(self, sae, centred, dtype) -> Codes:
+        codes = sparse.top(sae, centred, self.k, dtype)
+        return codes._replace(values=codes.values.relu())

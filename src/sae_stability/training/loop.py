@@ -279,7 +279,10 @@ def _revive(
     k_aux = min(len(features), centred.shape[1] // 2)
     W_dec, W_enc_rows = sae.W_dec.index_select(0, features), sae.W_enc_rows.index_select(0, features)
     pre = torch.addmm(sae.b_enc.index_select(0, features), centred, W_enc_rows.T).relu_()
-    z = pre if k_aux == len(features) else torch.zeros_like(pre).scatter_(1, *_strongest(pre, k_aux))
+    z = pre
+    if k_aux < len(features):
+        strongest = torch.topk(pre, k_aux, dim=1, sorted=False)
+        z = torch.zeros_like(pre).scatter_(1, strongest.indices, strongest.values)
     upstream = (z @ W_dec + error) * (2 * AUX_COEFFICIENT / len(centred))
     into_pre = (upstream @ W_dec.T) * (z > 0)
     gradient.W_dec.index_add_(0, features, z.T @ upstream)
@@ -302,11 +305,6 @@ def _clip(gradient: Parameters, most: float) -> None:
 def _total(values: Float[Tensor, "row"]) -> float:
     """A sum by one thread: the bits of PyTorch's depend on their number."""
     return float(values.cpu().numpy().sum(dtype=np.float64))
-
-
-def _strongest(pre: Float[Tensor, "token feature"], k: int) -> tuple[Int[Tensor, "token k"], Float[Tensor, "token k"]]:
-    values, indices = torch.topk(pre, k, dim=1, sorted=False)
-    return indices, values
 
 
 def _generator(cell: Cell, seed: int) -> torch.Generator:

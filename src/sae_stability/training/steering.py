@@ -6,7 +6,7 @@ coefficients that stay, and the one read off between them is then frozen for all
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,15 +42,12 @@ def steer(cell: Cell, blocks: Blocks, folder: Path | None, device: torch.device)
         return read_json(folder / PILOTS)["coefficient"]
     few = cell.model_copy(update={"tokens": max(cell.batch, cell.tokens // SHORT), "passes": 1})
     guess = crossing(LADDER, _l0(few, blocks, LADDER, folder and folder / "ladder", device), cell.k)
-    tried: list[float] = []
-    found: list[float] = []
-    for attempt in range(ATTEMPTS):
-        around = [guess * factor for factor in AROUND]
-        found += _l0(cell, blocks, around, folder and folder / f"around-{attempt}", device)
-        tried += around
-        guess = crossing(tried, found, cell.k)
-        if min(found) <= cell.k <= max(found) and any(1 / NEAR < l0 / cell.k < NEAR for l0 in found):
-            break
+
+    def l0_at(around: Sequence[float]) -> list[float]:
+        return _l0(cell, blocks, around, folder and folder / f"around-{around[0]}", device)
+
+    tried, found = search(l0_at, guess, cell.k)
+    guess = crossing(tried, found, cell.k)
     if folder is not None:
         rows = zip(tried, [l0 if math.isfinite(l0) else None for l0 in found], strict=True)  # None: the pilot diverged
         write_json(folder / PILOTS, {"coefficient": guess, "pilots": [{"coefficient": c, "l0": l0} for c, l0 in rows]})
@@ -58,6 +55,23 @@ def steer(cell: Cell, blocks: Blocks, folder: Path | None, device: torch.device)
             if trained.is_dir():
                 shutil.rmtree(trained)
     return guess
+
+
+def search(l0_at: Callable[[Sequence[float]], Sequence[float]], guess: float, k: float) -> tuple[list[float], list[float]]:
+    """Coefficients around a guess, then around the crossing of what they found, until they enclose L0 = k and one comes near it.
+
+    `l0_at` gives the L0 of one pilot for each coefficient. Returns the coefficients tried and the L0 of each.
+    """
+    tried: list[float] = []
+    found: list[float] = []
+    for _ in range(ATTEMPTS):
+        around = [guess * factor for factor in AROUND]
+        tried += around
+        found += l0_at(around)
+        guess = crossing(tried, found, k)
+        if min(found) <= k <= max(found) and any(1 / NEAR < l0 / k < NEAR for l0 in found):
+            break
+    return tried, found
 
 
 def sparser_and_denser(cell: Cell, blocks: Blocks, coefficient: float, folder: Path | None, device: torch.device) -> list[Ensemble]:
