@@ -1,14 +1,12 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sae_stability import matching
 from sae_stability.config import UserError
-from sae_stability.matching import mcc, stability
+from sae_stability.matching import nearest_within, pairs, stability
 
 
 def dictionaries(seeds: int, d_sae: int, d_in: int, seed: int = 0) -> torch.Tensor:
@@ -36,7 +34,7 @@ def brute_force(W: torch.Tensor, alive: torch.Tensor, threshold: float) -> tuple
 
 @pytest.mark.parametrize("chunk", [3, 4096])
 def test_agrees_with_a_loop_on_every_entry(monkeypatch, chunk):
-    monkeypatch.setattr(matching, "CHUNK", chunk)
+    monkeypatch.setattr(pairs, "CHUNK", chunk)
     W = dictionaries(4, 17, 3)
     alive = torch.rand(4, 17, generator=torch.Generator().manual_seed(1)) > 0.3
     found = stability(W, 0.8, alive)
@@ -131,16 +129,6 @@ def test_bands_of_a_pair_come_from_the_other_seeds():
     assert judged == matched_when_unstable
 
 
-def test_mcc_of_a_permuted_copy_is_one_and_agrees_with_enumeration():
-    from itertools import permutations
-
-    A, B = dictionaries(2, 5, 3)
-    assert mcc(A, A[torch.randperm(5)] * 3) == pytest.approx(1, abs=1e-6)
-    cosines = F.normalize(A, dim=1) @ F.normalize(B, dim=1).T
-    best = max(sum(cosines[i, j].item() for i, j in enumerate(order)) / 5 for order in permutations(range(5)))
-    assert mcc(A, B) == pytest.approx(best, abs=1e-6)
-
-
 def test_weights_under_training_and_numpy_arrays_are_taken_as_they_are():
     W = dictionaries(3, 10, 4)
     for given_ in (W.clone().requires_grad_(), W.numpy(), W.double()):
@@ -155,6 +143,7 @@ def test_weights_under_training_and_numpy_arrays_are_taken_as_they_are():
         ((torch.ones(1, 4, 2),), "W_dec"),
         ((torch.ones(4, 2),), "W_dec"),
         ((torch.full((2, 4, 2), torch.nan),), "NaN"),
+        ((torch.stack([torch.ones(4, 2), torch.zeros(4, 2)]),), "zero"),
         ((torch.ones(2, 4, 2), 0.0), "threshold"),
         ((torch.ones(2, 4, 2), 1.1), "threshold"),
         ((torch.ones(2, 4, 2), 0.7, torch.ones(2, 3)), "alive"),
@@ -163,3 +152,56 @@ def test_weights_under_training_and_numpy_arrays_are_taken_as_they_are():
 def test_what_can_not_be_compared_is_said(arguments, named):
     with pytest.raises(UserError, match=named):
         stability(*arguments)
+
+
+def test_partners_runners_up_and_ambiguity_agree_with_a_loop():
+    W, threshold = dictionaries(3, 25, 3), 0.9
+    alive = torch.rand(3, 25, generator=torch.Generator().manual_seed(2)) > 0.2
+    found = stability(W, threshold, alive)
+    unit = torch.nn.functional.normalize(W, dim=2)
+    best_of = {}
+    for s in range(3):
+        for t in range(3):
+            for i in range(25):
+                if s != t and alive[s, i]:
+                    cosines = {j: float(unit[s, i] @ unit[t, j]) for j in range(25) if alive[t, j]}
+                    first, second = sorted(cosines, key=cosines.get, reverse=True)[:2]
+                    best_of[s, t, i] = first
+                    assert found.partner[s, t, i] == first
+                    assert found.runner_up[s, t, i] == pytest.approx(cosines[second], abs=1e-6)
+    for (s, t, i), partner in best_of.items():
+        mutual = best_of[t, s, partner] == i
+        matched = found.best_cosine[s, t, i] >= threshold
+        assert found.mutual[s, t, i] == mutual
+        assert found.ambiguous[s, t, i] == (matched and (found.runner_up[s, t, i] >= threshold or not mutual))
+        assert found.both_ways().matched[s, t, i] == (matched and mutual)
+    assert 0 < found.ambiguous.sum() < found.matched.sum()
+
+
+def test_the_compiled_pass_finds_what_the_reference_finds():
+    generator = torch.Generator().manual_seed(0)
+    block, rows = torch.randn(40, 1300, generator=generator), torch.arange(0, 80, 2)
+    ours, reference = ([pairs.Best.none(80, block.device), pairs.Best.none(1300, block.device)] for _ in range(2))
+    for part, of in ((block, rows), (torch.randn(40, 1300, generator=generator), rows + 1)):  # columns go on from chunk to chunk
+        pairs.two_largest(part, of, *reference)
+        pairs.threads.call(pairs._two_largest, part.numpy(), of.numpy(), *(t.numpy() for best in ours for t in best), 3)
+    for mine, theirs in zip(ours, reference, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_nearest_within_a_dictionary_is_never_itself():
+    W = torch.nn.functional.normalize(dictionaries(1, 30, 5)[0], dim=1)
+    W[7] = W[3]
+    alive = torch.ones(30, dtype=torch.bool)
+    alive[11] = False
+    found = nearest_within(W, alive)
+    cosines = (W @ W.T).fill_diagonal_(-1)[:, alive].amax(1)
+    torch.testing.assert_close(found[alive], cosines[alive])
+    assert found[3] == pytest.approx(1, abs=1e-6)
+    assert found[11].isnan()
+
+
+def test_the_area_under_the_curve_is_its_integral():
+    found = stability(dictionaries(3, 40, 4))
+    steps = np.linspace(0, 1, 2001)[1:]
+    assert found.area().value == pytest.approx(np.mean([found.at(float(step)).mean().value for step in steps]), abs=1e-3)

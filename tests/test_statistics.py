@@ -12,8 +12,16 @@ from sae_stability.statistics import binomial_interval, bootstrap_ratio, differe
 def simulated(generator: np.random.Generator, probabilities: np.ndarray, seeds: int) -> Stability:
     """An ensemble in which seed s has the common direction g with probability `probabilities[g]`, and one of its own otherwise."""
     has = generator.random((seeds, len(probabilities))) < probabilities
-    cosine = np.where(has[:, None] & has[None], 1.0, 0.0)
-    return Stability(torch.from_numpy(cosine).float(), torch.ones(has.shape, dtype=torch.bool), 0.7)
+    return judged(has[:, None] & has[None], np.ones_like(has))
+
+
+def judged(matched: np.ndarray, alive: np.ndarray) -> Stability:
+    """The stability of which [s, t, i] holds whether feature i of seed s comes back in seed t."""
+    cosine = np.where(matched, 1.0, 0.0)
+    cosine[np.eye(len(cosine), dtype=bool)] = np.nan
+    cosine[np.broadcast_to(~alive[:, None], cosine.shape)] = np.nan
+    best = torch.from_numpy(cosine).float()
+    return Stability(best, torch.zeros(best.shape, dtype=torch.int64), best, torch.from_numpy(alive), 0.7)
 
 
 def test_the_jackknife_covers_the_truth_at_its_nominal_rate():
@@ -35,6 +43,20 @@ def test_intervals_of_bands_and_separation_cover_what_they_estimate(seeds):
         truth = np.mean([estimate.value for estimate in estimates])
         covered = np.mean([estimate.low <= truth <= estimate.high for estimate in estimates])
         assert 0.89 <= covered <= 1.0
+
+
+@pytest.mark.parametrize("seeds", [6, 10])
+def test_latent_shares_cover_the_shares_that_counts_were_drawn_from(seeds):
+    generator = np.random.default_rng(5)
+    alpha, beta = 0.8, 0.6
+    truth = {"stable": stats.beta.sf(0.9, alpha + 1, beta), "unstable": stats.beta.cdf(0.1, alpha + 1, beta)}
+    covered = {band: [] for band in truth}
+    for _ in range(60):
+        # What a seed holds is more probable than what there is: its probabilities follow Beta(alpha + 1, beta).
+        has = generator.random((seeds, 800)) < generator.beta(alpha, beta, size=800)
+        for band, interval in judged(has[:, None] & has[None], has).latent_shares().items():
+            covered[band].append(interval.low <= truth[band] <= interval.high)
+    assert all(0.85 <= np.mean(hits) <= 1 for hits in covered.values()), {band: np.mean(hits) for band, hits in covered.items()}
 
 
 def test_the_jackknife_of_a_mean_is_students_interval():

@@ -72,6 +72,46 @@ def check(study: STUDY, overrides: SET = None, name: NAME = None) -> None:
     print(f"{chosen.name}: {len(chosen.cells)} cell(s), {len(chosen.seed_list)} seeds in the main one; nothing to mend")
 
 
+@app.command()
+def stability(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH PATH ...", help="SAEs: folders or .safetensors files.")],
+    threshold: Annotated[float, typer.Option(help="Cosine from which two features are the same.")] = 0.7,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write one row per feature, as .csv or .parquet; by default stability.csv.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Count firings in this model: a hub id, a local folder or an embedded name.")
+    ] = None,
+    corpus: Annotated[str | None, typer.Option(help="On this text: a file, a folder, a dataset id or docstrings.")] = None,
+    hook_name: Annotated[str | None, typer.Option(help="At this site, such as blocks.2.hook_resid_post.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="On so many tokens.")] = 200_000,
+) -> None:
+    """Which features of SAEs that already exist come back in the others. They should differ in their seed alone.
+
+    Reads folders of SAELens, sparsify and dictionary_learning, and safetensors files with a decoder. Examples:
+
+      sae-stability stability sae-seed0 sae-seed1 sae-seed2 --out features.parquet
+
+      sae-stability stability sae-* --model gpt2 --corpus TEXT.txt --hook-name blocks.8.hook_resid_pre
+    """
+    out = out or Path("stability.csv")
+    if out.suffix not in {".csv", ".parquet"}:
+        raise UserError(f"--out {out}: name a .csv or a .parquet file")
+    if len({model is None, corpus is None, hook_name is None}) > 1:
+        raise UserError("--model, --corpus and --hook-name: give all three, or none")
+    _no_widgets()
+    from sae_stability import existing
+    from sae_stability.store import replacing
+
+    site = existing.Site(model, corpus, hook_name, tokens) if model is not None else None
+    compared = existing.compare(paths, threshold, site)
+    table = compared.table()
+    with replacing(out) as temporary:
+        table.to_csv(temporary, index=False) if out.suffix == ".csv" else table.to_parquet(temporary, index=False)
+    print(compared.summary())
+    print(f"rows             {len(table):,} features in {out}")
+
+
 @app.command("train-model")
 def train_model(
     name: Annotated[str, typer.Argument(help="docstrings-2l or docstrings-4l.")],

@@ -126,7 +126,8 @@ class Cell(BaseModel):
     @property
     def label(self) -> str:
         """How tables and claims name the cell."""
-        return f"{Path(self.model).name} {self.hook_name} {self.variant} d_sae={self.d_sae} k={self.k}"
+        size = f"d_sae={self.d_sae} k={self.k} tokens={self.tokens * self.passes}"
+        return f"{Path(self.model).name} {self.hook_name} {self.variant} {size}"
 
 
 class Study(Cell):

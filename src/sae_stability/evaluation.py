@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from scipy import sparse
 from torch import Tensor
 from tqdm import tqdm
 
@@ -82,6 +83,17 @@ def fit(ensemble: Ensemble, activations: Activations, document: Int[np.ndarray, 
             residual[seed] += np.bincount(of, (codes.decode(sae.W_dec) + sae.b_dec - x).square().sum(1).numpy(), len(kinds))
             firings[seed] += torch.bincount(codes.fired(), minlength=ensemble.d_sae)
     return Fit(firings, rows, residual, total)
+
+
+def sparse_codes(ensemble: Ensemble, activations: Activations) -> list[sparse.csr_array]:
+    """Each seed's feature activations [token, d_sae] on the same tokens."""
+    parts: list[list[sparse.csr_array]] = [[] for _ in ensemble.seeds]
+    for start in range(0, len(activations), ROWS):
+        x = ensemble.normalise(activations.data[start : start + ROWS])
+        for of_seed, (_, codes) in zip(parts, ensemble.codes(x), strict=True):
+            arrays = (codes.values.numpy(), codes.features.numpy(), codes.starts.numpy())
+            of_seed.append(sparse.csr_array(arrays, shape=(len(x), ensemble.d_sae)))
+    return [sparse.vstack(of_seed, format="csr") for of_seed in parts]
 
 
 def losses(bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, tokens: int) -> Losses:

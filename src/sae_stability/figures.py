@@ -20,13 +20,15 @@ COLOURS = {
     "surrogate": "#CC79A7",
     "randomised": "#009E73",
     "random directions": "#000000",
+    "untrained SAE": "#E69F00",
 }
-DASHES = {"real": "-", "surrogate": "--", "randomised": "-.", "random directions": ":"}
+DASHES = {"real": "-", "surrogate": "--", "randomised": "-.", "random directions": ":", "untrained SAE": (0, (1, 3))}
 NAMES = {
     "real": "language model",
     "surrogate": "Gaussian surrogate",
     "randomised": "shuffled weights",
-    "random directions": "random directions",
+    "random directions": "random, same covariance",
+    "untrained SAE": "untrained SAEs",
 }
 VARIANT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00")
 DASH_CYCLE = ("-", "--")
@@ -142,7 +144,7 @@ def thresholds(table: pd.DataFrame, threshold: float, adjusted: float, title: st
     """Mean stability against the cosine threshold. Columns: kind, threshold, mean_stability, _low, _high."""
     figure, (axis,) = _axes(title)
     for kind, part in table.groupby("kind", sort=False):
-        axis.plot(part["threshold"], part["mean_stability"], DASHES[kind], color=COLOURS[kind], label=NAMES[kind])
+        axis.plot(part["threshold"], part["mean_stability"], linestyle=DASHES[kind], color=COLOURS[kind], label=NAMES[kind])
         axis.fill_between(
             part["threshold"],
             part["mean_stability_low"],

@@ -1,7 +1,7 @@
 """Opens what the stages of a study have written: for the stages behind them, for tables and for chapters."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from sae_stability.config import Cell, Study
 from sae_stability.evaluation import Fit, Losses
 from sae_stability.language.activations import Activations
 from sae_stability.language.corpus import Contexts
-from sae_stability.matching import Stability, stability
+from sae_stability.matching import CRITERIA, Families, Stability, stability
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.store import Store, read_json, read_metadata
 
@@ -101,10 +101,25 @@ def losses_of(store: Store, cell: str) -> Losses:
 
 
 @lru_cache(maxsize=8)
-def stability_of(store: Store, cell: str, kind: str) -> Stability:
-    """The stability of the live features of an ensemble, at the cell's threshold."""
-    alive = fit_of(store, cell, kind).firings > 0
-    return stability(ensemble_of(store, cell, kind).W_dec, store.study.cells[cell].threshold, alive)
+def matching_of(store: Store, cell: str, kind: str) -> dict[str, torch.Tensor]:
+    """What the features of an ensemble were found to match, as the stage wrote it."""
+    return load_tensors(store.folder / "cells" / cell / "matching" / f"{kind}.safetensors")
+
+
+def stability_of(store: Store, cell: str, kind: str, criterion: str = "decoder") -> Stability:
+    """The stability of the live features of an ensemble by one of `CRITERIA`, at the cell's threshold."""
+    found = matching_of(store, cell, kind)
+    tensors = (found[f"{criterion}/{name}"] for name in ("best_cosine", "partner", "runner_up"))
+    return Stability(*tensors, found["alive"], store.study.cells[cell].threshold)
+
+
+def criteria_of(store: Store, cell: str, kind: str) -> dict[str, Stability]:
+    return {criterion: stability_of(store, cell, kind, criterion) for criterion in CRITERIA}
+
+
+def families_of(store: Store, cell: str, kind: str) -> Families:
+    found = matching_of(store, cell, kind)
+    return Families(*(found[f"families/{field.name}"].numpy() for field in fields(Families)))
 
 
 def growth_of(store: Store, cell: str, kind: str) -> dict[int, Stability]:

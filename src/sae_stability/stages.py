@@ -16,22 +16,24 @@ from safetensors.numpy import save_file
 
 from sae_stability import claims, tables, training
 from sae_stability.config import Cell, Study, UserError
-from sae_stability.evaluation import fit, losses
+from sae_stability.evaluation import fit, losses, sparse_codes
 from sae_stability.language import corpus, models
 from sae_stability.language.activations import Activations, Blocks, collect, draw_surrogate
 from sae_stability.language.streaming import Stream
+from sae_stability.matching import by_every_criterion, families, nearest_within
 from sae_stability.results import (
     Source,
     activations_of,
     contexts_of,
     ensemble_of,
+    fit_of,
     kinds_of,
     sources_of,
     stability_of,
 )
 from sae_stability.saes import fastest_dtype, files_of
 from sae_stability.saes.ensemble import Ensemble
-from sae_stability.store import Store, fingerprint, key_of, versions, write_json
+from sae_stability.store import Store, fingerprint, key_of, save_tensors, versions, write_json
 
 CHARACTERS_A_TOKEN = 8  # more than tokenizers pack on average: how much of a large dataset is read
 
@@ -39,11 +41,16 @@ TEXT = ("language/corpus.py", "language/models.py")
 ACTIVATIONS = ("language/activations.py",)
 TRAINING = (
     *("training/__init__.py", "training/loop.py", "training/shards.py", "training/shuffling.py", "training/steering.py"),
-    *("saes/__init__.py", "saes/ensemble.py", "saes/sparse.py", "saes/plain.py", "saes/compiled.py"),
+    *("saes/__init__.py", "saes/ensemble.py", "saes/sparse.py", "saes/plain.py", "saes/compiled.py", "threads.py"),
 )
 STREAMING = ("language/activations.py", "language/streaming.py")
 EVALUATION = ("evaluation.py", "statistics.py")
-ANALYSIS = ("tables.py", "matching.py", "statistics.py", "results.py")
+MATCHING = (
+    *("matching/__init__.py", "matching/reappearance.py", "matching/pairs.py", "matching/criteria.py", "matching/assignment.py"),
+    *("matching/families.py", "evaluation.py", "statistics.py"),
+)
+ANALYSIS = ("tables.py", *MATCHING, "results.py")
+CODE_TOKENS = 100_000  # held-out tokens on which activations are correlated
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,9 @@ def plan(study: Study) -> list[Stage]:
         held_out = [of[sources[name]] for of in (of_site, of_random) if sources[name] in of]
         before = [*(trained[name, kind] for kind in kinds_of(cell)), *held_out]
         compute = partial(evaluate, study, sources[name], name, cell)
-        evaluated.append(add(f"cells/{name}/evaluation", compute, study.loss_tokens, EVALUATION, before))
+        key = add(f"cells/{name}/evaluation", compute, study.loss_tokens, EVALUATION, before)
+        compute = partial(match, study, sources[name], name, cell)
+        evaluated += [key, add(f"cells/{name}/matching", compute, cell.threshold, MATCHING, [key])]
         if several:
             compute = partial(trace_frontier, study, sources[name], name, cell)
             before = [trained[name, "real"], of_site[sources[name]]]
@@ -141,14 +150,15 @@ def _compute_missing(store: Store, stages: list[Stage]) -> None:
 
 
 def judge(study: Study, store: Store) -> None:
-    """Write the ledger of claims on the main cell."""
+    """Write the ledger of claims: all on the main cell, and those that are tested per cell on the others."""
     key = key_of({}, ("claims.py", *ANALYSIS), [store.provenance("tables")["key"]])
     if store.is_done("claims.json", key):
         return
-    cell = study.cells["main"]
-    real, surrogate = (stability_of(store, "main", kind) for kind in ("real", "surrogate"))
-    ledger = [claims.judge_c1(real, surrogate, cell.label)]
-    ledger += [claims.not_tested(claim, cell.label) for claim in claims.CLAIMS if claim != "C1"]
+    ledger = []
+    for name, cell in study.cells.items():
+        ledger.append(claims.judge_c1(*(stability_of(store, name, kind) for kind in ("real", "surrogate")), cell.label))
+    main = study.cells["main"].label
+    ledger += [claims.not_tested(claim, main) for claim in claims.CLAIMS if claim != "C1"]
     with store.computing_file("claims.json", key) as path:
         write_json(path, ledger)
 
@@ -288,6 +298,22 @@ def evaluate(study: Study, source: Source, name: str, cell: Cell, folder: Path) 
         )
     spliced = losses(models.load(source.model), ensemble_of(store, name, "real"), cell.hook_name, contexts, study.loss_tokens)
     save_file(vars(spliced), folder / "losses.safetensors")
+
+
+def match(study: Study, source: Source, name: str, cell: Cell, folder: Path) -> None:
+    """Find what reappears, by every criterion, in the ensemble and in its nulls."""
+    store = Store(study)
+    for kind in kinds_of(cell):
+        ensemble, alive = ensemble_of(store, name, kind), fit_of(store, name, kind).firings > 0
+        held_out = activations_of(store, source, cell, "evaluation", kind).first(CODE_TOKENS)
+        W_dec, W_enc, codes = ensemble.W_dec, ensemble.W_enc, sparse_codes(ensemble, held_out)
+        tensors = {"alive": alive}
+        for criterion, found in by_every_criterion(W_dec, W_enc, codes, held_out.covariance, cell.threshold, alive).items():
+            tensors |= {f"{criterion}/{part}": getattr(found, part) for part in ("best_cosine", "partner", "runner_up")}
+        grouped = families(W_dec, cell.threshold, alive)
+        tensors |= {f"families/{part}": torch.from_numpy(array) for part, array in vars(grouped).items()}
+        nearest = [nearest_within(directions, living) for directions, living in zip(W_dec, alive, strict=True)]
+        save_tensors(folder / f"{kind}.safetensors", {**tensors, "nearest_within": torch.stack(nearest)}, {})
 
 
 def _training_inputs(study: Study, cell: Cell, kind: str) -> dict:

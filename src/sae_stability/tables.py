@@ -1,34 +1,41 @@
 """Tidy tables of a study: one row per feature, per SAE, per cell, and what the figures draw."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
 from sae_stability.config import Study
 from sae_stability.evaluation import Fit, top_contexts
 from sae_stability.language import models
-from sae_stability.matching import BANDS, Stability, stability
+from sae_stability.language.activations import gaussian
+from sae_stability.matching import BANDS, Stability, band_of, stability
 from sae_stability.results import (
     activations_of,
     contexts_of,
+    criteria_of,
     ensemble_of,
+    families_of,
     fit_of,
     frontier_of,
     growth_of,
     kinds_of,
     losses_of,
+    matching_of,
     sources_of,
     stability_of,
     training_folder,
 )
+from sae_stability.saes import variant
 from sae_stability.statistics import Interval
 from sae_stability.store import Store, read_json, write_table
 
 L0_TOLERANCE = 0.05
 NULL_SHARE = 0.01  # the adjusted threshold is where this share of surrogate features match
+REFERENCE_SEEDS = 3  # of random directions and untrained SAEs
+SUBSETS = 8  # of seeds, that stand for smaller studies
 THRESHOLDS = np.round(np.arange(0.3, 1.0, 0.02), 2)
 EXAMPLE_QUANTILES = (0.25, 0.5, 0.75)  # of firing frequency in a band: which features the book shows
 EXAMPLE_TOKENS = 200_000
@@ -37,10 +44,15 @@ EXAMPLE_TOKENS = 200_000
 def write(study: Study, folder: Path) -> None:
     """Write every table of the study to `folder`."""
     store = Store(study)
-    tables = {"features": [], "saes": [], "cells": [], "curve": [], "growth": [], "thresholds": []}
+    names = ("features", "families", "unique", "criteria", "saes", "cells", "curve", "growth", "thresholds", "seeds")
+    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
     for cell, described in study.cells.items():
         kinds = kinds_of(described)
         tables["features"] += [features(store, cell, kind) for kind in kinds]
+        tables["families"] += [families(store, cell, kind) for kind in kinds]
+        tables["unique"] += [unique(store, cell, kind) for kind in kinds]
+        tables["criteria"].append(criteria(store, cell))
+        tables["seeds"].append(by_seeds(store, cell))
         tables["saes"].append(saes(store, cell))
         tables["cells"].append(cells(store, cell))
         tables["curve"] += [curve(store, cell, kind) for kind in kinds]
@@ -63,7 +75,7 @@ def features(store: Store, cell: str, kind: str, threshold: float | None = None)
         found = found.at(threshold)
     low, high = found.interval
     count, d_sae = found.alive.shape
-    best = np.nanmean(found.best_cosine.numpy(), axis=1)
+    best = found.best_cosine.nanmean(1).numpy()
     columns = {
         "alive": found.alive.numpy(),
         "frequency": fit_of(store, cell, kind).frequency.numpy(),
@@ -73,6 +85,9 @@ def features(store: Store, cell: str, kind: str, threshold: float | None = None)
         "stability_high": high,
         "band": np.array([*BANDS, "dead"])[found.band],
         "mean_best_cosine": best,
+        "ambiguous": found.ambiguous.sum(1).numpy(),
+        "nearest_within": matching_of(store, cell, kind)["nearest_within"].numpy(),
+        "family": families_of(store, cell, kind).family,
     }
     table = pd.DataFrame({name: values.ravel() for name, values in columns.items()})
     table.insert(0, "cell", cell)
@@ -81,6 +96,55 @@ def features(store: Store, cell: str, kind: str, threshold: float | None = None)
     table.insert(3, "feature", np.tile(np.arange(d_sae), count))
     table.insert(7, "trials", found.trials)
     return table
+
+
+def families(store: Store, cell: str, kind: str) -> pd.DataFrame:
+    """One row per family: its size, and the smallest cosine between two of its members."""
+    found = families_of(store, cell, kind)
+    columns = {"family": np.arange(len(found.size)), "size": found.size, "smallest_cosine": found.smallest_cosine}
+    return pd.DataFrame({"cell": cell, "kind": kind, **columns})
+
+
+def unique(store: Store, cell: str, kind: str) -> pd.DataFrame:
+    """How many families so many seeds meet, on average over the choices of seeds."""
+    met = families_of(store, cell, kind).unique()
+    return pd.DataFrame({"cell": cell, "kind": kind, "seeds": np.arange(1, len(met) + 1), "families": met})
+
+
+def criteria(store: Store, cell: str) -> pd.DataFrame:
+    """One row per criterion and kind: what reappears by it, and how far it agrees with the default."""
+    rows = []
+    surrogate = criteria_of(store, cell, "surrogate")
+    for kind in kinds_of(store.study.cells[cell]):
+        default = stability_of(store, cell, kind)
+        for criterion, found in criteria_of(store, cell, kind).items():
+            shares, adjusted = found.shares(), adjusted_threshold(surrogate[criterion])
+            one, other = (of.probability[of.alive].numpy() for of in (default, found))
+            row = {"cell": cell, "kind": kind, "criterion": criterion, "threshold": found.threshold}
+            row |= _interval("mean_stability", found.mean())
+            row |= _interval("stable_share", shares["stable"]) | _interval("unstable_share", shares["unstable"])
+            row |= {"adjusted_threshold": adjusted, **_interval("mean_stability_adjusted", found.at(adjusted).mean())}
+            rows.append(row | {"same_band": float((band_of(one) == band_of(other)).mean())})
+    return pd.DataFrame(rows)
+
+
+def by_seeds(store: Store, cell: str) -> pd.DataFrame:
+    """What smaller studies would have found: shares of the bands against the number of seeds.
+
+    One row per number of seeds, averaged over `SUBSETS` random choices of them; intervals are averages too.
+    """
+    found, generator = stability_of(store, cell, "real"), np.random.default_rng(0)
+    rows = []
+    for seeds in range(3, len(found.alive) + 1):
+        chosen = {tuple(sorted(generator.permutation(len(found.alive))[:seeds].tolist())) for _ in range(SUBSETS)}
+        parts = []
+        for kept in sorted(chosen):
+            part = found.among(list(kept))
+            shares = {f"{name}_share": interval for name, interval in part.shares().items()}
+            shares |= {f"latent_{name}_share": interval for name, interval in part.latent_shares().items()}
+            parts.append({key: value for name, interval in shares.items() for key, value in _interval(name, interval).items()})
+        rows.append({"cell": cell, "seeds": seeds, **pd.DataFrame(parts).mean()})
+    return pd.DataFrame(rows)
 
 
 def at_equal_seeds(store: Store, cell: str, threshold: float) -> pd.DataFrame:
@@ -148,6 +212,11 @@ def cells(store: Store, cell: str) -> pd.DataFrame:
         **_interval("surrogate_mean_stability", surrogate.mean()),
         **_interval("mean_stability_adjusted", real.at(adjusted_threshold(surrogate)).mean()),
         **_interval("separation", real.separation()),
+        **_interval("area", real.area()),
+        "surrogate_area": surrogate.area().value,
+        **_interval("ambiguous_share", real.ambiguous_share()),
+        "mcc": mean_mcc(store, cell, "real"),
+        "surrogate_mcc": mean_mcc(store, cell, "surrogate"),
         "alpha": real.latent().alpha,
         "beta": real.latent().beta,
     }
@@ -159,6 +228,16 @@ def cells(store: Store, cell: str) -> pd.DataFrame:
         for name, interval in found.among(list(range(equal))).shares().items():
             row |= _interval(f"{kind}_{name}_share_at_{equal}_seeds", interval)
     return pd.DataFrame([row])
+
+
+def mean_mcc(store: Store, cell: str, kind: str) -> float:
+    """The mean cosine of one-to-one partners (Song et al., arXiv:2505.20254), over all pairs of seeds and their live features.
+
+    Pairs of unequal numbers of live features leave some without a partner, which do not count.
+    """
+    paired = stability_of(store, cell, kind, "one-to-one")
+    cosines = torch.where(paired.partner >= 0, paired.best_cosine, torch.nan)
+    return float(cosines.nanmean(2).nanmean())
 
 
 def on_target(l0: float, k: int) -> bool:
@@ -199,11 +278,19 @@ def growth(store: Store, cell: str, kind: str) -> pd.DataFrame:
 
 
 def thresholds(store: Store, cell: str) -> pd.DataFrame:
-    """Mean stability against the threshold, for the ensemble, its surrogate and random directions."""
-    d_sae, d_in = ensemble_of(store, cell, "real").W_dec.shape[1:]
-    directions = F.normalize(torch.randn(3, d_sae, d_in, generator=torch.Generator().manual_seed(0)), dim=2)
-    kinds = {kind: stability_of(store, cell, kind) for kind in kinds_of(store.study.cells[cell])}
-    kinds["random directions"] = stability(directions)
+    """Mean stability against the threshold, for the ensemble, its nulls, and two reference lines.
+
+    Those are random directions with the covariance of the activations, and SAEs as they are before training.
+    """
+    described = store.study.cells[cell]
+    held_out = activations_of(store, sources_of(store.study)[cell], described, "evaluation")
+    generator = torch.Generator().manual_seed(0)
+    draw = gaussian(replace(held_out, mean=torch.zeros(held_out.d_in)))
+    start = variant(described.variant)(described.k)
+    begun = [start.initialise(held_out.d_in, described.d_sae, generator).W_dec for _ in range(REFERENCE_SEEDS)]
+    kinds = {kind: stability_of(store, cell, kind) for kind in kinds_of(described)}
+    kinds["random directions"] = stability(torch.stack([draw(described.d_sae, generator) for _ in range(REFERENCE_SEEDS)]))
+    kinds["untrained SAE"] = stability(torch.stack(begun))
     rows = [
         {
             "cell": cell,

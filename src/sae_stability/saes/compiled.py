@@ -4,15 +4,13 @@ Pre-activations are compared as integers: the bits of positive floats, in float3
 output row belongs to one thread, so that results do not depend on the number of threads.
 """
 
-from functools import cache
-
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numba import njit, prange
 from torch import Tensor
 
+from sae_stability import threads
 from sae_stability.saes.plain import ByFeature
 
 LANES = 128  # a row is scanned in so many interleaved lanes; a vector register holds 16 or 32 of them
@@ -24,7 +22,7 @@ def top(pre: Float[Tensor, "token d_sae"], k: int) -> Int[Tensor, "token k"]:
     """The k largest of each row; where fewer are positive, some feature of value zero or less fills the places."""
     features = torch.empty(len(pre), k, dtype=torch.int64)
     keys = pre.view(KEYS[pre.dtype]).numpy()
-    _with_threads(_top, keys, k, np.iinfo(keys.dtype).max, _blocks(), features.numpy())
+    threads.call(_top, keys, k, np.iinfo(keys.dtype).max, _blocks(), features.numpy())
     return features
 
 
@@ -33,10 +31,10 @@ def above(pre: Float[Tensor, "token d_sae"], bound: Float[Tensor, "d_sae"]) -> t
     keys = pre.view(KEYS[pre.dtype]).numpy()
     least = bound.to(pre.dtype).view(KEYS[pre.dtype]).numpy()
     starts = torch.zeros(len(pre) + 1, dtype=torch.int64)
-    _with_threads(_count_above, keys, least, starts.numpy())
+    threads.call(_count_above, keys, least, starts.numpy())
     starts.cumsum_(0)
     features = torch.empty(int(starts[-1]), dtype=torch.int64)
-    _with_threads(_above, keys, least, starts.numpy(), _blocks(), features.numpy())
+    threads.call(_above, keys, least, starts.numpy(), _blocks(), features.numpy())
     return starts, features
 
 
@@ -45,7 +43,7 @@ def dots(
 ) -> Float[Tensor, "firing"]:
     """For each firing, its row times its feature's direction."""
     out = torch.empty(len(features))
-    _with_threads(_dots, rows.numpy(), W.numpy(), starts.numpy(), features.numpy(), out.numpy())
+    threads.call(_dots, rows.numpy(), W.numpy(), starts.numpy(), features.numpy(), out.numpy())
     return out
 
 
@@ -57,7 +55,7 @@ def combine(
 ) -> Float[Tensor, "row d_in"]:
     """For each row, the directions of its features weighted by their values."""
     out = torch.empty(len(starts) - 1, W.shape[1])
-    _with_threads(_weighted_rows, values.numpy(), W.numpy(), starts.numpy(), features.numpy(), _blocks(), out.numpy())
+    threads.call(_weighted_rows, values.numpy(), W.numpy(), starts.numpy(), features.numpy(), _blocks(), out.numpy())
     return out
 
 
@@ -72,34 +70,12 @@ def sums(
     """For each feature, the rows on which it fires weighted by `weights`."""
     weights = weights.index_select(0, by_feature.order)
     starts, chosen = by_feature.starts.numpy(), by_feature.rows.numpy()
-    _with_threads(_weighted_rows, weights.numpy(), rows.numpy(), starts, chosen, _blocks(), out.numpy())
+    threads.call(_weighted_rows, weights.numpy(), rows.numpy(), starts, chosen, _blocks(), out.numpy())
 
 
 def _blocks() -> int:
     """Into how many pieces of about equal work a kernel cuts its rows."""
     return 8 * torch.get_num_threads()
-
-
-def _with_threads(kernel, *arguments) -> None:
-    """Call a kernel with as many threads as PyTorch uses in the calling thread."""
-    threads = torch.get_num_threads()
-    _launch()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    kernel(*arguments)
-
-
-def concurrent() -> bool:
-    """Whether several threads may call kernels at a time: numba's plainest threading layer breaks under that."""
-    _launch()
-    return numba.threading_layer() != "workqueue"
-
-
-@cache
-def _launch() -> None:
-    """Start numba's threads, which sets those of PyTorch to all cores where both share one OpenMP; put PyTorch's back."""
-    threads = torch.get_num_threads()
-    _count_above(np.zeros((1, 1), np.int16), np.zeros(1, np.int16), np.zeros(2, np.int64))
-    torch.set_num_threads(threads)
 
 
 @njit(cache=True)

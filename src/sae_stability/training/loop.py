@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from sae_stability.config import Cell
 from sae_stability.language.activations import Activations
-from sae_stability.saes import compiled, fastest_dtype, variant
+from sae_stability.saes import fastest_dtype, variant
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sparse import Parameters
 from sae_stability.saes.variant import Variant
 from sae_stability.store import read_metadata, save_tensors
+from sae_stability.threads import concurrent
 from sae_stability.training.shuffling import ROUNDS, shuffled
 
 CURVE_POINTS = 100  # the training curve's resolution
@@ -254,7 +255,7 @@ class Training:
 
 def workers(seeds: int, device: torch.device) -> int:
     """How many seeds take their steps at the same time: on a CPU, one a thread, which beats sharing each product among threads."""
-    return max(1, min(seeds, torch.get_num_threads())) if device.type == "cpu" and compiled.concurrent() else 1
+    return max(1, min(seeds, torch.get_num_threads())) if device.type == "cpu" and concurrent() else 1
 
 
 def schedule(progress: float, warmup: float, decay: float) -> float:

@@ -1,12 +1,13 @@
-"""Do features reappear under another seed? Feature stability (PAPER, claim C1).
+"""The stability of a feature: the share of the other seeds in which it reappears.
 
 Feature i of seed s reappears in seed t if the best cosine of its decoder direction with a live feature of t reaches the
-threshold. Its stability is the share of the other seeds in which it reappears:
+threshold:
 
     p(s, i) = 1 / (S - 1) * sum over t != s of [ max_j cos(W_dec[s, i], W_dec[t, j]) >= threshold ].
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,12 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_stability.config import UserError
+from sae_stability.matching.pairs import Similarities, compare, cosines
 from sae_stability.statistics import Interval, LatentShares, binomial_interval, fit_beta_binomial, jackknife
 
 STABLE, UNSTABLE = 0.9, 0.1
 """Bands: stable from STABLE up, unstable up to UNSTABLE, the rest intermediate."""
 BANDS = ("stable", "intermediate", "unstable")
-CHUNK = 4096  # features whose cosines with a whole dictionary are in memory at a time
 ROUNDING = 1e-6  # a cosine of 1 comes out of float32 as 1 - 1e-7, and must pass a threshold of 1
 
 
@@ -30,7 +31,11 @@ class Stability:
     """How often each feature of each seed comes back in the other seeds."""
 
     best_cosine: Float[Tensor, "seed seed d_sae"]
-    """[s, t, i]: the best cosine of feature i of seed s with a live feature of seed t; NaN where t is s."""
+    """[s, t, i]: the best cosine of feature i of seed s with a live feature of seed t; NaN where t is s, and for dead features."""
+    partner: Int[Tensor, "seed seed d_sae"]
+    """Which feature of t that is; -1 where there is none."""
+    runner_up: Float[Tensor, "seed seed d_sae"]
+    """The second best cosine."""
     alive: Bool[Tensor, "seed d_sae"]
     """Dead features take no part: they match nothing and have no stability."""
     threshold: float
@@ -39,7 +44,19 @@ class Stability:
     @property
     def matched(self) -> Bool[Tensor, "seed seed d_sae"]:
         """[s, t, i]: whether feature i of seed s reappears in seed t."""
-        return (self.best_cosine >= self.threshold - ROUNDING) & self.alive[:, None]
+        return self.best_cosine >= self.threshold - ROUNDING
+
+    @property
+    def mutual(self) -> Bool[Tensor, "seed seed d_sae"]:
+        """[s, t, i]: whether feature i of seed s is in turn the best of its partner in seed t."""
+        partner = self.partner.clamp(min=0)
+        back = self.partner.transpose(0, 1).gather(2, partner)
+        return (back == torch.arange(partner.shape[2])) & (self.partner >= 0)
+
+    @property
+    def ambiguous(self) -> Bool[Tensor, "seed seed d_sae"]:
+        """[s, t, i]: a match whose runner-up reaches the threshold too, or which does not hold in both directions."""
+        return self.matched & ((self.runner_up >= self.threshold - ROUNDING) | ~self.mutual)
 
     @property
     def trials(self) -> int:
@@ -68,12 +85,17 @@ class Stability:
 
     def at(self, threshold: float) -> "Stability":
         """The same cosines judged at another threshold."""
-        return Stability(self.best_cosine, self.alive, threshold)
+        return replace(self, threshold=threshold)
+
+    def both_ways(self) -> "Stability":
+        """The same where only mutual matches count."""
+        return replace(self, best_cosine=torch.where(self.mutual | self.best_cosine.isnan(), self.best_cosine, -1.0))
 
     def among(self, seeds: list[int]) -> "Stability":
         """What a study of only these seeds (positions) would have found."""
         index = torch.tensor(seeds)
-        return Stability(self.best_cosine[index][:, index], self.alive[index], self.threshold)
+        pairs = (tensor[index][:, index] for tensor in (self.best_cosine, self.partner, self.runner_up))
+        return Stability(*pairs, self.alive[index], self.threshold)
 
     def mean(self) -> Interval:
         """Mean stability of live features, with its jackknife interval over seeds."""
@@ -83,6 +105,24 @@ class Stability:
             return float(np.nanmean(rates[np.ix_(seeds, seeds)]))
 
         return jackknife(estimate, len(self.alive))
+
+    def area(self) -> Interval:
+        """The area under the curve of mean stability against the threshold, from 0 to 1, jackknifed over seeds.
+
+        A feature is matched at all thresholds up to its best cosine, so the area is the mean of the best cosines above 0.
+        """
+        cosines = self.best_cosine.clamp(min=0).nanmean(2).numpy()
+        return jackknife(lambda seeds: float(np.nanmean(cosines[np.ix_(seeds, seeds)])), len(self.alive))
+
+    def ambiguous_share(self) -> Interval:
+        """The share of matches that are ambiguous, jackknifed over seeds."""
+        ambiguous, matched = self.ambiguous.sum(2).double().numpy(), self.matched.sum(2).double().numpy()
+
+        def estimate(seeds: list[int]) -> float:
+            pairs = np.ix_(seeds, seeds)
+            return float(ambiguous[pairs].sum() / max(matched[pairs].sum(), 1))
+
+        return jackknife(estimate, len(self.alive)).within(0, 1)
 
     def match_rates(self) -> Float[np.ndarray, "seed seed"]:
         """[s, t]: the share of the live features of s that reappear in t; NaN where t is s."""
@@ -157,8 +197,9 @@ def stability(
 ) -> Stability:
     """Compare every seed's dictionary with every other's. Directions need not have unit length.
 
-    Memory beside the result is `CHUNK * d_sae` cosines: it does not grow with d_sae squared. Dead features (`alive` false)
-    match nothing. Raises `UserError` for one seed, a threshold outside (0, 1] or shapes that don't fit.
+    Dead features (`alive` false), and directions of length zero, match nothing. Memory beside the result is a copy of the
+    directions and `pairs.CHUNK * d_sae` cosines. Raises `UserError` for one seed, a threshold outside (0, 1], weights that are not
+    finite, a decoder of zeros, or shapes that don't fit.
     """
     W_dec = torch.as_tensor(W_dec).detach().float()
     if W_dec.ndim != 3 or len(W_dec) < 2:
@@ -173,40 +214,39 @@ def stability(
     alive = torch.ones(seeds, d_sae, dtype=torch.bool) if alive is None else torch.as_tensor(alive).bool().cpu()
     if alive.shape != (seeds, d_sae):
         raise UserError(f"alive: give one flag a feature, {[seeds, d_sae]}, not {list(alive.shape)}")
+    directed = (W_dec != 0).any(2).cpu()
+    if not directed.any(1).all():
+        raise UserError(f"W_dec: every direction of SAE {directed.any(1).int().argmin()} is zero; leave that SAE out")
+    directions = F.normalize(W_dec, dim=2)
+    return reappear(lambda s, t: cosines(directions[s], directions[t]), alive & directed, threshold, W_dec.device)
 
-    directions, living = F.normalize(W_dec, dim=2), alive.to(W_dec.device)
+
+def reappear(
+    similarities: Callable[[int, int], Similarities],
+    alive: Bool[Tensor, "seed d_sae"],
+    threshold: float,
+    device: torch.device | str = "cpu",
+) -> Stability:
+    """The stability that follows from how alike the features of two seeds are, whatever that means.
+
+    `similarities(s, t)` compares seeds s < t, on `device`; what it gives need not be cosines, but lies in [-1, 1].
+    """
+    seeds, d_sae = alive.shape
     best = torch.full((seeds, seeds, d_sae), torch.nan)
+    partner = torch.full((seeds, seeds, d_sae), -1)
+    runner_up = torch.full((seeds, seeds, d_sae), torch.nan)
+    living = alive.to(device)
     pairs = [(s, t) for s in range(seeds) for t in range(s + 1, seeds)]
     for s, t in tqdm(pairs, "matching", unit="pair", disable=None, leave=False):
-        best[s, t], best[t, s] = best_cosines(directions[s], directions[t], living[s], living[t])
-    return Stability(best, alive, threshold)
-
-
-def best_cosines(
-    A: Float[Tensor, "a d_in"], B: Float[Tensor, "b d_in"], a_alive: Bool[Tensor, "a"], b_alive: Bool[Tensor, "b"]
-) -> tuple[Float[Tensor, "a"], Float[Tensor, "b"]]:
-    """Each unit direction's best cosine with the live ones of the other dictionary, from one product; -1 where none lives."""
-    best_of_a, best_of_b = A.new_full((len(A),), -1.0), B.new_full((len(B),), -1.0)
-    for start in range(0, len(A), CHUNK):
-        rows = slice(start, start + CHUNK)
-        cosines = A[rows] @ B.T
-        if b_alive.any():
-            best_of_a[rows] = cosines.masked_fill(~b_alive, -1.0).amax(1)
-        best_of_b = torch.maximum(best_of_b, cosines.masked_fill_(~a_alive[rows, None], -1.0).amax(0))
-    return best_of_a, best_of_b
+        for (one, other), found in zip(((s, t), (t, s)), compare(similarities(s, t), living[s], living[t]), strict=True):
+            dead = ~living[one]
+            best[one, other] = found.similarity.masked_fill(dead, torch.nan)
+            partner[one, other] = found.partner
+            runner_up[one, other] = found.runner_up.masked_fill(dead, torch.nan)
+    return Stability(best, partner, runner_up, alive, threshold)
 
 
 def band_of(probability: Float[np.ndarray, "*any"]) -> Int[np.ndarray, "*any"]:
     """The band of each probability as an index into BANDS; -1 for NaN."""
     band = np.select([probability >= STABLE - ROUNDING, probability <= UNSTABLE + ROUNDING], [0, 2], default=1)
     return np.where(np.isnan(probability), -1, band)
-
-
-def mcc(A: Float[Tensor, "a d_in"] | np.ndarray, B: Float[Tensor, "b d_in"] | np.ndarray) -> float:
-    """Mean cosine of the best one-to-one matching of two dictionaries (MCC; Song et al., arXiv:2505.20254)."""
-    from scipy.optimize import linear_sum_assignment
-
-    A, B = (F.normalize(torch.as_tensor(W).detach().float(), dim=1) for W in (A, B))
-    cosines = (A @ B.T).cpu().numpy()
-    rows, columns = linear_sum_assignment(cosines, maximize=True)
-    return float(cosines[rows, columns].mean())

@@ -1,0 +1,29 @@
+"""Do features reappear under another seed? Feature stability (PAPER, claim C1), and what it is compared with.
+
+`reappearance.py` holds the definition; `pairs.py` compares two dictionaries, a chunk at a time; `criteria.py` has other ways to
+call two features the same, `assignment.py` pairs them one to one, and `families.py` groups them over all seeds.
+"""
+
+from sae_stability.matching.assignment import Assignment, assign, mcc
+from sae_stability.matching.criteria import CRITERIA, by_every_criterion
+from sae_stability.matching.families import Families, families
+from sae_stability.matching.pairs import nearest_within
+from sae_stability.matching.reappearance import BANDS, STABLE, UNSTABLE, Stability, band_of, reappear, stability
+
+__all__ = [
+    "BANDS",
+    "CRITERIA",
+    "STABLE",
+    "UNSTABLE",
+    "Assignment",
+    "Families",
+    "Stability",
+    "assign",
+    "band_of",
+    "by_every_criterion",
+    "families",
+    "mcc",
+    "nearest_within",
+    "reappear",
+    "stability",
+]

@@ -1,0 +1,102 @@
+"""Other ways to say that a feature reappears, beside the default of the best decoder cosine. Each gives a `Stability`.
+
+None is swapped in silently. A cosine of 0.7 does not mean the same under each, so each has its own adjusted threshold.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from scipy import sparse
+from torch import Tensor
+
+from sae_stability.matching.assignment import assign
+from sae_stability.matching.pairs import correlations, cosines, weaker
+from sae_stability.matching.reappearance import Stability, reappear, stability
+
+CRITERIA = {
+    "decoder": "best cosine of decoder directions (the default)",
+    "mutual": "the same, and each feature is the other's best",
+    "one-to-one": "decoder cosine with the partner in the best one-to-one pairing",
+    "encoder": "best cosine of encoder directions",
+    "decoder and encoder": "one partner whose decoder and encoder cosines both reach the threshold",
+    "activations": "best correlation of activations on the same tokens",
+    "whitened": "best cosine of decoder directions once the activations' covariance is made the identity",
+    "without top component": "best cosine of decoder directions once the activations' first principal component is removed",
+}
+SMALLEST_VARIANCE = 1e-4  # of the mean one: smaller ones are raised to it before whitening, which would blow up their noise
+
+
+def by_every_criterion(
+    W_dec: Float[Tensor, "seed d_sae d_in"],
+    W_enc: Float[Tensor, "seed d_in d_sae"],
+    codes: Sequence[sparse.csr_array],
+    covariance: Float[Tensor, "d_in d_in"],
+    threshold: float,
+    alive: Bool[Tensor, "seed d_sae"],
+) -> dict[str, Stability]:
+    """The stability by each of `CRITERIA`. `codes` and `covariance` are those of the same tokens."""
+    default = stability(W_dec, threshold, alive)
+    found = {
+        "decoder": default,
+        "mutual": default.both_ways(),
+        "one-to-one": one_to_one(W_dec, threshold, alive),
+        "encoder": stability(W_enc.mT, threshold, alive),
+        "decoder and encoder": with_encoder(W_dec, W_enc, threshold, alive),
+        "activations": by_activation(codes, threshold, alive),
+        "whitened": stability(W_dec @ whitening(covariance), threshold, alive),
+        "without top component": stability(W_dec @ without_top_component(covariance), threshold, alive),
+    }
+    return {name: found[name] for name in CRITERIA}
+
+
+def one_to_one(W_dec: Float[Tensor, "seed d_sae d_in"], threshold: float, alive: Bool[Tensor, "seed d_sae"]) -> Stability:
+    """A feature reappears if its partner in the best one-to-one pairing reaches the threshold (Song et al., arXiv:2505.20254)."""
+    seeds, d_sae, _ = W_dec.shape
+    cosine = torch.full((seeds, seeds, d_sae), torch.nan)
+    partner = torch.full((seeds, seeds, d_sae), -1)
+    for s in range(seeds):
+        for t in range(s + 1, seeds):
+            of_s, of_t = alive[s].nonzero().squeeze(1), alive[t].nonzero().squeeze(1)
+            paired = assign(W_dec[s, of_s], W_dec[t, of_t])
+            places = torch.from_numpy(paired.partner)
+            there = places >= 0
+            rows, columns = of_s[there], of_t[places[there]]
+            found = torch.from_numpy(paired.cosine)[there]
+            cosine[s, t, of_s], cosine[t, s, of_t] = -1.0, -1.0
+            cosine[s, t, rows], cosine[t, s, columns] = found, found
+            partner[s, t, rows], partner[t, s, columns] = columns, rows
+    return Stability(cosine, partner, torch.full_like(cosine, -1.0), alive, threshold)
+
+
+def with_encoder(
+    W_dec: Float[Tensor, "seed d_sae d_in"],
+    W_enc: Float[Tensor, "seed d_in d_sae"],
+    threshold: float,
+    alive: Bool[Tensor, "seed d_sae"],
+) -> Stability:
+    """A feature reappears if one feature of the other seed is like it in both its decoder and its encoder direction."""
+    D, E = F.normalize(W_dec, dim=2), F.normalize(W_enc.mT, dim=2)
+    return reappear(lambda s, t: weaker(cosines(D[s], D[t]), cosines(E[s], E[t])), alive, threshold)
+
+
+def by_activation(codes: Sequence[sparse.csr_array], threshold: float, alive: Bool[Tensor, "seed d_sae"]) -> Stability:
+    """A feature reappears if the activations of one feature of the other seed correlate with its own.
+
+    `codes` holds the activations [token, d_sae] of each seed on the same tokens.
+    """
+    return reappear(lambda s, t: correlations(codes[s], codes[t]), alive, threshold)
+
+
+def whitening(covariance: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
+    """The symmetric map under which activations have the identity as covariance: directions times it are whitened."""
+    variances, axes = torch.linalg.eigh(covariance.double())
+    floor = SMALLEST_VARIANCE * variances.mean()
+    return ((axes / variances.clamp(min=floor).sqrt()) @ axes.T).float()
+
+
+def without_top_component(covariance: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
+    """The projection that removes the first principal component of the activations."""
+    first = torch.linalg.eigh(covariance.double()).eigenvectors[:, -1:]
+    return (torch.eye(len(covariance), dtype=torch.float64) - first @ first.T).float()

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import sparse
+
+from sae_stability.matching import CRITERIA, by_every_criterion, criteria, stability
+
+ALIVE = torch.ones(3, 20, dtype=torch.bool)
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def codes(seed: int, tokens: int = 400, features: int = 20) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    return (generator.random((tokens, features)) * (generator.random((tokens, features)) < 0.2)).astype(np.float32)
+
+
+def test_correlations_of_activations_agree_with_numpy():
+    Z = [codes(seed) for seed in range(3)]
+    Z[1][:, 4] = 0  # never fires
+    found = criteria.by_activation([sparse.csr_array(z) for z in Z], 0.3, ALIVE)
+    for s, t in ((0, 1), (1, 2), (2, 0)):
+        with np.errstate(invalid="ignore"):
+            theirs = np.nan_to_num(np.corrcoef(Z[s].T, Z[t].T)[:20, 20:])
+        np.testing.assert_allclose(found.best_cosine[s, t], theirs.max(1), atol=1e-5)
+
+
+def test_one_to_one_gives_a_partner_to_one_feature_only():
+    W = drawn(2, 20, 3)
+    W[1, 5] = W[1, 6] = W[0, 0]  # both are like feature 0 of the other seed, which can be paired with one
+    plain, paired = stability(W, 0.999), criteria.one_to_one(W, 0.999, ALIVE[:2])
+    assert plain.matched[1, 0, 5:7].all()
+    assert paired.matched[1, 0, 5] ^ paired.matched[1, 0, 6]
+    assert paired.mutual[0, 1].all()
+
+
+def test_decoder_and_encoder_must_agree_on_one_partner():
+    D, E = F.normalize(drawn(2, 20, 40), dim=2), F.normalize(drawn(2, 20, 40, seed=1), dim=2)
+    D[1, 3], E[1, 3] = D[0, 0], E[0, 0]  # both in one feature
+    D[1, 4], E[1, 5] = D[0, 1], E[0, 1]  # in two different ones
+    found = criteria.with_encoder(D, E.mT, 0.9, ALIVE[:2])
+    assert found.matched[0, 1, :2].tolist() == [True, False]
+
+
+def test_whitened_cosines_do_not_see_a_linear_map_of_the_data():
+    W, mixing = drawn(3, 20, 6), drawn(6, 6, seed=2) + 3 * torch.eye(6)
+    covariance = torch.eye(6)
+    moved = W @ mixing.T  # directions of data under the map, whose covariance becomes mixing mixing^T
+    one = stability(W @ criteria.whitening(covariance))
+    other = stability(moved @ criteria.whitening(mixing @ mixing.T))
+    torch.testing.assert_close(one.best_cosine, other.best_cosine, equal_nan=True, atol=1e-4, rtol=0)
+
+
+def test_what_only_the_first_component_shares_is_gone_without_it():
+    first = F.normalize(drawn(6, seed=3), dim=0)
+    covariance = torch.eye(6) + 50 * torch.outer(first, first)
+    W = 5 * first + drawn(3, 20, 6)
+    assert stability(W).mean().value > 0.99
+    rest = W @ criteria.without_top_component(covariance)
+    torch.testing.assert_close(rest @ first, torch.zeros(3, 20), atol=1e-4, rtol=0)
+    assert stability(rest).mean().value < 0.9
+
+
+def test_every_criterion_takes_a_permuted_copy_for_the_same():
+    W, E, Z = drawn(1, 20, 6)[0], drawn(6, 20, seed=1), codes(0)
+    orders = [torch.randperm(20, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    found = by_every_criterion(
+        torch.stack([W[order] for order in orders]),
+        torch.stack([E[:, order] for order in orders]),
+        [sparse.csr_array(Z[:, order.numpy()]) for order in orders],
+        torch.eye(6) + 0.1 * torch.ones(6, 6),
+        0.99,
+        ALIVE,
+    )
+    assert list(found) == list(CRITERIA)
+    for name, by in found.items():
+        assert by.mean().value == pytest.approx(1), name

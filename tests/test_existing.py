@@ -1,0 +1,146 @@
+import re
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from sae_stability.config import ROOT, UserError
+from sae_stability.existing import ENOUGH, Site, compare
+from sae_stability.language import models
+from sae_stability.matching import mcc, stability
+from sae_stability.saes import formats, variant
+from sae_stability.saes.sae import SAE
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Four decoders: half of each is common to all, in another order and length."""
+    paths = []
+    for seed in range(4):
+        W = torch.cat([drawn(15, 30), drawn(15, 30, seed=10 + seed)])[torch.randperm(30)] * (1 + seed)
+        save_file({"W_dec": W}, tmp_path / f"seed{seed}.safetensors")
+        paths.append(tmp_path / f"seed{seed}.safetensors")
+    return paths
+
+
+def test_three_lines_give_what_matching_gives(files):
+    compared = compare(files)
+    W = torch.stack([formats.load(path).W_dec for path in files])
+    torch.testing.assert_close(compared.found.probability, stability(W).probability)
+    assert compared.found.mean().value == 0.5
+    assert compared.mcc() == pytest.approx(sum(mcc(W[s], W[t]) for s in range(4) for t in range(s)) / 6, abs=1e-6)
+    assert compared.names == [path.name for path in files]
+
+
+def test_the_command_writes_one_row_per_feature_and_a_summary(files, call, tmp_path):
+    status, out, error = call("stability", *files, "--out", tmp_path / "rows.parquet")
+    assert status == 0, error
+    table = pd.read_parquet(tmp_path / "rows.parquet")
+    assert len(table) == 120
+    common = table[table["matches"] == 3]
+    assert len(common) == 60
+    first = table[table["sae"] == "seed0.safetensors"].query("matches == 3").iloc[0]
+    partner = table[(table["sae"] == "seed2.safetensors") & (table["feature"] == first["partner in seed2.safetensors"])].iloc[0]
+    assert partner["partner in seed0.safetensors"] == first["feature"]
+    assert partner["norm"] == pytest.approx(3 * first["norm"], rel=1e-4)
+    for told in ("mean stability   0.500", "stable           0.500", "unstable         0.500", "MCC", "--model", "enough"):
+        assert told in out
+
+
+def test_narrower_saes_are_compared_too_and_said(files, call, tmp_path):
+    save_file({"W_dec": drawn(15, 30)}, tmp_path / "narrow.safetensors")
+    _, out, _ = call("stability", *files, tmp_path / "narrow.safetensors", "--out", tmp_path / "rows.csv")
+    assert "widths differ" in out
+    table = pd.read_csv(tmp_path / "rows.csv")
+    assert (table["sae"] == "narrow.safetensors").sum() == 15
+    assert (table[table["sae"] == "narrow.safetensors"]["matches"] == 4).all()
+
+
+def test_whether_seeds_are_enough_depends_on_what_is_known(files):
+    few = compare(files[:3])
+    width = max((of.high - of.low) / 2 for of in few.found.latent_shares().values())
+    assert ("too few" in few.summary()) == (width > ENOUGH)
+    assert "too few: intervals need three" in compare(files[:2]).summary()
+
+
+def site_saes(tmp_path, d_in: int) -> list:
+    """Three TopK SAEs, one of whose features can never fire."""
+    paths = []
+    for seed in range(3):
+        parameters = variant("topk")(4).initialise(d_in, 24, torch.Generator().manual_seed(seed))
+        parameters.b_enc[5] = -1e6
+        formats.save(SAE("topk", 4, parameters), tmp_path / f"sae{seed}")
+        paths.append(tmp_path / f"sae{seed}")
+    return paths
+
+
+def test_a_model_and_a_text_tell_dead_features_from_live_ones(tmp_path, call):
+    bridge = models.load("docstrings-2l")
+    paths = site_saes(tmp_path, bridge.cfg.d_model)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Return the sum of array number {i} over the given axis, or zero." for i in range(300)))
+    given = ["--model", "docstrings-2l", "--corpus", text, "--hook-name", "blocks.1.hook_resid_pre", "--tokens", "2000"]
+    status, out, error = call("stability", *paths, *given, "--out", tmp_path / "rows.csv")
+    assert status == 0, error
+    table = pd.read_csv(tmp_path / "rows.csv")
+    assert not table.query("feature == 5")["alive"].any()
+    assert (table.query("feature == 5")["frequency"] == 0).all()
+    assert table.groupby("sae")["frequency"].sum().between(3.5, 4.001).all()  # k of them fire on a token
+    assert "never fire" in out
+
+
+def test_python_takes_a_site_too(tmp_path):
+    paths = site_saes(tmp_path, models.load("docstrings-2l").cfg.d_model)
+    compared = compare(paths, site=Site("docstrings-2l", "docstrings", "blocks.1.hook_resid_pre", 2000))
+    assert not compared.found.alive[:, 5].any()
+    assert compared.firings.tokens >= 2000
+    assert compared.found.alive.any(1).all()
+
+
+def pad(W: torch.Tensor) -> torch.Tensor:
+    return F.pad(W, (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["{0}"], "two or more"),
+        (["{0}", "{0}"], "twice"),
+        (["{0}", "{wide}"], "d_in"),
+        (["{0}", "nowhere"], "nowhere"),
+        (["{0}", "{1}", "--threshold", "1.5"], "threshold"),
+        (["{0}", "{1}", "--out", "rows.xls"], "--out"),
+        (["{0}", "{1}", "--model", "docstrings-2l"], "--corpus"),
+        (
+            ["{0}", "{1}", "--model", "docstrings-2l", "--corpus", "docstrings", "--hook-name", "blocks.1.hook_resid_pre"],
+            "decoder only|d_in",
+        ),
+        ([], "PATH"),
+    ],
+)
+def test_mistakes_end_in_one_line(files, call, tmp_path, monkeypatch, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    save_file({"W_dec": pad(drawn(30, 30))}, tmp_path / "wide.safetensors")
+    given = [argument.format(*files, wide=tmp_path / "wide.safetensors") for argument in arguments]
+    status, _, error = call("stability", *given)
+    assert status == 2
+    assert len(error) == 1
+    assert re.search(named, error[0]), error
+    assert not (tmp_path / "stability.csv").exists()
+
+
+def test_the_readme_s_lines_run(files):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    start = readme.index("from sae_stability.existing import compare")
+    lines = readme[start : readme.index("```", start)]
+    scope: dict = {}
+    exec(lines.replace('["sae-seed0", "sae-seed1", "sae-seed2"]', repr([str(path) for path in files])), scope)
+    assert len(scope["table"]) == 120
+    with pytest.raises(UserError):
+        compare(files[:1])
