@@ -15,9 +15,9 @@ test: $(READY)  ## lint, then the whole test suite
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest
 
-bench: $(READY) $(PEERS)/ready  ## measure training against SAELens, dictionary_learning and sparsify
+bench: $(READY) $(PEERS)/ready  ## measure training and matching against SAELens, dictionary_learning and sparsify
 	$(VENV)/bin/python benchmarks/data.py
-	$(PEERS)/bin/python -m pytest -q -p no:cacheprovider benchmarks/test_peers.py
+	$(PEERS)/bin/python -m pytest -q -p no:cacheprovider benchmarks
 	$(PEERS)/bin/python benchmarks/bench.py
 
 # torchvision comes with a peer that does not use it here, and its operators may be built for another torch.

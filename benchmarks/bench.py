@@ -1,4 +1,4 @@
-"""Measures training against SAELens, dictionary_learning and sparsify in one run: time, quality and memory (`make bench`).
+"""Measures training against SAELens, dictionary_learning and sparsify, then matching, all in one run (`make bench`).
 
 Contestants take turns, so that a noisy machine slows them all. Ours fetch their batches from the activations, each seed in an
 order of its own; the peers get ready-made batches. Times are per step and seed. A peer is compared in its faster mode, float32 or
@@ -20,6 +20,7 @@ import numpy as np
 import peers
 import psutil
 import torch
+from bench_matching import PEAK_PAGES, compare_matching
 from data import TOKENS, open_activations
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from sae_stability.config import ROOT, Cell, Variants
 from sae_stability.language.activations import Activations
 from sae_stability.saes import fastest_dtype
 from sae_stability.store import git_commit, write_json
+from sae_stability.tables import on_target
 from sae_stability.training import prepare, train
 from sae_stability.training.loop import Training
 from sae_stability.training.shuffling import ROUNDS, shuffled
@@ -39,7 +41,6 @@ STEPS = 4  # of each of our seeds in a round
 THEIR_STEPS = 2  # which are longer
 SETTLING = 25  # steps before penalties are timed: their codes start four times as dense as they stay
 COEFFICIENTS = {"relu": 1.5, "gated": 2.5, "jumprelu": 0.5}  # near L0 = 32 at the timed shape
-PEAK_PAGES = "/proc/self/clear_refs"
 
 
 @dataclass(frozen=True)
@@ -174,14 +175,11 @@ def time_variant(name: str, shape: Shape, data: Activations, rounds: int, device
 
 def compare_quality(name: str, train_on: Activations, held_out: Activations) -> list[dict]:
     """L0 and explained variance on held-out tokens after equal tokens, at the same batch, rate and target L0."""
-    shape, rows = COMPARED, []
+    shape = COMPARED
     cell = shape.cell(name, TOKENS)
-    coefficient = prepare(cell, train_on, [0]).coefficients[0] or None
-    for encoder in ("float32", "fastest"):
-        ensemble = train(cell.model_copy(update={"coefficient": coefficient, "encoder": encoder}), train_on, list(SEEDS))
-        x = held_out.data.float()
-        measured = [_quality(ensemble.of(seed).encode(x)[0], ensemble.reconstruct(seed, x), x) for seed in SEEDS]
-        rows.append(_summary(name, f"ours, {encoder}", measured, coefficient))
+    rows = [_ours_at(name, cell, "float32", train_on, held_out)]
+    coefficient = rows[0]["coefficient"]
+    rows.append(_ours_at(name, cell.model_copy(update={"coefficient": coefficient}), "fastest", train_on, held_out))
     if coefficient is not None:  # SAELens's penalties are weighed by the same rule as ours
         tried, found = search(
             lambda around: [_saelens(name, train_on, held_out, PILOT, penalty)[0] for penalty in around], coefficient, shape.k
@@ -189,7 +187,19 @@ def compare_quality(name: str, train_on: Activations, held_out: Activations) -> 
         coefficient = crossing(tried, found, shape.k)
     measured = [_saelens(name, train_on, held_out, seed, coefficient) for seed in tqdm(SEEDS, f"quality, {name}", disable=None)]
     rows.append(_summary(name, "saelens", measured, coefficient))
+    reached = rows[-1]["l0"]
+    if not on_target(reached, shape.k):  # then ours go where it went: only equal L0 compare
+        rows.append(_ours_at(name, cell.model_copy(update={"k": round(reached)}), "fastest", train_on, held_out))
     return rows
+
+
+def _ours_at(name: str, cell: Cell, encoder: str, train_on: Activations, held_out: Activations) -> dict:
+    """The quality of ours at the cell's L0, its penalty steered where it has one."""
+    coefficient = cell.coefficient or prepare(cell, train_on, [0]).coefficients[0] or None
+    ensemble = train(cell.model_copy(update={"coefficient": coefficient, "encoder": encoder}), train_on, list(SEEDS))
+    x = held_out.data.float()
+    measured = [_quality(ensemble.of(seed).encode(x)[0], ensemble.reconstruct(seed, x), x) for seed in SEEDS]
+    return _summary(name, f"ours, {encoder}" + (f", L0 {cell.k}" if cell.k != COMPARED.k else ""), measured, coefficient)
 
 
 PILOT = 1000  # the seed that steers SAELens's penalties
@@ -308,6 +318,8 @@ def main() -> None:
     print(table(quality))
     memory = compare_memory(TIMED["cpu"])
     print(table(memory))
+    matching = compare_matching()
+    print(matching)
 
     topk = {row["contestant"]: row for row in times if row["variant"] == "topk"}
     fastest = f"product {_name(fastest_dtype(device))}"
@@ -330,6 +342,7 @@ def main() -> None:
         "times": times,
         "quality": quality,
         "memory": memory,
+        "matching": matching,
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),

@@ -309,7 +309,7 @@ def match(study: Study, source: Source, name: str, cell: Cell, folder: Path) -> 
         W_dec, W_enc, codes = ensemble.W_dec, ensemble.W_enc, sparse_codes(ensemble, held_out)
         tensors = {"alive": alive}
         for criterion, found in by_every_criterion(W_dec, W_enc, codes, held_out.covariance, cell.threshold, alive).items():
-            tensors |= {f"{criterion}/{part}": getattr(found, part) for part in ("best_cosine", "partner", "runner_up")}
+            tensors |= {f"{criterion}/{part}": getattr(found, part).clone() for part in ("best_cosine", "partner", "runner_up")}
         grouped = families(W_dec, cell.threshold, alive)
         tensors |= {f"families/{part}": torch.from_numpy(array) for part, array in vars(grouped).items()}
         nearest = [nearest_within(directions, living) for directions, living in zip(W_dec, alive, strict=True)]

@@ -1,0 +1,104 @@
+"""Measures matching: all pairs of many dictionaries against the matrix products alone, a plain loop, and one-to-one assignment."""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+
+from sae_stability.matching import assign, stability
+from sae_stability.matching.pairs import CHUNK
+
+PEAK_PAGES = "/proc/self/clear_refs"
+
+
+@dataclass(frozen=True)
+class Dictionaries:
+    seeds: int
+    d_sae: int
+    d_in: int
+
+    def draw(self) -> torch.Tensor:
+        """Unit directions [seed, d_sae, d_in]: half of each seed's are common to all, up to noise and order."""
+        generator = torch.Generator().manual_seed(0)
+        W = torch.randn(self.seeds, self.d_sae, self.d_in, generator=generator)
+        half = self.d_sae // 2
+        for s in range(1, self.seeds):
+            W[s, torch.randperm(self.d_sae, generator=generator)[:half]] = W[0, :half] + 0.5 * W[s, :half]
+        for directions in W:  # in place: they are large
+            F.normalize(directions, dim=1, out=directions)
+        return W
+
+
+ALL_PAIRS = Dictionaries(8, 32_768, 768)
+PAIRED = Dictionaries(2, 8192, 768)  # SciPy's dense assignment takes time in proportion to the cube of the width
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _products(W: torch.Tensor) -> None:
+    """The matrix products of all pairs, and nothing else."""
+    for s in range(len(W)):
+        for t in range(s + 1, len(W)):
+            for start in range(0, W.shape[1], CHUNK):
+                W[s, start : start + CHUNK] @ W[t].T
+
+
+def _plain(A: torch.Tensor, B: torch.Tensor) -> None:
+    """One pair as it is usually written: the whole matrix of cosines, then its best in either direction."""
+    cosines = F.normalize(A, dim=1) @ F.normalize(B, dim=1).T
+    cosines.max(1)
+    cosines.max(0)
+
+
+def peak_memory(shape: Dictionaries) -> int:
+    """Bytes by which the process stands above its start at the highest, dictionaries included."""
+    stability(torch.randn(2, 64, 8))  # compiles
+    before = psutil.Process().memory_info().rss
+    Path(PEAK_PAGES).write_text("5")  # the kernel forgets the peak so far
+    stability(shape.draw())
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024 - before
+
+
+def compare_matching(shape: Dictionaries = ALL_PAIRS, paired: Dictionaries = PAIRED) -> dict:
+    """Seconds and memory; everything on the same directions, one after another."""
+    W = shape.draw()
+    pairs = shape.seeds * (shape.seeds - 1) // 2
+    stability(W[:, :64])  # compiles
+    seconds = {
+        "products": _seconds(lambda: _products(W)),
+        "ours": _seconds(lambda: stability(W)),
+        "plain loop": pairs * _seconds(lambda: _plain(W[0], W[1])),
+    }
+    del W
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        memory = pool.apply(peak_memory, (shape,))
+    A, B = paired.draw()
+    exact = []
+    dense = _seconds(lambda: exact.append(linear_sum_assignment((A @ B.T).numpy(), maximize=True)))
+    found = []
+    ours = _seconds(lambda: found.append(assign(A, B)))
+    return {
+        "shape": {**asdict(shape), "pairs": pairs},
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "ours_over_products": round(seconds["ours"] / seconds["products"], 2),
+        "peak_gb": round(memory / 1e9, 2),
+        "assignment": {
+            **asdict(paired),
+            "dense_seconds": round(dense, 1),
+            "ours_seconds": round(ours, 1),
+            "dense_mcc": round(float((A @ B.T).numpy()[exact[0]].mean()), 6),
+            "ours_mcc": round(found[0].mean, 6),
+            "bound": round(found[0].bound, 6),
+        },
+    }
