@@ -27,7 +27,7 @@ from tqdm import tqdm
 from sae_stability.config import ROOT, Cell, Variants
 from sae_stability.language.activations import Activations
 from sae_stability.saes import fastest_dtype
-from sae_stability.store import git_commit, write_json
+from sae_stability.store import git_commit, read_json, write_json
 from sae_stability.tables import on_target
 from sae_stability.training import prepare, train
 from sae_stability.training.loop import Training
@@ -36,6 +36,7 @@ from sae_stability.training.steering import crossing, search
 
 LIBRARIES = ("saelens", "dictionary_learning", "sparsify")
 MODES = ("float32", "bfloat16")
+PARTS = ("times", "quality", "memory", "matching")
 VERSIONS = ("torch", "numba", "sae-lens", "dictionary-learning", "eai-sparsify")
 STEPS = 4  # of each of our seeds in a round
 THEIR_STEPS = 2  # which are longer
@@ -303,63 +304,69 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="turns that each contestant gets")
     parser.add_argument("--variants", nargs="*", default=list(Variants.__args__), help="by default all")
+    parser.add_argument(
+        "--parts", nargs="*", choices=PARTS, default=PARTS, help="what to measure; the rest of --out stays as it is"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results.json")
     arguments = parser.parse_args()
-    if "topk" not in arguments.variants:
+    if "times" in arguments.parts and "topk" not in arguments.variants:
         parser.error("--variants: topk must be among them, since the ratios are its")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = TIMED[device.type]
-
     train_on, held_out = open_activations("train"), open_activations("evaluation")
-    data = train_on if shape.d_in == train_on.d_in else drawn_activations(shape.d_in, 50 * shape.batch)
-    times = [row for name in arguments.variants for row in time_variant(name, shape, data, arguments.rounds, device)]
-    print(table(times))
-    quality = [row for name in arguments.variants for row in compare_quality(name, train_on, held_out)]
-    print(table(quality))
-    memory = compare_memory(TIMED["cpu"])
-    print(table(memory))
-    matching = compare_matching()
-    print(matching)
 
+    results = read_json(arguments.out) if arguments.out.exists() and set(arguments.parts) < set(PARTS) else {"commits": {}}
+    if "times" in arguments.parts:
+        data = train_on if shape.d_in == train_on.d_in else drawn_activations(shape.d_in, 50 * shape.batch)
+        times = [row for name in arguments.variants for row in time_variant(name, shape, data, arguments.rounds, device)]
+        print(table(times))
+        results |= {"shape": asdict(shape), "times": times, **ratios_and_floor(times, device)}
+        print("ratios", results["ratios"], "floor", results["floor"])
+    if "quality" in arguments.parts:
+        quality = [row for name in arguments.variants for row in compare_quality(name, train_on, held_out)]
+        print(table(quality))
+        kept = [row for row in results.get("quality", []) if row["variant"] not in arguments.variants]
+        order = list(Variants.__args__)
+        results["quality"] = sorted(kept + quality, key=lambda row: order.index(row["variant"]))
+        results["quality_shape"] = {**asdict(COMPARED), "tokens": TOKENS, "seeds": len(SEEDS)}
+    if "memory" in arguments.parts:
+        results["memory"] = compare_memory(TIMED["cpu"])
+        print(table(results["memory"]))
+    if "matching" in arguments.parts:
+        results["matching"] = compare_matching()
+        print(results["matching"])
+    results["commits"] |= dict.fromkeys(arguments.parts, git_commit())
+    results["machine"] = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "bfloat16": fastest_dtype(torch.device("cpu")) == torch.bfloat16,
+    }
+    results["versions"] = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONS}}
+    results |= {"commit": git_commit(), "date": time.strftime("%Y-%m-%d")}
+    write_json(arguments.out, results)
+
+
+def ratios_and_floor(times: list[dict], device: torch.device) -> dict:
+    """The peers' faster modes over ours for TopK, and how far ours is from what a step can't do without."""
     topk = {row["contestant"]: row for row in times if row["variant"] == "topk"}
     fastest = f"product {_name(fastest_dtype(device))}"
     least = topk[fastest]["ms"] + topk["adam"]["ms"]
-    results = {
-        "ratios": {
-            library: min(row["times_ours"] for key, row in topk.items() if key.startswith(library) and "together" not in key)
-            for library in LIBRARIES
-        },
-        "floor": {
-            "ms": least,
-            "product_ms": topk[fastest]["ms"],
-            "product_float32_ms": topk["product float32"]["ms"],
-            "adam_ms": topk["adam"]["ms"],
-            "ours_over_floor": round(topk["ours, 8 seeds"]["ms"] / least, 2),
-            "share": round(least / topk["ours, 8 seeds"]["ms"], 3),
-        },
-        "shape": asdict(shape),
-        "quality_shape": {**asdict(COMPARED), "tokens": TOKENS, "seeds": len(SEEDS)},
-        "times": times,
-        "quality": quality,
-        "memory": memory,
-        "matching": matching,
-        "machine": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "memory_gb": round(psutil.virtual_memory().total / 1e9),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "bfloat16": fastest_dtype(torch.device("cpu")) == torch.bfloat16,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in VERSIONS},
-        },
-        "commit": git_commit(),
-        "date": time.strftime("%Y-%m-%d"),
+    ratios = {
+        library: min(row["times_ours"] for key, row in topk.items() if key.startswith(library) and "together" not in key)
+        for library in LIBRARIES
     }
-    print("ratios", results["ratios"], "floor", results["floor"])
-    write_json(arguments.out, results)
+    floor = {
+        "ms": least,
+        "product_ms": topk[fastest]["ms"],
+        "product_float32_ms": topk["product float32"]["ms"],
+        "adam_ms": topk["adam"]["ms"],
+        "ours_over_floor": round(topk["ours, 8 seeds"]["ms"] / least, 2),
+        "share": round(least / topk["ours, 8 seeds"]["ms"], 3),
+    }
+    return {"ratios": ratios, "floor": floor}
 
 
 def _processor() -> str:

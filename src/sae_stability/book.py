@@ -24,6 +24,7 @@ from sae_stability.store import DRAWING, PACKAGE, Store, git_commit, key_of, rea
 
 CHAPTERS = ROOT / "book"
 BENCHMARKS = ROOT / "benchmarks" / "results.json"
+PUBLISHED = ROOT / "published"
 SITE = ROOT / "_build" / "html"
 
 
@@ -55,6 +56,7 @@ def chapter_key(store: Store, name: str) -> str:
         "commit": git_commit(),
         "study": store.study.sha256,
         "benchmarks": sha256(BENCHMARKS),
+        "published": {str(path.relative_to(PUBLISHED)): sha256(path) for path in sorted(PUBLISHED.rglob("*.*"))},
     }
     return key_of(inputs, source, [store.provenance("tables")["key"], store.provenance("claims.json")["key"]])
 
@@ -136,6 +138,19 @@ def say(markdown: str) -> None:
     from IPython.display import Markdown, display
 
     display(Markdown(markdown))
+
+
+def box(title: str, text: str) -> None:
+    """Display a short aside, beside the line of argument; `text` is HTML."""
+    from IPython.display import HTML, display
+
+    display(HTML(f'<div class="admonition note"><p class="admonition-title">{title}</p><p>{text}</p></div>'))
+
+
+def published(name: str) -> tuple[dict[str, pd.DataFrame], dict]:
+    """The tables of a study that takes long to compute, as they are published, and the provenance that came with them."""
+    folder = PUBLISHED / name
+    return {path.stem: pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}, read_json(folder / "provenance.json")
 
 
 def scoreboard(claims: list[dict]) -> str:
