@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/ready
 PEERS := .venv-bench
 
-.PHONY: book test bench lint lock clean
+.PHONY: book test bench publish lint lock clean
 
 book: $(READY)  ## compute a study and build its book: make book, make book STUDY=quick
 	$(VENV)/bin/sae-stability run $(STUDY)
@@ -14,6 +14,11 @@ test: $(READY)  ## lint, then the whole test suite
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest
+
+publish: $(READY)  ## compute a study and keep its tables in published/: make publish STUDY=many-seeds
+	$(VENV)/bin/sae-stability run $(STUDY)
+	mkdir -p published/$(STUDY)
+	cp $(foreach table,features cells unique seeds,results/$(STUDY)/tables/$(table).parquet) results/$(STUDY)/tables/provenance.json published/$(STUDY)/
 
 bench: $(READY) $(PEERS)/ready  ## measure training and matching against SAELens, dictionary_learning and sparsify
 	$(VENV)/bin/python benchmarks/data.py

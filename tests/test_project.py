@@ -4,6 +4,7 @@ import tomllib
 import yaml
 
 from sae_stability.config import ROOT
+from sae_stability.store import read_json, sha256
 
 
 def locked() -> dict[str, str]:
@@ -39,9 +40,21 @@ def test_the_citation_names_the_paper():
     assert "2606.12138" in str(citation["references"])
 
 
+def test_published_tables_are_those_that_their_provenance_names():
+    folders = [path for path in (ROOT / "published").iterdir() if path.is_dir()]
+    assert folders
+    for folder in folders:
+        provenance = read_json(folder / "provenance.json")
+        assert "+changes" not in provenance["commit"]
+        assert provenance["study"]["name"] == folder.name
+        for table in folder.glob("*.parquet"):
+            assert provenance["files"][table.name]["sha256"] == sha256(table), table
+
+
 def test_modules_import_only_from_those_before_them():
     order = [
         "config",
+        "threads",
         "store",
         "statistics",
         "language",
@@ -49,6 +62,7 @@ def test_modules_import_only_from_those_before_them():
         "training",
         "evaluation",
         "matching",
+        "existing",
         "results",
         "tables",
         "claims",
