@@ -316,27 +316,32 @@ def main() -> None:
     train_on, held_out = open_activations("train"), open_activations("evaluation")
 
     results = read_json(arguments.out) if arguments.out.exists() and set(arguments.parts) < set(PARTS) else {"commits": {}}
-    if "times" in arguments.parts:
-        data = train_on if shape.d_in == train_on.d_in else drawn_activations(shape.d_in, 50 * shape.batch)
-        times = [row for name in arguments.variants for row in time_variant(name, shape, data, arguments.rounds, device)]
-        print(table(times))
-        results |= {"shape": asdict(shape), "times": times, **ratios_and_floor(times, device)}
-        print("ratios", results["ratios"], "floor", results["floor"])
-    if "quality" in arguments.parts:
-        quality = [row for name in arguments.variants for row in compare_quality(name, train_on, held_out)]
-        print(table(quality))
-        kept = [row for row in results.get("quality", []) if row["variant"] not in arguments.variants]
-        order = list(Variants.__args__)
-        results["quality"] = sorted(kept + quality, key=lambda row: order.index(row["variant"]))
-        results["quality_shape"] = {**asdict(COMPARED), "tokens": TOKENS, "seeds": len(SEEDS)}
-    if "memory" in arguments.parts:
-        results["memory"] = compare_memory(TIMED["cpu"])
-        print(table(results["memory"]))
-    if "matching" in arguments.parts:
-        results["matching"] = compare_matching()
-        print(results["matching"])
-    results["commits"] |= dict.fromkeys(arguments.parts, git_commit())
-    results["machine"] = {
+    for part in arguments.parts:  # each is kept as soon as it is measured
+        if part == "times":
+            data = train_on if shape.d_in == train_on.d_in else drawn_activations(shape.d_in, 50 * shape.batch)
+            times = [row for name in arguments.variants for row in time_variant(name, shape, data, arguments.rounds, device)]
+            results |= {"shape": asdict(shape), "times": times, **ratios_and_floor(times, device)}
+            print(table(times), "ratios", results["ratios"], "floor", results["floor"], sep="\n")
+        elif part == "quality":
+            quality = [row for name in arguments.variants for row in compare_quality(name, train_on, held_out)]
+            kept = [row for row in results.get("quality", []) if row["variant"] not in arguments.variants]
+            results["quality"] = sorted(kept + quality, key=lambda row: list(Variants.__args__).index(row["variant"]))
+            results["quality_shape"] = {**asdict(COMPARED), "tokens": TOKENS, "seeds": len(SEEDS)}
+            print(table(quality))
+        elif part == "memory":
+            results["memory"] = compare_memory(TIMED["cpu"])
+            print(table(results["memory"]))
+        else:
+            results["matching"] = compare_matching()
+            print(results["matching"])
+        results["commits"][part] = git_commit()
+        results |= {"machine": machine(device), "versions": versions(), "commit": git_commit(), "date": time.strftime("%Y-%m-%d")}
+        write_json(arguments.out, results)
+
+
+def machine(device: torch.device) -> dict:
+    """What it was measured on."""
+    return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -344,9 +349,10 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "bfloat16": fastest_dtype(torch.device("cpu")) == torch.bfloat16,
     }
-    results["versions"] = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONS}}
-    results |= {"commit": git_commit(), "date": time.strftime("%Y-%m-%d")}
-    write_json(arguments.out, results)
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONS}}
 
 
 def ratios_and_floor(times: list[dict], device: torch.device) -> dict:
