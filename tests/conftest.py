@@ -126,7 +126,7 @@ def small(model_folders, text_file) -> list[str]:
 def house(tmp_path_factory) -> Path:
     """A root with results of its own over this checkout's source, studies and chapters."""
     root = tmp_path_factory.mktemp("house")
-    for name in ("src", "studies", "book", "benchmarks", "models", "_config.yml", "_toc.yml"):
+    for name in ("src", "studies", "book", "published", "benchmarks", "models", "_config.yml", "_toc.yml"):
         (root / name).symlink_to(ROOT / name)
     return root
 

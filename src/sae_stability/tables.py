@@ -135,7 +135,7 @@ def by_seeds(store: Store, cell: str) -> pd.DataFrame:
     """
     found, generator = stability_of(store, cell, "real"), np.random.default_rng(0)
     rows = []
-    for seeds in range(3, len(found.alive) + 1):
+    for seeds in range(min(3, len(found.alive)), len(found.alive) + 1):
         chosen = {tuple(sorted(generator.permutation(len(found.alive))[:seeds].tolist())) for _ in range(SUBSETS)}
         parts = []
         for kept in sorted(chosen):
