@@ -20,7 +20,7 @@ import numpy as np
 import peers
 import psutil
 import torch
-from bench_matching import PEAK_PAGES, compare_matching
+from bench_matching import compare_matching, raised_peak
 from data import TOKENS, open_activations
 from tqdm import tqdm
 
@@ -32,7 +32,7 @@ from sae_stability.tables import on_target
 from sae_stability.training import prepare, train
 from sae_stability.training.loop import Training
 from sae_stability.training.shuffling import ROUNDS, shuffled
-from sae_stability.training.steering import crossing, search
+from sae_stability.training.steering import search
 
 LIBRARIES = ("saelens", "dictionary_learning", "sparsify")
 MODES = ("float32", "bfloat16")
@@ -182,10 +182,9 @@ def compare_quality(name: str, train_on: Activations, held_out: Activations) -> 
     coefficient = rows[0]["coefficient"]
     rows.append(_ours_at(name, cell.model_copy(update={"coefficient": coefficient}), "fastest", train_on, held_out))
     if coefficient is not None:  # SAELens's penalties are weighed by the same rule as ours
-        tried, found = search(
+        coefficient, _, _ = search(
             lambda around: [_saelens(name, train_on, held_out, PILOT, penalty)[0] for penalty in around], coefficient, shape.k
         )
-        coefficient = crossing(tried, found, shape.k)
     measured = [_saelens(name, train_on, held_out, seed, coefficient) for seed in tqdm(SEEDS, f"quality, {name}", disable=None)]
     rows.append(_summary(name, "saelens", measured, coefficient))
     reached = rows[-1]["l0"]
@@ -252,11 +251,7 @@ def peak_memory(contestant: str, shape: Shape) -> int:
             Theirs(library, of, "topk", mode, [x[: of.batch] for x in batches], device).step()
 
     some_steps(Shape(shape.d_in, 64, 4, 64))
-    before = psutil.Process().memory_info().rss
-    Path(PEAK_PAGES).write_text("5")  # the kernel forgets the peak so far
-    some_steps(shape)
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(peak.split()[1]) * 1024 - before
+    return raised_peak(lambda: some_steps(shape))
 
 
 def compare_memory(shape: Shape) -> list[dict]:
@@ -316,6 +311,7 @@ def main() -> None:
     train_on, held_out = open_activations("train"), open_activations("evaluation")
 
     results = read_json(arguments.out) if arguments.out.exists() and set(arguments.parts) < set(PARTS) else {"commits": {}}
+    commit = git_commit()  # before what is measured changes this checkout
     for part in arguments.parts:  # each is kept as soon as it is measured
         if part == "times":
             data = train_on if shape.d_in == train_on.d_in else drawn_activations(shape.d_in, 50 * shape.batch)
@@ -334,8 +330,8 @@ def main() -> None:
         else:
             results["matching"] = compare_matching()
             print(results["matching"])
-        results["commits"][part] = git_commit()
-        results |= {"machine": machine(device), "versions": versions(), "commit": git_commit(), "date": time.strftime("%Y-%m-%d")}
+        results["commits"][part] = commit
+        results |= {"machine": machine(device), "versions": versions(), "commit": commit, "date": time.strftime("%Y-%m-%d")}
         write_json(arguments.out, results)
 
 

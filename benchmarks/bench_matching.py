@@ -14,8 +14,6 @@ from scipy.optimize import linear_sum_assignment
 from sae_stability.matching import assign, stability
 from sae_stability.matching.pairs import CHUNK
 
-PEAK_PAGES = "/proc/self/clear_refs"
-
 
 @dataclass(frozen=True)
 class Dictionaries:
@@ -60,15 +58,26 @@ def _plain(A: torch.Tensor, B: torch.Tensor) -> None:
     cosines.max(0)
 
 
+def raised_peak(call: Callable[[], object]) -> int:
+    """Bytes by which a call raises this process's memory at the highest."""
+    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
+    call()
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024 - before
+
+
 def ours_alone(shape: Dictionaries) -> tuple[float, int]:
     """Seconds of ours, and the bytes by which its process stands above its start at the highest, dictionaries included."""
     stability(torch.randn(2, 64, 8))  # compiles
-    before = psutil.Process().memory_info().rss
-    Path(PEAK_PAGES).write_text("5")  # the kernel forgets the peak so far
-    W = shape.draw()
-    seconds = _seconds(lambda: stability(W))
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return seconds, int(peak.split()[1]) * 1024 - before
+    seconds = []
+
+    def measured() -> None:
+        W = shape.draw()
+        seconds.append(_seconds(lambda: stability(W)))
+
+    peak = raised_peak(measured)
+    return seconds[0], peak
 
 
 def compare_matching(shape: Dictionaries = ALL_PAIRS, paired: Dictionaries = PAIRED) -> dict:

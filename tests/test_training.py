@@ -305,6 +305,13 @@ def test_snapshots_hold_the_seeds_that_lasted(fixed, tmp_path, monkeypatch, at_o
     assert same(ensemble, train(fixed("batchtopk", clip=1.0), sparse_data(), [1, 2]))
 
 
+@pytest.mark.parametrize("guess", [0.001, 1.0, 1000.0])
+def test_the_search_comes_near_the_target_from_a_guess_that_is_far_off(guess):
+    coefficient, tried, found = steering.search(lambda around: [30 / c**0.7 for c in around], guess, 31)
+    assert 31 / steering.NEAR < 30 / coefficient**0.7 < 31 * steering.NEAR
+    assert found == [30 / c**0.7 for c in tried]
+
+
 def test_a_pilot_that_diverges_does_not_stop_the_search(cell, tmp_path, monkeypatch):
     measured = {0.25: 9.0, 1.0: 5.0, 4.0: 1.5, 16.0: 0.1}
     monkeypatch.setattr(

@@ -24,7 +24,7 @@ PILOT_SEEDS = 1 << 32  # the first of them, beyond those that a study names
 LADDER = (0.25, 1.0, 4.0, 16.0)  # coefficients of the first pilots, which read few tokens
 SHORT = 4  # these read one token in so many
 AROUND = (0.75, 1.0, 1.33)  # times the guess: coefficients of the pilots that read all tokens
-ATTEMPTS = 4  # of the latter
+ATTEMPTS = 8  # of the latter; more than two where the first guess was far off
 BEYOND = 2.0  # times the last coefficient tried, where all L0 lie on one side of the target
 NEAR = 1.1  # a pilot's L0 must come as near to the target as this factor
 PILOTS = "pilots.json"
@@ -46,8 +46,7 @@ def steer(cell: Cell, blocks: Blocks, folder: Path | None, device: torch.device)
     def l0_at(around: Sequence[float]) -> list[float]:
         return _l0(cell, blocks, around, folder and folder / f"around-{around[0]}", device)
 
-    tried, found = search(l0_at, guess, cell.k)
-    guess = crossing(tried, found, cell.k)
+    guess, tried, found = search(l0_at, guess, cell.k)
     if folder is not None:
         rows = zip(tried, [l0 if math.isfinite(l0) else None for l0 in found], strict=True)  # None: the pilot diverged
         write_json(folder / PILOTS, {"coefficient": guess, "pilots": [{"coefficient": c, "l0": l0} for c, l0 in rows]})
@@ -57,10 +56,11 @@ def steer(cell: Cell, blocks: Blocks, folder: Path | None, device: torch.device)
     return guess
 
 
-def search(l0_at: Callable[[Sequence[float]], Sequence[float]], guess: float, k: float) -> tuple[list[float], list[float]]:
+def search(l0_at: Callable[[Sequence[float]], Sequence[float]], guess: float, k: float) -> tuple[float, list[float], list[float]]:
     """Coefficients around a guess, then around the crossing of what they found, until they enclose L0 = k and one comes near it.
 
-    `l0_at` gives the L0 of one pilot for each coefficient. Returns the coefficients tried and the L0 of each.
+    `l0_at` gives the L0 of one pilot for each coefficient. Returns the coefficient read off between them,
+    those tried, and the L0 of each.
     """
     tried: list[float] = []
     found: list[float] = []
@@ -71,7 +71,7 @@ def search(l0_at: Callable[[Sequence[float]], Sequence[float]], guess: float, k:
         guess = crossing(tried, found, k)
         if min(found) <= k <= max(found) and any(1 / NEAR < l0 / k < NEAR for l0 in found):
             break
-    return tried, found
+    return guess, tried, found
 
 
 def sparser_and_denser(cell: Cell, blocks: Blocks, coefficient: float, folder: Path | None, device: torch.device) -> list[Ensemble]:
