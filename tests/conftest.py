@@ -115,6 +115,7 @@ def small(model_folders, text_file) -> list[str]:
         "tokens": 4000,
         "evaluation_tokens": 1000,
         "loss_tokens": 500,
+        "ablation_tokens": 200,
         "batch": 64,
         "dead_after": 1000,
         "grid": "{}",

@@ -6,6 +6,7 @@ from sae_stability.config import HOOKS, UserError
 from sae_stability.language import models
 from sae_stability.language.activations import Activations, collect, draw_surrogate
 from sae_stability.language.corpus import Contexts, load, pack
+from sae_stability.language.site import Site
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama"])
@@ -115,3 +116,34 @@ def test_no_position_without_text_is_collected(model_folders, tmp_path):
     contexts = Contexts(tokens, np.zeros_like(tokens), tokens != 0)
     collect(bridge, contexts, {"blocks.0.hook_resid_post": tmp_path / "x.bin"}, 1000)
     assert len(Activations.open(tmp_path / "x.bin")) == 15
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama"])
+@pytest.mark.parametrize(
+    "hook_name", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.2.hook_resid_post", "blocks.1.hook_mlp_out"]
+)
+def test_going_on_from_a_site_predicts_what_the_whole_model_does(model_folders, text_file, architecture, hook_name):
+    bridge = models.load(str(model_folders[architecture]))
+    contexts = pack(load(str(text_file)).train[:60], bridge.tokenizer, 32)
+    site = Site(bridge, hook_name)
+    for start in (0, 8):  # the second text is not read with what was kept of the first
+        ids = torch.from_numpy(contexts.tokens[start : start + 8]).long()
+        with torch.inference_mode():
+            value, logits = site.read(ids)
+            torch.testing.assert_close(logits, bridge(ids))
+            changed = value + torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+            expected = bridge.run_with_hooks(ids, fwd_hooks=[(hook_name, lambda _, hook, changed=changed: changed)])
+            torch.testing.assert_close(site.predict(value), logits, atol=1e-4, rtol=0)
+            torch.testing.assert_close(site.predict(changed), expected, atol=1e-4, rtol=0)
+    assert site._resumes is hook_name.endswith("hook_resid_post")
+
+
+def test_a_model_that_transforms_its_logits_runs_as_a_whole(model_folders, text_file, monkeypatch):
+    bridge = models.load(str(model_folders["gpt2"]))
+    ids = torch.from_numpy(pack(load(str(text_file)).train[:20], bridge.tokenizer, 32).tokens[:4]).long()
+    hooked = type(bridge).run_with_hooks
+    monkeypatch.setattr(type(bridge), "run_with_hooks", lambda *given, **options: hooked(*given, **options).tanh())
+    site = Site(bridge, "blocks.0.hook_resid_post")
+    with torch.inference_mode():
+        value, logits = site.read(ids)
+        torch.testing.assert_close(site.predict(value), logits)

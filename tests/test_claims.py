@@ -36,13 +36,22 @@ def test_a_claim_needs_all_its_conditions():
 
 def test_c1_holds_where_features_are_planted_and_fails_where_the_null_does_as_well():
     planted, noise = ensemble(40, 40), ensemble(4, 76, seed=1)
-    assert judge_c1(planted, noise, "cell")["verdict"] == "supported"
-    assert judge_c1(planted, planted, "cell")["verdict"] != "supported"
-    assert judge_c1(noise, planted, "cell")["verdict"] == "not supported"
+    assert judge_c1(planted, {"surrogate": noise}, "cell")["verdict"] == "supported"
+    assert judge_c1(planted, {"surrogate": planted}, "cell")["verdict"] != "supported"
+    assert judge_c1(noise, {"surrogate": planted}, "cell")["verdict"] == "not supported"
+
+
+def test_shuffled_weights_stand_beside_the_verdict_and_not_in_the_rule():
+    planted, noise = ensemble(40, 40), ensemble(4, 76, seed=1)
+    alone, beside = (judge_c1(planted, {"surrogate": noise, **more}, "cell") for more in ({}, {"randomised": planted}))
+    assert beside["verdict"] == alone["verdict"] == "supported"
+    surrogate, randomised = beside["nulls"]
+    assert surrogate["above_low"] > 0
+    assert (randomised["null"], randomised["above"]) == ("randomised", 0)
 
 
 def test_the_ledger_has_every_field_and_no_nan():
-    tested = judge_c1(ensemble(5, 5, seeds=2), ensemble(5, 5, seeds=2), "cell")
+    tested = judge_c1(ensemble(5, 5, seeds=2), {"surrogate": ensemble(5, 5, seeds=2)}, "cell")
     for claim in (tested, not_tested("C7", "cell")):
         assert {"id", "claim", "verdict", "statistic", "value", "ci_low", "ci_high", "null", "rule", "cell"} <= set(claim)
         assert not any(isinstance(value, float) and math.isnan(value) for value in claim.values())

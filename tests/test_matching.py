@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sae_stability.config import UserError
-from sae_stability.matching import nearest_within, pairs, stability
+from sae_stability.matching import BANDS, nearest_within, pairs, stability
 
 
 def dictionaries(seeds: int, d_sae: int, d_in: int, seed: int = 0) -> torch.Tensor:
@@ -121,12 +123,19 @@ def test_bands_of_a_pair_come_from_the_other_seeds():
     W[1] = W[0]
     found = stability(W)
     assert (found.counts[0] == 1).all()
-    matched_when_unstable = [1.0, 0.0, 0.0]  # seed 0 against 1, 2, 3, judged by the remaining two seeds
-    others = (found.matched.sum(1, keepdim=True) - found.matched.int()) / 2
-    judged = [
-        found.matched[0, t][others[0, t] <= 0.1].double().mean().item() if (others[0, t] <= 0.1).any() else 0.0 for t in (1, 2, 3)
-    ]
-    assert judged == matched_when_unstable
+    unstable, intermediate = BANDS.index("unstable"), BANDS.index("intermediate")
+    assert (found.held_out_band[0, 1] == unstable).all()
+    assert (found.held_out_band[0, 2] == intermediate).all()
+
+
+def test_bands_of_a_pair_are_those_of_a_study_without_the_other_seed():
+    alive = torch.rand(5, 12, generator=torch.Generator().manual_seed(0)) < 0.8
+    found = stability(dictionaries(5, 12, 3), 0.8, alive)
+    for s, t in itertools.product(range(5), range(5)):
+        others = [seed for seed in range(5) if seed != t]
+        expected = found.among(others).band[others.index(s)] if s != t else np.full(12, -1)
+        np.testing.assert_array_equal(found.held_out_band[s, t], expected)
+    assert (found.among([0, 1]).held_out_band == -1).all()
 
 
 def test_weights_under_training_and_numpy_arrays_are_taken_as_they_are():

@@ -132,7 +132,7 @@ def test_a_stage_is_computed_again_when_what_it_depends_on_changes():
     cached, streamed = keys(), keys("stream=true")
     trained = {name for name in cached if name.startswith("cells/")}
     assert trained <= changed(cached, keys("device=cuda"))
-    judged = {"cells/main/matching", "tables"}
+    judged = {*(f"cells/main/{stage}" for stage in ("matching", "triggers", "explanations", "ablation")), "tables"}
     assert changed(cached, keys("surrogate_seeds=3")) == {"cells/main/surrogate", "cells/main/evaluation", *judged}
     assert changed(cached, keys("threshold=0.6")) == judged
     stream = next(name for name in streamed if name.startswith("streams/"))

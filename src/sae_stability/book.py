@@ -153,6 +153,12 @@ def published(name: str) -> tuple[dict[str, pd.DataFrame], dict]:
     return {path.stem: pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}, read_json(folder / "provenance.json")
 
 
+def code(text: str) -> str:
+    """Text as code in a cell of a Markdown table: nothing in it is markup."""
+    shown = html.escape(text).replace("|", "&#124;").replace("\n", "↵")
+    return f"<code>{shown}</code>"
+
+
 def scoreboard(claims: list[dict]) -> str:
     """The ledger as a table: what is claimed, what is found."""
     signs = {"supported": "✓", "not supported": "✗", "inconclusive": "~", "not tested": "–"}
@@ -164,6 +170,19 @@ def scoreboard(claims: list[dict]) -> str:
             found += f"<br>{claim['value']:.2f}{ends}"
         rows.append(f"| {claim['id']} | {claim['claim']} | {found} |")
     return "\n".join(["| | claim or question | verdict here |", "| --- | --- | --- |", *rows])
+
+
+def judged(claim: dict, note: str = "") -> str:
+    """A verdict with its conditions, as Markdown. Every rule is spelled out on the first page."""
+    signs = {True: "met", False: "failed", None: "open"}
+    rows = []
+    for part in claim["conditions"]:
+        value = "not defined" if part["value"] is None else f"{part['value']:.3f}"
+        ends = "" if part["ci_low"] is None else f" [{part['ci_low']:.3f}, {part['ci_high']:.3f}]"
+        bound = f"{'below' if part['below'] else 'above'} {part['bound']:g}"
+        rows.append(f"| {part['what']} | {value}{ends} | {bound} | {signs[part['met']]} |")
+    said = f"**{claim['id']} is {claim['verdict']}** {claim['scope']}{note}.\n"
+    return "\n".join([said, "| condition | value, 95 % interval | bound | |", "| --- | --- | --- | --- |", *rows])
 
 
 def gallery(examples: pd.DataFrame) -> str:
@@ -189,6 +208,7 @@ def _feature(tokens: pd.DataFrame) -> str:
         f"Feature {first['feature']} comes back in {first['matches']} of {first['trials']} other seeds "
         f"and fires on {first['frequency']:.2%} of the tokens"
     )
+    told += f"; trigger: {first['trigger']}" if "trigger" in first else ""
     return f'<div class="bar" style="border-color: {COLOURS[first["band"]]}"><p>{told}</p>{"".join(lines)}</div>'
 
 

@@ -112,6 +112,35 @@ def stability(
     print(f"rows             {len(table):,} features in {out}")
 
 
+@app.command()
+def explain(
+    study: STUDY,
+    overrides: SET = None,
+    name: NAME = None,
+    dry_run: Annotated[bool, typer.Option(help="Print what a language model would be asked, and ask nothing.")] = False,
+) -> None:
+    """Explain features of a study's main cell in words: by rules, and by a language model where the study names one.
+
+    Any OpenAI-compatible endpoint will do. The key comes from the environment, and a budget of tokens is never exceeded. Examples:
+
+      sae-stability explain embedded --dry-run
+
+      sae-stability explain embedded --set explainer.base_url=URL --set explainer.model=NAME --set explainer.budget=2_000_000
+    """
+    chosen = load_study(study, overrides or (), name)
+    _no_widgets()
+    from sae_stability import stages
+    from sae_stability.store import locked
+
+    with locked(stages.Store(chosen).folder / ".lock"):
+        if dry_run:
+            for prompt in stages.prompts(chosen):
+                print(prompt, end="\n\n\n")
+            return
+        stages.compute(chosen)
+    print(f"{chosen.name}: {stages.Store(chosen).folder / 'tables' / 'explanations.parquet'} holds one row per explanation")
+
+
 @app.command("train-model")
 def train_model(
     name: Annotated[str, typer.Argument(help="docstrings-2l or docstrings-4l.")],

@@ -130,6 +130,19 @@ class Cell(BaseModel):
         return f"{Path(self.model).name} {self.hook_name} {self.variant} {size}"
 
 
+class Explainer(BaseModel):
+    """A language model that explains features, behind any OpenAI-compatible endpoint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base_url: str = Field(pattern=r"^https?://", description="such as http://localhost:8000/v1; /chat/completions is added to it")
+    model: str = Field(min_length=1, description="as the endpoint calls it")
+    budget: PositiveInt = Field(description="tokens, read and written, that may be used in all; it is never exceeded")
+    key: str = Field(
+        "OPENAI_API_KEY", min_length=1, description="the environment variable that holds the key, which is never stored"
+    )
+
+
 class Study(Cell):
     """A main cell, and a grid that crosses lists over any of its keys into further cells."""
 
@@ -141,6 +154,8 @@ class Study(Cell):
     at_once: PositiveInt | None = Field(None, description="seeds that train at a time; by default as many as fit in memory")
     device: Literal["cpu", "cuda"] = Field("cpu", description="where SAEs are trained")
     loss_tokens: PositiveInt = Field(50_000, description="held-out tokens on which the cross-entropy is measured")
+    ablation_tokens: PositiveInt = Field(20_000, description="held-out tokens on which it is measured without sets of features")
+    explainer: Explainer | None = Field(None, description="a language model that explains features; without one C6 is not tested")
     grid: dict[str, list[Any]] = Field({}, description="lists over keys of the cell, crossed into further cells")
 
     @field_validator("grid")

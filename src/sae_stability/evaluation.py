@@ -1,18 +1,20 @@
 """How good SAEs are on held-out documents: explained variance, L0, firing frequencies, the model's loss when spliced in."""
 
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 from tqdm import tqdm
 
 from sae_stability.language.activations import Activations
 from sae_stability.language.corpus import Contexts
+from sae_stability.language.site import Site
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.statistics import Interval, bootstrap_ratio
 
@@ -97,41 +99,84 @@ def sparse_codes(ensemble: Ensemble, activations: Activations) -> list[sparse.cs
 
 
 def losses(bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, tokens: int) -> Losses:
-    """Cross-entropy of the model on about `tokens` held-out tokens, clean and under each intervention.
+    """Cross-entropy of the model on about `tokens` held-out tokens, clean and under each intervention."""
 
-    They come from contexts spread evenly over all of the held-out text, so that they meet many documents. BOS and
-    separators keep their activations, and are no targets.
+    def edits(x: Tensor) -> Iterator[tuple[int | str, Tensor]]:
+        yield "zero", torch.zeros_like(x)
+        yield "mean", ensemble.mean.expand_as(x)
+        for seed in range(len(ensemble.seeds)):
+            yield seed, ensemble.reconstruct(seed, x)
+
+    found = intervene(bridge, hook_name, contexts, tokens, edits, "losses")
+    spliced = np.stack([found.nats[seed] for seed in range(len(ensemble.seeds))])
+    return Losses(found.clean, found.nats["zero"], found.nats["mean"], spliced, found.tokens)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the model predicts under interventions at one site, summed over the tokens of each document."""
+
+    clean: Float[np.ndarray, "document"]
+    """Cross-entropy in nats without an intervention."""
+    nats: dict[Hashable, Float[np.ndarray, "document"]]
+    """Cross-entropy under each intervention."""
+    divergence: dict[Hashable, Float[np.ndarray, "document"]]
+    """KL divergence in nats of the prediction under each intervention from the clean one."""
+    tokens: Int[np.ndarray, "document"]
+
+
+def intervene(
+    bridge,
+    hook_name: str,
+    contexts: Contexts,
+    tokens: int,
+    edits: Callable[[Float[Tensor, "token d_in"]], Iterator[tuple[Hashable, Float[Tensor, "token d_in"]]]],
+    described: str = "interventions",
+) -> Predictions:
+    """Let the model predict about `tokens` held-out tokens, with activations at a site as they are and as `edits` makes them.
+
+    `edits` takes the activations of text tokens and yields what stands in their place, by name. Tokens come from contexts spread
+    evenly over all of the held-out text, so that they meet many documents. BOS and separators keep their activations, and are no
+    targets.
     """
-    spread = np.linspace(0, len(contexts.tokens) - 1, contexts.holding(tokens)).astype(int)
-    contexts = Contexts(contexts.tokens[spread], contexts.document[spread], contexts.is_text[spread])
-    count = len(spread)
-    kinds, document = np.unique(contexts.document[:count], return_inverse=True)
-    document = document.reshape(count, -1)
-    mean = ensemble.mean
-    interventions = {"clean": lambda x: x, "zero": torch.zeros_like, "mean": lambda x: mean.expand_as(x)}
-    for seed in range(len(ensemble.seeds)):
-        interventions[seed] = lambda x, seed=seed: ensemble.reconstruct(seed, x)
-    sums = {name: np.zeros(len(kinds)) for name in interventions}
-    scored = np.zeros(len(kinds), dtype=int)
+    contexts = contexts.spread(tokens)
+    kinds, document = np.unique(contexts.document, return_inverse=True)
+    document = document.reshape(contexts.document.shape)
+    nats: dict[Hashable, np.ndarray] = defaultdict(lambda: np.zeros(len(kinds)))
+    divergence: dict[Hashable, np.ndarray] = defaultdict(lambda: np.zeros(len(kinds)))
+    scored, site = np.zeros(len(kinds), dtype=int), Site(bridge, hook_name)
     with torch.inference_mode():
-        for start in tqdm(range(0, count, CONTEXTS), "losses", unit="batch", disable=None):
-            rows = slice(start, min(start + CONTEXTS, count))
-            ids = torch.from_numpy(contexts.tokens[rows]).long()
-            text = torch.from_numpy(contexts.is_text[rows])
+        for start in tqdm(range(0, len(contexts.tokens), CONTEXTS), described, unit="batch", disable=None):
+            rows = slice(start, start + CONTEXTS)
+            ids, text = torch.from_numpy(contexts.tokens[rows]).long(), torch.from_numpy(contexts.is_text[rows])
             of = document[rows][:, 1:][contexts.is_text[rows][:, 1:]]
             scored += np.bincount(of, minlength=len(kinds))
-            for name, intervene in interventions.items():
+            value, logits = site.read(ids)
+            likely = logits.softmax(2)
+            clean, expected = _cross_entropies(logits, likely, ids, text)
+            nats["clean"] += np.bincount(of, clean, len(kinds))
+            for name, edited in edits(value[text]):
+                changed = site.predict(value.index_put((text,), edited.to(value.dtype)))
+                true, against = _cross_entropies(changed, likely, ids, text)
+                nats[name] += np.bincount(of, true, len(kinds))
+                divergence[name] += np.bincount(of, against - expected, len(kinds))
+    return Predictions(nats.pop("clean"), dict(nats), dict(divergence), scored)
 
-                def splice(value: Tensor, hook, intervene=intervene, text=text) -> Tensor:
-                    value = value.clone()
-                    value[text] = intervene(value[text]).to(value.dtype)
-                    return value
 
-                logits = bridge.run_with_hooks(ids, fwd_hooks=[(hook_name, splice)])[:, :-1].float()
-                nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
-                sums[name] += np.bincount(of, nats[text[:, 1:]].numpy(), len(kinds))
-    spliced = np.stack([sums[seed] for seed in range(len(ensemble.seeds))])
-    return Losses(sums["clean"], sums["zero"], sums["mean"], spliced, scored)
+def _cross_entropies(
+    logits: Float[Tensor, "context position vocabulary"],
+    likely: Float[Tensor, "context position vocabulary"],
+    ids: Int[Tensor, "context position"],
+    text: Bool[Tensor, "context position"],
+) -> tuple[Float[np.ndarray, "target"], Float[np.ndarray, "target"]]:
+    """In nats, where a text token follows: of that token, and in the mean over tokens that are as likely as `likely` says.
+
+    The latter less that of `likely` itself is the KL divergence.
+    """
+    normaliser = logits.float().logsumexp(2)
+    true = normaliser[:, :-1] - logits[:, :-1].gather(2, ids[:, 1:, None])[:, :, 0]
+    mean = normaliser[:, :-1] - torch.linalg.vecdot(likely, logits)[:, :-1]
+    return tuple(nats[text[:, 1:]].double().numpy() for nats in (true, mean))
 
 
 def top_contexts(

@@ -19,8 +19,6 @@ from sae_stability.saes import formats
 from sae_stability.saes.sae import SAE
 
 ENOUGH = 0.05  # seeds are enough where the latent shares of the bands are known within this
-CHARACTERS_A_TOKEN = 8  # more than tokenizers pack on average: how much of a large dataset is read
-CONTEXTS = 16  # a forward pass
 
 
 @dataclass(frozen=True)
@@ -98,10 +96,10 @@ class Comparison:
         told_widths = " and ".join(f"{width:,}" for width in widths)
         lines = [
             f"{len(self.saes)} SAEs of {told_widths} features, d_in {self.d_in}; a match is a cosine of {found.threshold:g}",
-            f"mean stability   {_told(mean)}; random directions with the same second moments: {self.chance():.3f}",
-            f"stable           {_told(shares['stable'])}  of the live features, in {STABLE:.0%} or more of the other SAEs",
-            f"intermediate     {_told(shares['intermediate'])}",
-            f"unstable         {_told(shares['unstable'])}  in {UNSTABLE:.0%} or fewer",
+            f"mean stability   {mean:.3f}; random directions with the same second moments: {self.chance():.3f}",
+            f"stable           {shares['stable']:.3f}  of the live features, in {STABLE:.0%} or more of the other SAEs",
+            f"intermediate     {shares['intermediate']:.3f}",
+            f"unstable         {shares['unstable']:.3f}  in {UNSTABLE:.0%} or fewer",
             f"ambiguous        {found.ambiguous_share().value:.3f}  of the matches: the runner-up matches too, or it is not mutual",
             f"one-to-one       {self.mcc():.3f}  mean cosine of the best pairing (MCC)",
             f"seeds            {self._enough(trials + 1)}",
@@ -115,7 +113,7 @@ class Comparison:
                 "dead features    not told apart, and rarely a match: they lower the stability. --model and --corpus find them"
             )
         else:
-            lines.append(f"dead features    {int(self._dead())} never fire on {self.firings.tokens:,} tokens, and are left out")
+            lines.append(f"dead features    {self._dead()} never fire on {self.firings.tokens:,} tokens, and are left out")
         return "\n".join(lines)
 
     def _dead(self) -> int:
@@ -145,16 +143,16 @@ class Site:
         Raises `UserError` for an unknown model, hook or text, one whose activations the SAEs don't fit, and SAEs that can't encode.
         """
         from sae_stability.language import corpus, models
-        from sae_stability.language.activations import forward
+        from sae_stability.language.activations import BATCH, forward
 
         bridge = models.load(self.model)
         models.check_hook(bridge, self.hook_name)
-        text = corpus.load(self.corpus, characters=CHARACTERS_A_TOKEN * self.tokens)
+        text = corpus.load(self.corpus, characters=corpus.CHARACTERS_A_TOKEN * self.tokens)
         contexts = corpus.pack(text.train + text.evaluation, bridge.tokenizer, models.context_length(bridge, None))
         counts, seen = torch.zeros(len(saes), d_sae, dtype=torch.int64), 0
         count = contexts.holding(self.tokens)
-        for start in tqdm(range(0, count, CONTEXTS), "firings", unit="batch", disable=None):
-            x = forward(bridge, contexts, slice(start, min(start + CONTEXTS, count)), [self.hook_name])[self.hook_name].float()
+        for start in tqdm(range(0, count, BATCH), "firings", unit="batch", disable=None):
+            x = forward(bridge, contexts, slice(start, min(start + BATCH, count)), [self.hook_name])[self.hook_name].float()
             d_in = saes[0].W_dec.shape[1]
             if x.shape[1] != d_in:
                 raise UserError(f"hook_name: {self.hook_name} has d_in {x.shape[1]}, the SAEs have {d_in}; name their own site")
@@ -195,8 +193,3 @@ def _names(paths: list[Path]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
-
-
-def _told(interval) -> str:
-    ends = f" [{interval.low:.3f}, {interval.high:.3f}]" if np.isfinite(interval.low) else ""
-    return f"{interval.value:.3f}{ends}"

@@ -5,15 +5,18 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
+from sae_stability.ablation import Effects, Sets, sets_of
 from sae_stability.config import Cell, Study
 from sae_stability.evaluation import Fit, Losses
 from sae_stability.language.activations import Activations
 from sae_stability.language.corpus import Contexts
-from sae_stability.matching import CRITERIA, Families, Stability, stability
+from sae_stability.matching import BANDS, CRITERIA, Families, Stability, stability
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.store import Store, read_json, read_metadata
 
@@ -120,6 +123,35 @@ def criteria_of(store: Store, cell: str, kind: str) -> dict[str, Stability]:
 def families_of(store: Store, cell: str, kind: str) -> Families:
     found = matching_of(store, cell, kind)
     return Families(*(found[f"families/{field.name}"].numpy() for field in fields(Families)))
+
+
+def ablation_folder(store: Store, cell: str) -> Path:
+    """Where the stage has written what removals of features did."""
+    return store.folder / "cells" / cell / "ablation"
+
+
+@lru_cache(maxsize=4)
+def effects_of(store: Store, cell: str, kind: str) -> tuple[Effects, Sets]:
+    """The effects of removals, and the sets that were removed."""
+    effects = Effects.of(load_tensors(ablation_folder(store, cell) / f"{kind}.safetensors"))
+    return effects, sets_of(stability_of(store, cell, kind), effects.energy, effects.firings, effects.curves)
+
+
+def triggers_of(store: Store, cell: str) -> pd.DataFrame:
+    """One row per live feature of the ensemble: what it fires on, how often, and its band."""
+    found, fires = stability_of(store, cell, "real"), fit_of(store, cell, "real")
+    table = pd.read_parquet(store.folder / "cells" / cell / "triggers" / "triggers.parquet")
+    table["band"] = np.array([*BANDS, "dead"])[found.band].ravel()
+    table["stability"], table["frequency"] = found.probability.numpy().ravel(), fires.frequency.numpy().ravel()
+    return table[found.alive.numpy().ravel()].reset_index(drop=True)
+
+
+def explanations_of(store: Store) -> pd.DataFrame:
+    """One row per engine and explained feature of the main cell, with its band: engines do not know it."""
+    table = pd.read_parquet(store.folder / "cells" / "main" / "explanations" / "explanations.parquet")
+    found, seeds = stability_of(store, "main", "real"), ensemble_of(store, "main", "real").seeds
+    position = table["seed"].map({seed: place for place, seed in enumerate(seeds)}).to_numpy()
+    return table.assign(band=np.array(BANDS)[found.band[position, table["feature"].to_numpy()]])
 
 
 def growth_of(store: Store, cell: str, kind: str) -> dict[int, Stability]:

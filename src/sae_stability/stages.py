@@ -5,37 +5,41 @@ recomputes what stands behind it and nothing else.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.numpy import save_file
+from tqdm import tqdm
 
-from sae_stability import claims, tables, training
+from sae_stability import ablation, claims, explanations, tables, training, triggers
+from sae_stability.ablation.translation import TRANSPLANTS
 from sae_stability.config import Cell, Study, UserError
 from sae_stability.evaluation import fit, losses, sparse_codes
 from sae_stability.language import corpus, models
 from sae_stability.language.activations import Activations, Blocks, collect, draw_surrogate
 from sae_stability.language.streaming import Stream
-from sae_stability.matching import by_every_criterion, families, nearest_within
+from sae_stability.matching import BANDS, by_every_criterion, families, nearest_within
 from sae_stability.results import (
     Source,
     activations_of,
     contexts_of,
+    effects_of,
     ensemble_of,
+    explanations_of,
     fit_of,
     kinds_of,
     sources_of,
     stability_of,
+    triggers_of,
 )
 from sae_stability.saes import fastest_dtype, files_of
 from sae_stability.saes.ensemble import Ensemble
-from sae_stability.store import Store, fingerprint, key_of, save_tensors, versions, write_json
-
-CHARACTERS_A_TOKEN = 8  # more than tokenizers pack on average: how much of a large dataset is read
+from sae_stability.store import Store, fingerprint, key_of, save_tensors, versions, write_json, write_table
 
 TEXT = ("language/corpus.py", "language/models.py")
 ACTIVATIONS = ("language/activations.py",)
@@ -44,13 +48,23 @@ TRAINING = (
     *("saes/__init__.py", "saes/ensemble.py", "saes/sparse.py", "saes/plain.py", "saes/compiled.py", "threads.py"),
 )
 STREAMING = ("language/activations.py", "language/streaming.py")
-EVALUATION = ("evaluation.py", "statistics.py")
+EVALUATION = ("evaluation.py", "language/site.py", "statistics.py")
 MATCHING = (
     *("matching/__init__.py", "matching/reappearance.py", "matching/pairs.py", "matching/criteria.py", "matching/assignment.py"),
-    *("matching/families.py", "evaluation.py", "statistics.py"),
+    *("matching/families.py", "threads.py", *EVALUATION),
 )
-ANALYSIS = ("tables.py", *MATCHING, "results.py")
-CODE_TOKENS = 100_000  # held-out tokens on which activations are correlated
+ABLATION = tuple(f"ablation/{name}.py" for name in ("__init__", "impact", "controls", "removal", "effects", "translation"))
+TRIGGERS = ("triggers.py", *EVALUATION)
+EXPLANATIONS = (
+    *(f"explanations/{name}.py" for name in ("__init__", "windows", "rules", "language_model", "scoring")),
+    *("evaluation.py", "matching/reappearance.py"),
+)
+TABLES = tuple(f"tables/{name}.py" for name in ("__init__", "columns", "stability", "function", "triggers"))
+ANALYSIS = (*TABLES, *MATCHING, *ABLATION, *TRIGGERS, *EXPLANATIONS, "results.py")
+CODE_TOKENS = 100_000  # held-out tokens on which activations are correlated, and features removed
+TRIGGER_TOKENS = 400_000  # held-out tokens on which it is asked what features fire on
+EXPLAINED_SEEDS, EXPLAINED = 4, 15  # seeds of the main cell, and features of each band of each, that are explained
+SAMPLED = 8  # features of each band, of the first seed, whose impact on prediction is measured one by one
 
 
 @dataclass(frozen=True)
@@ -111,7 +125,16 @@ def plan(study: Study) -> list[Stage]:
         compute = partial(evaluate, study, sources[name], name, cell)
         key = add(f"cells/{name}/evaluation", compute, study.loss_tokens, EVALUATION, before)
         compute = partial(match, study, sources[name], name, cell)
-        evaluated += [key, add(f"cells/{name}/matching", compute, cell.threshold, MATCHING, [key])]
+        matched = add(f"cells/{name}/matching", compute, cell.threshold, MATCHING, [key])
+        evaluated += [key, matched]
+        compute = partial(find_triggers, study, sources[name], name, cell)
+        evaluated.append(add(f"cells/{name}/triggers", compute, {}, TRIGGERS, [matched]))
+        if name == "main":
+            asked = study.explainer and study.explainer.model_dump()
+            compute = partial(explain_features, study, sources[name])
+            evaluated.append(add("cells/main/explanations", compute, {"explainer": asked}, EXPLANATIONS, [matched]))
+        compute = partial(ablate, study, sources[name], name, cell)
+        evaluated.append(add(f"cells/{name}/ablation", compute, study.ablation_tokens, (*MATCHING, *ABLATION), [matched]))
         if several:
             compute = partial(trace_frontier, study, sources[name], name, cell)
             before = [trained[name, "real"], of_site[sources[name]]]
@@ -156,9 +179,19 @@ def judge(study: Study, store: Store) -> None:
         return
     ledger = []
     for name, cell in study.cells.items():
-        ledger.append(claims.judge_c1(*(stability_of(store, name, kind) for kind in ("real", "surrogate")), cell.label))
+        nulls = {kind: stability_of(store, name, kind) for kind in cell.nulls}
+        (effects, sets), (surrogate, surrogate_sets) = (effects_of(store, name, kind) for kind in ("real", "surrogate"))
+        ledger += [
+            claims.judge_c1(stability_of(store, name, "real"), nulls, cell.label),
+            claims.judge_c2(effects, surrogate, cell.label),
+            claims.judge_c3(effects, sets, surrogate, cell.label),
+            claims.judge_c4(effects, sets, surrogate, surrogate_sets, cell.label),
+            claims.judge_c5(triggers_of(store, name), cell.label),
+        ]
     main = study.cells["main"].label
-    ledger += [claims.not_tested(claim, main) for claim in claims.CLAIMS if claim != "C1"]
+    ledger += claims.judge_c6(explanations_of(store), main)
+    tested = {line["id"] for line in ledger}
+    ledger += [claims.not_tested(claim, main) for claim in claims.CLAIMS if claim not in tested]
     with store.computing_file("claims.json", key) as path:
         write_json(path, ledger)
 
@@ -173,7 +206,7 @@ def read_text(source: Source, folder: Path) -> None:
         models.check_hook(bridge, hook_name)
     context = models.context_length(bridge, source.context)
     wanted = source.tokens + source.evaluation_tokens
-    text = corpus.load(source.corpus, characters=CHARACTERS_A_TOKEN * wanted)
+    text = corpus.load(source.corpus, characters=corpus.CHARACTERS_A_TOKEN * wanted)
     packed = {
         split: corpus.pack(documents, bridge.tokenizer, context)
         for split, documents in (("train", text.train), ("evaluation", text.evaluation))
@@ -314,6 +347,97 @@ def match(study: Study, source: Source, name: str, cell: Cell, folder: Path) -> 
         tensors |= {f"families/{part}": torch.from_numpy(array) for part, array in vars(grouped).items()}
         nearest = [nearest_within(directions, living) for directions, living in zip(W_dec, alive, strict=True)]
         save_tensors(folder / f"{kind}.safetensors", {**tensors, "nearest_within": torch.stack(nearest)}, {})
+
+
+def find_triggers(study: Study, source: Source, name: str, cell: Cell, folder: Path) -> None:
+    """Ask of every feature of the ensemble what it fires on."""
+    store, tokenizer = Store(study), models.load_tokenizer(source.model)
+    held_out = activations_of(store, source, cell, "evaluation").first(TRIGGER_TOKENS)
+    text = triggers.Text.of(contexts_of(store, source, "evaluation"), len(held_out))
+    train = contexts_of(store, source, "train")
+    seen = np.bincount(train.tokens[train.is_text], minlength=len(tokenizer))
+    words = [tokenizer.decode([token]) for token in range(len(seen))]
+    ensemble, parts = ensemble_of(store, name, "real"), []
+    for position, seed in enumerate(tqdm(ensemble.seeds, "triggers", unit="seed", disable=None)):
+        (codes,) = sparse_codes(ensemble.of(position), held_out)
+        found = triggers.triggers(codes, text, words, seen / seen.sum())
+        parts.append(found.assign(seed=seed, feature=np.arange(len(found))))
+    write_table(folder / "triggers.parquet", pd.concat(parts, ignore_index=True))
+
+
+def explanation_tasks(study: Study, source: Source) -> Iterator[tuple[int, list[explanations.Task]]]:
+    """For some seeds of the main cell, what engines are given: features of every band, in an order that does not tell which."""
+    store, tokenizer = Store(study), models.load_tokenizer(source.model)
+    cell, contexts = study.cells["main"], contexts_of(store, source, "evaluation")
+    held_out = activations_of(store, source, cell, "evaluation").first(TRIGGER_TOKENS)
+    words = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    ensemble, found = ensemble_of(store, "main", "real"), stability_of(store, "main", "real")
+    for position, seed in enumerate(ensemble.seeds[:EXPLAINED_SEEDS]):
+        rng = np.random.default_rng(seed)
+        bands = [np.flatnonzero(found.band[position] == band) for band in range(len(BANDS))]
+        chosen = np.concatenate([rng.permutation(of)[:EXPLAINED] for of in bands])
+        (codes,) = sparse_codes(ensemble.of(position), held_out)
+        yield seed, explanations.tasks(codes.tocsc(), rng.permutation(chosen), contexts, words)
+
+
+def explain_features(study: Study, source: Source, folder: Path) -> None:
+    """Explain some features of the main cell by rules, and by the study's language model where it has one.
+
+    A budget that is spent ends the explanations of the language model, and keeps those that there are.
+    """
+    engines: list[explanations.Engine] = [explanations.Rules()]
+    if study.explainer is not None:
+        engines.append(explanations.LanguageModel(study.explainer, Store(study).folder / "answers"))
+    rows = []
+    for seed, given in explanation_tasks(study, source):
+        for engine in engines:
+            progress = tqdm(given, f"explanations by {engine.name}, seed {seed}", unit="feature", disable=None)
+            try:
+                rows += [{"seed": seed, "engine": engine.name, **found.row} for found in explanations.explain(engine, progress)]
+            except explanations.BudgetSpent as reason:
+                print(f"{study.name}: explainer.budget: {reason}; raise it to explain more features", flush=True)
+                engines.remove(engine)
+                break
+    write_table(folder / "explanations.parquet", pd.DataFrame(rows))
+
+
+def prompts(study: Study) -> Iterator[str]:
+    """What the language model would be asked to explain, without asking it; what must be computed for that is kept."""
+    behind = ("triggers", "explanations", "ablation", "frontier")
+    first = ("text/", "activations/", "randomised/", "streams/", "cells/main/")
+    needed = [stage for stage in plan(study) if stage.name.startswith(first) and not stage.name.endswith(behind)]
+    _compute_missing(Store(study), needed)
+    for _, given in explanation_tasks(study, sources_of(study)["main"]):
+        for task in given:
+            yield "\n\n".join(message["content"] for message in explanations.explain_messages(task.shown))
+
+
+def ablate(study: Study, source: Source, name: str, cell: Cell, folder: Path) -> None:
+    """Remove the bands of the ensemble and of its surrogate, with their controls; on the main cell also ask how they translate.
+
+    The surrogate's SAEs are judged on what they were trained on for reconstruction, and on the model's activations for prediction.
+    """
+    store, bridge, main = Store(study), models.load(source.model), name == "main"
+    contexts = contexts_of(store, source, "evaluation")
+    document = contexts.document[contexts.is_text]
+    site = (cell.hook_name, contexts, study.ablation_tokens)
+    for kind in ("real", "surrogate"):
+        ensemble, found = ensemble_of(store, name, kind), stability_of(store, name, kind)
+        held_out = activations_of(store, source, cell, "evaluation", kind).first(CODE_TOKENS)
+        effects, sets = ablation.measure(bridge, ensemble, found, held_out, document, *site, whole=main and kind == "real")
+        save_tensors(folder / f"{kind}.safetensors", effects.tensors(), {})
+        if main and kind == "real":
+            sampled = ablation.sample(effects, sets, SAMPLED)
+            true = ablation.true_impact_on_prediction(bridge, ensemble.of(0), *site, sampled)
+            of_pair = torch.from_numpy(found.held_out_band)
+            bands = {band: of_pair == BANDS.index(band) for band in ("stable", "unstable")}
+            save_tensors(folder / "sample.safetensors", {"feature": sampled[0], "impact": true[0]}, {})
+            told = [ablation.translate_to_next(ensemble, held_out, document, of).assign(band=band) for band, of in bands.items()]
+            write_table(folder / "translation.parquet", pd.concat(told, ignore_index=True))
+            for band, member in bands.items():
+                moved = ablation.transplant(bridge, ensemble, *site, member, effects.activation / effects.rows)
+                by_seed = {what: np.stack([moved.nats[what, seed] for seed in range(len(ensemble.seeds))]) for what in TRANSPLANTS}
+                save_file({"intact": moved.clean, "size": moved.tokens, **by_seed}, folder / f"transplant-{band}.safetensors")
 
 
 def _training_inputs(study: Study, cell: Cell, kind: str) -> dict:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import optimize, special, stats
+from scipy.optimize import linear_sum_assignment
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Interval:
         return Interval(self.value, max(self.low, low), min(self.high, high))
 
     def __format__(self, spec: str) -> str:
-        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+        """The value with its interval, or alone where too few seeds give none."""
+        ends = f" [{self.low:{spec}}, {self.high:{spec}}]" if np.isfinite(self.low) else ""
+        return f"{self.value:{spec}}{ends}"
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,7 @@ def bootstrap_ratio(
     confidence: float = 0.95,
 ) -> Interval:
     """`transform(sum(numerator) / sum(denominator))`, with documents resampled (percentile interval)."""
-    count = len(numerator)
-    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=samples)
+    weights = _resampled(len(numerator), samples)
     drawn = transform((weights @ numerator) / (weights @ denominator))
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
@@ -110,7 +112,51 @@ def bootstrap_ratio(
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Student's interval of the mean of independent values, such as one number a seed."""
+    """Student's interval of the mean of independent values, such as one number a seed. One value has no interval, none no mean."""
     values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return Interval(float(values[0]) if len(values) else float("nan"), float("nan"), float("nan"))
     reach = stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return Interval(float(values.mean()), float(values.mean() - reach), float(values.mean() + reach))
+
+
+def over_seeds_and_documents(
+    numerator: Float[np.ndarray, "seed document"], denominator: Float[np.ndarray, "*seed document"], confidence: float = 0.95
+) -> Interval:
+    """Mean over seeds of sum(numerator) / sum(denominator), both summed over documents.
+
+    Two things vary: which seeds were trained (Student's interval of one number a seed) and which documents were read (resampled,
+    the same for all seeds). On each side the squared distances to the two ends add.
+    """
+    numerator = np.asarray(numerator)
+    denominator = np.broadcast_to(denominator, numerator.shape)
+    seeds = mean_interval(numerator.sum(1) / denominator.sum(1), confidence)
+    weights = _resampled(numerator.shape[1])
+    drawn = ((weights @ numerator.T) / (weights @ denominator.T)).mean(1)
+    tail = (1 - confidence) / 2
+    below, above = seeds.value - np.quantile(drawn, tail), np.quantile(drawn, 1 - tail) - seeds.value
+    low = seeds.value - np.hypot(seeds.value - seeds.low, below)
+    return Interval(seeds.value, float(low), float(seeds.value + np.hypot(seeds.high - seeds.value, above)))
+
+
+def matched_pairs(
+    group: Float[np.ndarray, "a covariate"], others: Float[np.ndarray, "b covariate"], caliper: float
+) -> tuple[Int[np.ndarray, "pair"], Int[np.ndarray, "pair"]]:
+    """Pair members of a group one to one with others whose covariates all lie within `caliper` of their own.
+
+    As many pairs as can be, and among those the closest (optimal matching; Rosenbaum 1989, doi:10.1080/01621459.1989.10478868).
+    Gives positions in either.
+    """
+    apart = np.abs(group[:, None] - others[None])
+    near = (apart <= caliper).all(2)
+    distance = np.where(near, np.sqrt((apart**2).sum(2)), 0)
+    # A pair out of reach costs more than all pairs within reach together.
+    far = 1 + distance.max(initial=0) * (min(near.shape) + 1)
+    rows, columns = linear_sum_assignment(np.where(near, distance, far))
+    kept = near[rows, columns]
+    return rows[kept], columns[kept]
+
+
+def _resampled(count: int, samples: int = 1000) -> Int[np.ndarray, "sample document"]:
+    """How often each of `count` documents is drawn, in samples with replacement."""
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=samples)

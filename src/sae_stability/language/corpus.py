@@ -25,6 +25,7 @@ EMBEDDED_PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "sympy", "network
 EMBEDDED_SHA256 = "b9163110618962da8f7a188601e117ce7cfcabc06ec7749dae8d2d059ea0948d"
 SHORTEST_DOCSTRING = 80  # characters; below that a docstring is a label, not prose
 EVALUATION_SHARE = 0.12  # of the documents: one million tokens of the embedded corpus
+CHARACTERS_A_TOKEN = 8  # more than tokenizers pack on average: how much of a large dataset is read
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Contexts:
     def holding(self, tokens: int) -> int:
         """How many contexts, from the first, it takes to hold `tokens` text tokens; all where there are fewer."""
         return min(len(self.tokens), int(np.searchsorted(np.cumsum(self.is_text.sum(axis=1)), tokens)) + 1)
+
+    def spread(self, tokens: int) -> "Contexts":
+        """About `tokens` text tokens in contexts spread evenly over all, so that they meet many documents."""
+        chosen = np.linspace(0, len(self.tokens) - 1, self.holding(tokens)).astype(int)
+        return Contexts(self.tokens[chosen], self.document[chosen], self.is_text[chosen])
 
 
 def load(name: str, characters: int | None = None) -> Corpus:

@@ -83,6 +83,17 @@ class Stability:
         """Index into BANDS; -1 for dead features."""
         return band_of(self.probability.numpy())
 
+    @property
+    def held_out_band(self) -> Int[np.ndarray, "seed seed d_sae"]:
+        """[s, t, i]: the band of feature i of seed s by the other seeds but t, so that what t shows of it is no part of its band.
+
+        -1 where t is s, for dead features, and everywhere in a study of two seeds.
+        """
+        seeds, matched = len(self.alive), self.matched
+        counted = self.alive[:, None] & ~torch.eye(seeds, dtype=torch.bool)[:, :, None]
+        without_t = (matched.sum(1, keepdim=True) - matched.int()) / (self.trials - 1)
+        return band_of(torch.where(counted, without_t, torch.nan).numpy())
+
     def at(self, threshold: float) -> "Stability":
         """The same cosines judged at another threshold."""
         return replace(self, threshold=threshold)
@@ -174,13 +185,10 @@ class Stability:
         seeds = len(self.alive)
         if seeds < 3:
             return Interval(float("nan"), float("nan"), float("nan"))
-        matched = self.matched
-        without_t = (matched.sum(1, keepdim=True) - matched.int()) / (self.trials - 1)  # [s, t, i]
-        counted = self.alive[:, None] & ~torch.eye(seeds, dtype=torch.bool)[:, :, None]
-        band = torch.from_numpy(band_of(without_t.numpy()))
-        members = [(band == which) & counted for which in (0, 2)]
+        band = torch.from_numpy(self.held_out_band)
+        members = [band == BANDS.index(name) for name in ("stable", "unstable")]
         sizes = [member.sum(2).double() for member in members]  # [s, t]
-        returns = [(member & matched).sum(2).double() for member in members]
+        returns = [(member & self.matched).sum(2).double() for member in members]
 
         def estimate(kept: list[int]) -> float:
             pairs = np.ix_(kept, kept)

@@ -65,6 +65,10 @@ class Ensemble:
         alone = type(self.parameters)(*(tensor[position : position + 1] for tensor in self.parameters))
         return replace(self, seeds=[self.seeds[position]], parameters=alone)
 
+    def with_parameters(self, **tensors: Tensor) -> "Ensemble":
+        """The same with other values of some parameters."""
+        return replace(self, parameters=self.parameters._replace(**tensors))
+
     @classmethod
     def joined(cls, parts: list["Ensemble"]) -> "Ensemble":
         """One ensemble from several of the same cell."""

@@ -54,6 +54,10 @@ class Codes(NamedTuple):
         before = F.pad(chosen.cumsum(0), (1, 0))
         return Codes(before[self.starts], self.features[chosen], self.values[chosen])
 
+    def of(self, member: Bool[Tensor, "d_sae"]) -> "Codes":
+        """The same with the values of all but some features set to zero."""
+        return self._replace(values=self.values * member[self.features])
+
     def fired(self) -> Int[Tensor, "firing"]:
         """The feature of each firing."""
         return self.features[self.values > 0]

@@ -1,13 +1,11 @@
-"""Tidy tables of a study: one row per feature, per SAE, per cell, and what the figures draw."""
+"""Tables of what reappears and how good SAEs are: one row per feature, per SAE, per cell."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from sae_stability.config import Study
 from sae_stability.evaluation import Fit, top_contexts
 from sae_stability.language import models
 from sae_stability.language.activations import gaussian
@@ -29,8 +27,8 @@ from sae_stability.results import (
     training_folder,
 )
 from sae_stability.saes import variant
-from sae_stability.statistics import Interval
-from sae_stability.store import Store, read_json, write_table
+from sae_stability.store import Store, read_json
+from sae_stability.tables.columns import interval_columns
 
 L0_TOLERANCE = 0.05
 NULL_SHARE = 0.01  # the adjusted threshold is where this share of surrogate features match
@@ -39,30 +37,6 @@ SUBSETS = 8  # of seeds, that stand for smaller studies
 THRESHOLDS = np.round(np.arange(0.3, 1.0, 0.02), 2)
 EXAMPLE_QUANTILES = (0.25, 0.5, 0.75)  # of firing frequency in a band: which features the book shows
 EXAMPLE_TOKENS = 200_000
-
-
-def write(study: Study, folder: Path) -> None:
-    """Write every table of the study to `folder`."""
-    store = Store(study)
-    names = ("features", "families", "unique", "criteria", "saes", "cells", "curve", "growth", "thresholds", "seeds")
-    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
-    for cell, described in study.cells.items():
-        kinds = kinds_of(described)
-        tables["features"] += [features(store, cell, kind) for kind in kinds]
-        tables["families"] += [families(store, cell, kind) for kind in kinds]
-        tables["unique"] += [unique(store, cell, kind) for kind in kinds]
-        tables["criteria"].append(criteria(store, cell))
-        tables["seeds"].append(by_seeds(store, cell))
-        tables["saes"].append(saes(store, cell))
-        tables["cells"].append(cells(store, cell))
-        tables["curve"] += [curve(store, cell, kind) for kind in kinds]
-        tables["growth"] += [growth(store, cell, kind) for kind in kinds]
-        tables["thresholds"].append(thresholds(store, cell))
-    whole = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
-    hit = whole["cells"].set_index("cell")["l0_on_target"]
-    for name, table in whole.items():  # a cell that misses its L0 is flagged wherever it appears
-        write_table(folder / f"{name}.parquet", table.assign(cell_on_target=table["cell"].map(hit)))
-    write_table(folder / "examples.parquet", examples(store))
 
 
 def features(store: Store, cell: str, kind: str, threshold: float | None = None) -> pd.DataFrame:
@@ -121,9 +95,9 @@ def criteria(store: Store, cell: str) -> pd.DataFrame:
             shares, adjusted = found.shares(), adjusted_threshold(surrogate[criterion])
             one, other = (of.probability[of.alive].numpy() for of in (default, found))
             row = {"cell": cell, "kind": kind, "criterion": criterion, "threshold": found.threshold}
-            row |= _interval("mean_stability", found.mean())
-            row |= _interval("stable_share", shares["stable"]) | _interval("unstable_share", shares["unstable"])
-            row |= {"adjusted_threshold": adjusted, **_interval("mean_stability_adjusted", found.at(adjusted).mean())}
+            row |= interval_columns("mean_stability", found.mean())
+            row |= interval_columns("stable_share", shares["stable"]) | interval_columns("unstable_share", shares["unstable"])
+            row |= {"adjusted_threshold": adjusted, **interval_columns("mean_stability_adjusted", found.at(adjusted).mean())}
             rows.append(row | {"same_band": float((band_of(one) == band_of(other)).mean())})
     return pd.DataFrame(rows)
 
@@ -142,7 +116,9 @@ def by_seeds(store: Store, cell: str) -> pd.DataFrame:
             part = found.among(list(kept))
             shares = {f"{name}_share": interval for name, interval in part.shares().items()}
             shares |= {f"latent_{name}_share": interval for name, interval in part.latent_shares().items()}
-            parts.append({key: value for name, interval in shares.items() for key, value in _interval(name, interval).items()})
+            parts.append(
+                {key: value for name, interval in shares.items() for key, value in interval_columns(name, interval).items()}
+            )
         rows.append({"cell": cell, "seeds": seeds, **pd.DataFrame(parts).mean()})
     return pd.DataFrame(rows)
 
@@ -168,12 +144,12 @@ def saes(store: Store, cell: str) -> pd.DataFrame:
             {
                 "cell": cell,
                 "seed": seed,
-                **_interval("explained_variance", measured.explained_variance(position)),
+                **interval_columns("explained_variance", measured.explained_variance(position)),
                 "l0": float(measured.l0[position]),
                 "l0_on_target": on_target(float(measured.l0[position]), store.study.cells[cell].k),
                 "dead": int((~found.alive[position]).sum()),
                 "mean_stability": float(np.nanmean(found.probability[position])),
-                **_interval("loss_recovered", loss.recovered(position)),
+                **interval_columns("loss_recovered", loss.recovered(position)),
                 "loss_spliced": loss.per_token(loss.spliced[position]).value,
                 "loss_clean": clean,
                 "loss_mean_ablated": mean,
@@ -208,25 +184,25 @@ def cells(store: Store, cell: str) -> pd.DataFrame:
         "surrogate_seeds": len(surrogate.alive),
         "threshold": described.threshold,
         "adjusted_threshold": adjusted_threshold(surrogate),
-        **_interval("mean_stability", real.mean()),
-        **_interval("surrogate_mean_stability", surrogate.mean()),
-        **_interval("mean_stability_adjusted", real.at(adjusted_threshold(surrogate)).mean()),
-        **_interval("separation", real.separation()),
-        **_interval("area", real.area()),
+        **interval_columns("mean_stability", real.mean()),
+        **interval_columns("surrogate_mean_stability", surrogate.mean()),
+        **interval_columns("mean_stability_adjusted", real.at(adjusted_threshold(surrogate)).mean()),
+        **interval_columns("separation", real.separation()),
+        **interval_columns("area", real.area()),
         "surrogate_area": surrogate.area().value,
-        **_interval("ambiguous_share", real.ambiguous_share()),
+        **interval_columns("ambiguous_share", real.ambiguous_share()),
         "mcc": mean_mcc(store, cell, "real"),
         "surrogate_mcc": mean_mcc(store, cell, "surrogate"),
         "alpha": real.latent().alpha,
         "beta": real.latent().beta,
     }
     for name, interval in real.shares().items():
-        row |= _interval(f"{name}_share", interval)
+        row |= interval_columns(f"{name}_share", interval)
     for name, interval in real.latent_shares().items():
-        row |= _interval(f"latent_{name}_share", interval)
+        row |= interval_columns(f"latent_{name}_share", interval)
     for kind, found in (("real", real), ("surrogate", surrogate)):
         for name, interval in found.among(list(range(equal))).shares().items():
-            row |= _interval(f"{kind}_{name}_share_at_{equal}_seeds", interval)
+            row |= interval_columns(f"{kind}_{name}_share_at_{equal}_seeds", interval)
     return pd.DataFrame([row])
 
 
@@ -273,7 +249,7 @@ def growth(store: Store, cell: str, kind: str) -> pd.DataFrame:
     rows = []
     for tokens, found in growth_of(store, cell, kind).items():
         shares = {f"{name}_share": interval.value for name, interval in found.shares().items()}
-        rows.append({"cell": cell, "kind": kind, "tokens": tokens, **_interval("mean_stability", found.mean()), **shares})
+        rows.append({"cell": cell, "kind": kind, "tokens": tokens, **interval_columns("mean_stability", found.mean()), **shares})
     return pd.DataFrame(rows)
 
 
@@ -296,7 +272,7 @@ def thresholds(store: Store, cell: str) -> pd.DataFrame:
             "cell": cell,
             "kind": kind,
             "threshold": threshold,
-            **_interval("mean_stability", found.at(float(threshold)).mean()),
+            **interval_columns("mean_stability", found.at(float(threshold)).mean()),
         }
         for kind, found in kinds.items()
         for threshold in THRESHOLDS
@@ -329,7 +305,3 @@ def examples(store: Store) -> pd.DataFrame:
     table = top_contexts(ensemble_of(store, "main", "real"), 0, list(chosen), window, contexts, tokenizer)
     table.insert(0, "band", table["feature"].map(chosen))
     return table.merge(first[["feature", "stability", "matches", "trials", "frequency"]], on="feature")
-
-
-def _interval(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}

@@ -1,119 +1,16 @@
-"""Figures, one function each. They know tables and arrays only, and return the Figure.
+"""What reappears: by seeds, thresholds, criteria, variants, families."""
 
-Colours are those of Okabe & Ito, told apart by colour-blind readers; a band has the same colour everywhere, and what is
-told by colour is told by line style or marker too.
-"""
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
+from sae_stability.figures.style import COLOURS, DASHES, HATCHES, NAMES, new_axes
 from sae_stability.statistics import LatentShares
-
-COLOURS = {
-    "stable": "#0072B2",
-    "intermediate": "#8C8C8C",
-    "unstable": "#D55E00",
-    "real": "#0072B2",
-    "surrogate": "#CC79A7",
-    "randomised": "#009E73",
-    "random directions": "#000000",
-    "untrained SAE": "#E69F00",
-}
-DASHES = {"real": "-", "surrogate": "--", "randomised": "-.", "random directions": ":", "untrained SAE": (0, (1, 3))}
-NAMES = {
-    "real": "language model",
-    "surrogate": "Gaussian surrogate",
-    "randomised": "shuffled weights",
-    "random directions": "random, same covariance",
-    "untrained SAE": "untrained SAEs",
-}
-VARIANT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00")
-DASH_CYCLE = ("-", "--")
-WIDTH = 5.6  # inches: text stays readable when a phone shrinks the figure
-
-
-def _axes(title: str, height: float = 3.6, columns: int = 1, rows: int = 1, **options) -> tuple[Figure, list]:
-    sns.set_theme(context="notebook", style="ticks", font_scale=1.05)
-    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), layout="constrained", squeeze=False, **options)
-    figure.suptitle(title, fontsize="medium", fontweight="bold", wrap=True)
-    sns.despine(figure)
-    plt.close(figure)  # the notebook shows what a cell displays, once
-    return figure, list(axes.flat)
-
-
-def training_curves(curve: pd.DataFrame, title: str) -> Figure:
-    """Explained variance of each seed against training tokens. Columns: seed, kind, tokens, explained_variance."""
-    figure, (axis,) = _axes(title)
-    for kind, part in curve.groupby("kind", sort=False):
-        sns.lineplot(
-            part, x="tokens", y="explained_variance", units="seed", estimator=None, ax=axis,
-            color=COLOURS[kind], linestyle=DASHES[kind], alpha=0.6, linewidth=1, label=NAMES[kind],
-        )  # fmt: skip
-    handles, labels = axis.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    axis.legend(unique.values(), unique.keys(), frameon=False, title="one line a seed, trained on")
-    top = curve["explained_variance"].max()
-    late = curve[curve["tokens"] > 0.1 * curve["tokens"].max()]["explained_variance"].min()
-    axis.set(
-        xlabel="training tokens",
-        ylabel="explained variance of the batches",
-        ylim=(late - 0.25 * (top - late) - 0.005, top + 0.01),
-    )
-    axis.xaxis.set_major_formatter(_in_thousands)
-    return figure
-
-
-def variant_curves(curve: pd.DataFrame, title: str) -> Figure:
-    """Explained variance of each seed of each variant. Columns: variant, seed, tokens, explained_variance."""
-    figure, (axis,) = _axes(title, height=4.2)
-    names = list(dict.fromkeys(curve["variant"]))
-    late = curve[curve["tokens"] > 0.2 * curve["tokens"].max()]
-    ends = curve[curve["tokens"] == curve["tokens"].max()].groupby("variant")["explained_variance"].mean()
-    for place, name in enumerate(names):
-        for index, (_, part) in enumerate(curve[curve["variant"] == name].groupby("seed")):
-            axis.plot(
-                part["tokens"], part["explained_variance"], DASH_CYCLE[place % 2], color=VARIANT_COLOURS[place], linewidth=1,
-                label=f"{name}, {ends[name]:.3f}" if index == 0 else None,
-            )  # fmt: skip
-    low, high = late["explained_variance"].min(), late["explained_variance"].max()
-    axis.set(
-        xlabel="training tokens",
-        ylabel="explained variance of the batches",
-        ylim=(low - 0.1 * (high - low), high + 0.05 * (high - low)),
-    )
-    axis.legend(frameon=False, title="one line a seed, its variant and end", ncols=2, loc="lower right", fontsize="small")
-    axis.xaxis.set_major_formatter(_in_thousands)
-    return figure
-
-
-def step_times(times: pd.DataFrame, floor_ms: float, title: str) -> Figure:
-    """Milliseconds a step and seed takes. Columns: contestant, ms."""
-    figure, (axis,) = _axes(title, height=0.45 * len(times) + 1.4)
-    ordered = times.sort_values("ms", ascending=False)
-    colours = [COLOURS["real"] if name.startswith("ours") else COLOURS["intermediate"] for name in ordered["contestant"]]
-    bars = axis.barh(ordered["contestant"], ordered["ms"], color=colours, height=0.7)
-    axis.bar_label(bars, [f"{value:.0f}" for value in ordered["ms"]], padding=3, fontsize="small")
-    axis.axvline(floor_ms, color="black", linestyle=":", label=f"floor, {floor_ms:.0f} ms")
-    axis.set(xlabel="milliseconds a step and seed", xlim=(0, ordered["ms"].max() * 1.12))
-    axis.legend(frameon=False, loc="upper right")
-    return figure
-
-
-def frequencies(features: pd.DataFrame, title: str) -> Figure:
-    """How often live features fire. Columns: frequency."""
-    figure, (axis,) = _axes(title)
-    sns.histplot(np.log10(features["frequency"]), bins=40, color=COLOURS["real"], ax=axis, stat="percent")
-    axis.set(xlabel="share of tokens on which the feature fires", ylabel="% of live features")
-    axis.xaxis.set_major_formatter(lambda power, _: f"$10^{{{power:g}}}$")
-    return figure
 
 
 def stability_histogram(features: pd.DataFrame, latent: LatentShares, title: str) -> Figure:
     """In how many other seeds features reappear, with the beta-binomial fit. Columns: matches, trials, band."""
-    figure, (axis,) = _axes(title)
+    figure, (axis,) = new_axes(title)
     trials = int(features["trials"].iloc[0])
     share = features["matches"].value_counts(normalize=True).reindex(range(trials + 1), fill_value=0) * 100
     bands = features.groupby("matches")["band"].first()
@@ -127,16 +24,19 @@ def stability_histogram(features: pd.DataFrame, latent: LatentShares, title: str
     return figure
 
 
-def against_surrogate(features: pd.DataFrame, title: str) -> Figure:
-    """The same histogram beside the null's, at an equal number of seeds. Columns: kind, matches, trials."""
-    figure, axes = _axes(title, columns=2, sharey=True)
-    for axis, kind in zip(axes, ("real", "surrogate"), strict=True):
+def against_nulls(features: pd.DataFrame, title: str) -> Figure:
+    """The same histogram beside that of each null, at an equal number of seeds. Columns: kind, matches, trials."""
+    kinds = [kind for kind in HATCHES if kind in set(features["kind"])]
+    figure, axes = new_axes(title, columns=len(kinds), sharey=True)
+    for axis, kind in zip(axes, kinds, strict=True):
         part = features[features["kind"] == kind]
         trials = int(part["trials"].iloc[0])
         share = part["matches"].value_counts(normalize=True).reindex(range(trials + 1), fill_value=0) * 100
-        axis.bar(share.index, share, color=COLOURS[kind], hatch="" if kind == "real" else "//", edgecolor="white", width=0.85)
-        axis.set(title=NAMES[kind], xlabel="other seeds with a match", ylabel="% of live features")
+        axis.bar(share.index, share, color=COLOURS[kind], hatch=HATCHES[kind], edgecolor="white", width=0.85)
+        axis.set_title(NAMES[kind], fontsize="medium")
+        axis.set_xlabel("other seeds\nwith a match")
         axis.set_xticks(range(trials + 1))
+    axes[0].set_ylabel("% of live features")
     return figure
 
 
@@ -144,15 +44,22 @@ def variant_histograms(features: pd.DataFrame, title: str) -> Figure:
     """One panel a variant: the share of features by matches, in the model and its null. Columns: variant, kind, matches, trials."""
     names = list(dict.fromkeys(features["variant"]))
     rows = -(-len(names) // 3)
-    figure, axes = _axes(title, height=2.1 * rows + 0.9, columns=min(3, len(names)), rows=rows, sharey=True)
+    figure, axes = new_axes(title, height=2.1 * rows + 0.9, columns=min(3, len(names)), rows=rows, sharey=True)
     for axis, name in zip(axes, names, strict=False):
         of = features[features["variant"] == name]
         places = range(int(of["trials"].iloc[0]) + 1)
         for kind in ("real", "surrogate"):
             share = of.loc[of["kind"] == kind, "matches"].value_counts(normalize=True).reindex(places, fill_value=0) * 100
-            hatch = "" if kind == "real" else "//"
             shift = -0.2 if kind == "real" else 0.2
-            axis.bar(share.index + shift, share, width=0.4, color=COLOURS[kind], hatch=hatch, edgecolor="white", label=NAMES[kind])
+            axis.bar(
+                share.index + shift,
+                share,
+                width=0.4,
+                color=COLOURS[kind],
+                hatch=HATCHES[kind],
+                edgecolor="white",
+                label=NAMES[kind],
+            )
         axis.set_title(name, fontsize="medium")
         axis.set_xticks(places)
     for axis in axes[len(names) :]:
@@ -170,7 +77,7 @@ def criteria(table: pd.DataFrame, title: str) -> Figure:
 
     Columns: criterion, kind, mean_stability, mean_stability_adjusted, each with _low and _high.
     """
-    figure, (axis,) = _axes(title, height=4.4)
+    figure, (axis,) = new_axes(title, height=4.4)
     names = list(dict.fromkeys(table["criterion"]))[::-1]
     shown = (
         ("real", "mean_stability", "o", "model, at the study's threshold"),
@@ -197,7 +104,7 @@ def by_seeds(table: pd.DataFrame, title: str) -> Figure:
 
     Columns: seeds, and stable_share, unstable_share, latent_stable_share, latent_unstable_share with _low and _high.
     """
-    figure, axes = _axes(title, columns=2, sharey=True)
+    figure, axes = new_axes(title, columns=2, sharey=True)
     for axis, fitted in zip(axes, ("", "latent_"), strict=True):
         for band, dashes, marker in (("stable", "-", "o"), ("unstable", "--", "s")):
             column = f"{fitted}{band}_share"
@@ -212,7 +119,7 @@ def by_seeds(table: pd.DataFrame, title: str) -> Figure:
 
 def unique_families(table: pd.DataFrame, title: str) -> Figure:
     """Families met by so many seeds. Columns: kind, seeds, families, features (live ones a seed, on average)."""
-    figure, (axis,) = _axes(title)
+    figure, (axis,) = new_axes(title)
     for kind, part in table.groupby("kind", sort=False):
         axis.plot(part["seeds"], part["families"], "o" + DASHES[kind], markersize=4, color=COLOURS[kind], label=NAMES[kind])
     ours = table[table["kind"] == "real"]
@@ -226,13 +133,12 @@ def unique_families(table: pd.DataFrame, title: str) -> Figure:
 
 def family_sizes(families: pd.DataFrame, title: str) -> Figure:
     """The share of features in families of each size. Columns: kind, size."""
-    figure, (axis,) = _axes(title)
+    figure, (axis,) = new_axes(title)
     sizes = np.arange(1, families["size"].max() + 1)
     for kind, shift in (("real", -0.2), ("surrogate", 0.2)):
         members = families.loc[families["kind"] == kind].groupby("size")["size"].sum().reindex(sizes, fill_value=0)
-        hatch = "" if kind == "real" else "//"
         share = 100 * members / members.sum()
-        axis.bar(sizes + shift, share, width=0.4, color=COLOURS[kind], hatch=hatch, edgecolor="white", label=NAMES[kind])
+        axis.bar(sizes + shift, share, width=0.4, color=COLOURS[kind], hatch=HATCHES[kind], edgecolor="white", label=NAMES[kind])
     axis.set(xlabel="seeds in which the family has a member", ylabel="% of live features", xticks=sizes)
     axis.legend(frameon=False)
     return figure
@@ -240,7 +146,7 @@ def family_sizes(families: pd.DataFrame, title: str) -> Figure:
 
 def neighbours(features: pd.DataFrame, threshold: float, title: str) -> Figure:
     """Cosines of features with the nearest one elsewhere. Columns: mean_best_cosine, nearest_within."""
-    figure, (axis,) = _axes(title)
+    figure, (axis,) = new_axes(title)
     bins = np.linspace(0, 1, 51)
     columns = (
         ("mean_best_cosine", "stable", "in another seed, mean over seeds"),
@@ -261,7 +167,7 @@ def neighbours(features: pd.DataFrame, threshold: float, title: str) -> Figure:
 
 def thresholds(table: pd.DataFrame, threshold: float, adjusted: float, title: str) -> Figure:
     """Mean stability against the cosine threshold. Columns: kind, threshold, mean_stability, _low, _high."""
-    figure, (axis,) = _axes(title)
+    figure, (axis,) = new_axes(title)
     for kind, part in table.groupby("kind", sort=False):
         axis.plot(part["threshold"], part["mean_stability"], linestyle=DASHES[kind], color=COLOURS[kind], label=NAMES[kind])
         axis.fill_between(
@@ -283,7 +189,7 @@ def thresholds(table: pd.DataFrame, threshold: float, adjusted: float, title: st
 
 def against_frequency(features: pd.DataFrame, title: str, bins: int = 10) -> Figure:
     """Mean stability in ten equal groups of firing frequency, one line a seed. Columns: seed, frequency, stability."""
-    figure, (axis,) = _axes(title)
+    figure, (axis,) = new_axes(title)
     group = pd.qcut(features["frequency"], bins, labels=False, duplicates="drop")
     centre = features["frequency"].groupby(group).median()
     lines = features.groupby([group, "seed"])["stability"].mean().unstack()
@@ -296,7 +202,7 @@ def against_frequency(features: pd.DataFrame, title: str, bins: int = 10) -> Fig
 
 def growth(table: pd.DataFrame, decay_from: float, title: str) -> Figure:
     """Mean stability against training tokens. Columns: kind, tokens, mean_stability, _low, _high."""
-    figure, (axis,) = _axes(title)
+    figure, (axis,) = new_axes(title)
     axis.axvspan(decay_from, table["tokens"].max(), color="#EEEEEE", label="the rate decays")
     for kind, part in table.groupby("kind", sort=False):
         low, high = (part[f"mean_stability_{end}"] for end in ("low", "high"))
@@ -305,9 +211,3 @@ def growth(table: pd.DataFrame, decay_from: float, title: str) -> Figure:
     axis.set(xscale="log", xlabel="training tokens", ylabel="mean stability", ylim=(-0.02, 1.02))
     axis.legend(frameon=False)
     return figure
-
-
-def _in_thousands(tokens: float, _position: int) -> str:
-    if tokens == 0:
-        return "0"
-    return f"{tokens / 1e6:g} M" if tokens >= 1e6 else f"{tokens / 1e3:g} k"

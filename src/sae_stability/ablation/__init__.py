@@ -1,0 +1,39 @@
+"""What features do: how much reconstruction and prediction lose without them (PAPER, claims C2 to C4).
+
+impact       the effect of each feature alone
+removal      the effect of sets of features, by several readings
+controls     the sets: bands, and what they are compared with
+translation  one seed's unstable features in the words of another seed
+"""
+
+from sae_stability.ablation.controls import Sets, sets_of
+from sae_stability.ablation.effects import Effects, measure, sample
+from sae_stability.ablation.impact import (
+    Impact,
+    PredictionImpact,
+    impact_on_prediction,
+    impact_on_reconstruction,
+    true_impact_on_prediction,
+)
+from sae_stability.ablation.removal import on_prediction, on_reconstruction, reselected
+from sae_stability.ablation.translation import Translation, translate, translate_to_next, transplant
+
+__all__ = [
+    "Effects",
+    "Impact",
+    "PredictionImpact",
+    "Sets",
+    "Translation",
+    "impact_on_prediction",
+    "impact_on_reconstruction",
+    "measure",
+    "on_prediction",
+    "on_reconstruction",
+    "reselected",
+    "sample",
+    "sets_of",
+    "translate",
+    "translate_to_next",
+    "transplant",
+    "true_impact_on_prediction",
+]

@@ -1,0 +1,175 @@
+"""What removals of an ensemble's features were found to do, as shares of what removing all of them does."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_stability.ablation.controls import Name, Sets, sets_of
+from sae_stability.ablation.impact import impact_on_prediction, impact_on_reconstruction
+from sae_stability.ablation.removal import on_prediction, on_reconstruction, reselected
+from sae_stability.language.activations import Activations
+from sae_stability.language.corpus import Contexts
+from sae_stability.matching import BANDS, Stability
+from sae_stability.saes.ensemble import Ensemble
+from sae_stability.statistics import Interval, bootstrap_ratio, mean_interval, over_seeds_and_documents
+
+ALL: Name = ("all", "")
+NONE: Name = ("none", "")
+MEASURES = ("reconstruction", "reselected", "prediction", "divergence")
+"""Squared error; the same once codes are chosen again; cross-entropy; KL divergence from the clean prediction."""
+REFITTED = 50_000  # tokens on which decoders are fitted again and judged
+OWN = ("firings", "activation", "energy", "impact", "first_order", "second_order")
+COMPLEMENT = {"kept": "removed", "only": "spliced"}
+"""Readings that keep nothing but a set, and those that remove one."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Sums over the tokens of each document, by measure, reading and set; and each feature's own impact."""
+
+    sums: dict[str, Float[np.ndarray, "seed document"]]
+    """`measure/reading/kind/band`, `measure/intact`, and `measure/size`, by which a raw change is divided; what does not
+    depend on an SAE lacks the first axis."""
+    firings: Float[Tensor, "seed d_sae"]
+    """Tokens on which each feature fires, of those on which reconstruction is judged."""
+    activation: Float[Tensor, "seed d_sae"]
+    """Its activation, summed over them."""
+    energy: Float[Tensor, "seed d_sae"]
+    impact: Float[Tensor, "seed d_sae"]
+    """On reconstruction, of each feature alone: growth of the squared error."""
+    first_order: Float[Tensor, "seed d_sae"]
+    """On prediction, of each feature alone, in nats a token: gradient x activation."""
+    second_order: Float[Tensor, "seed d_sae"]
+    """The next term of the same, never negative."""
+    rows: int
+    """Tokens on which reconstruction is judged."""
+
+    def lost(self, measure: str, reading: str, name: Name) -> Float[np.ndarray, "seed document"]:
+        """How much larger the measure is under an intervention than without."""
+        removing = COMPLEMENT.get(reading, reading)
+        start = self.sums[f"{measure}/spliced/none/"] if removing == "spliced" else self.sums[f"{measure}/intact"]
+        return self.sums[f"{measure}/{reading}/{'/'.join(name)}"] - start
+
+    def carried(self, measure: str, reading: str, name: Name) -> Float[np.ndarray, "seed document"]:
+        """What a set carries: what is lost without it, or, where only the set is kept, what is not lost."""
+        if reading in COMPLEMENT:
+            return self.lost(measure, COMPLEMENT[reading], ALL) - self.lost(measure, reading, name)
+        return self.lost(measure, reading, name)
+
+    def share(self, measure: str, reading: str, name: Name, less: Name | None = None) -> Interval:
+        """What a set carries (less another one), as a share of what is lost without any feature."""
+        carried = self.carried(measure, reading, name)
+        if less is not None:
+            carried = carried - self.carried(measure, reading, less)
+        return over_seeds_and_documents(carried, self.lost(measure, COMPLEMENT.get(reading, reading), ALL))
+
+    def raw(self, measure: str, reading: str, name: Name) -> Interval:
+        """The change itself: of the unexplained variance, or in nats a token."""
+        return over_seeds_and_documents(self.lost(measure, reading, name), self.sums[f"{measure}/size"])
+
+    def site(self, ablation: str) -> Interval:
+        """What ablating the whole site (`zero` or `mean`) does to the cross-entropy, in nats a token; documents are resampled."""
+        return bootstrap_ratio(self.sums[f"prediction/{ablation}"] - self.sums["prediction/intact"], self.sums["prediction/size"])
+
+    def marginal(self, sets: Sets, name: Name, less: Name | None = None, confidence: float = 0.95) -> Interval:
+        """Mean impact on prediction of the features of a set (less another's), where an average live feature has 1."""
+        means = {
+            of: np.array(
+                [float(impact[chosen].mean()) for impact, chosen in zip(self.on_prediction, sets.members[of], strict=True)]
+            )
+            for of in (name, less, ALL)
+            if of is not None
+        }
+        ratios = (means[name] - (means[less] if less is not None else 0)) / means[ALL]
+        return mean_interval(ratios[np.isfinite(ratios)], confidence)  # a seed may have no such feature
+
+    @property
+    def on_prediction(self) -> Float[Tensor, "seed d_sae"]:
+        """The impact of each feature alone on the cross-entropy, to second order, in nats a token."""
+        return self.first_order + self.second_order
+
+    @property
+    def curves(self) -> bool:
+        """Whether features were also added in several orders."""
+        return any("/by " in name for name in self.sums)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything as flat tensors, for a file."""
+        own = {name: getattr(self, name) for name in OWN}
+        own["rows"] = torch.tensor(self.rows)
+        return own | {f"sums/{name}": torch.from_numpy(of) for name, of in self.sums.items()}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> "Effects":
+        """From what `tensors` gave."""
+        sums = {name.removeprefix("sums/"): of.numpy() for name, of in tensors.items() if name.startswith("sums/")}
+        return cls(sums, **{name: tensors[name] for name in OWN}, rows=int(tensors["rows"]))
+
+
+def measure(
+    bridge,
+    ensemble: Ensemble,
+    found: Stability,
+    held_out: Activations,
+    document: Int[np.ndarray, "token"],
+    hook_name: str,
+    contexts: Contexts,
+    tokens: int,
+    whole: bool,
+) -> tuple[Effects, Sets]:
+    """Remove the bands of an ensemble and their controls, and read what is lost.
+
+    Reconstruction is judged on `held_out`, whose rows come from `document`, prediction on about `tokens` tokens of `contexts`. The
+    `whole` of it adds features in several orders, and has the full splice.
+    """
+    own = impact_on_reconstruction(ensemble, held_out)
+    sets = sets_of(found, own.energy, own.firings, whole)
+    sums: dict[str, np.ndarray] = {}
+    bands = [name for name in sets.members if name[0] in ("all", "band", "random")]
+    fixed = on_reconstruction(ensemble, held_out, document, sets.members)
+    again = reselected(ensemble, held_out.first(REFITTED), document, {name: sets.members[name] for name in bands})
+    for measure_name, residuals in (("reconstruction", fixed), ("reselected", again)):
+        sums |= {f"{measure_name}/intact": residuals.intact, f"{measure_name}/size": residuals.total}
+        for reading, of in (("removed", residuals.removed), ("kept", residuals.kept)):
+            sums |= {f"{measure_name}/{reading}/{'/'.join(name)}": errors for name, errors in of.items()}
+    readings = readings_of(sets, whole)
+    predicted = on_prediction(bridge, ensemble, hook_name, contexts, tokens, sets.members | {NONE: found.alive & False}, readings)
+    for measure_name, of, intact in (
+        ("prediction", predicted.nats, predicted.clean),
+        ("divergence", predicted.divergence, np.zeros_like(predicted.clean)),
+    ):
+        sums |= {f"{measure_name}/intact": intact, f"{measure_name}/size": predicted.tokens.astype(float)}
+        sums |= {f"{measure_name}/{ablation}": of[ablation,] for ablation in ("zero", "mean")}
+        for reading, names in readings.items():
+            for name in names:
+                by_seed = np.stack([of[(reading, *name, seed)] for seed in range(len(ensemble.seeds))])
+                sums[f"{measure_name}/{reading}/{'/'.join(name)}"] = by_seed
+    alone = impact_on_prediction(bridge, ensemble, hook_name, contexts, tokens)
+    return Effects(
+        sums, own.firings, own.activation, own.energy, own.reconstruction, alone.first_order, alone.second_order, len(held_out)
+    ), sets
+
+
+def readings_of(sets: Sets, whole: bool) -> dict[str, list[Name]]:
+    """Which sets are read how in prediction: each costs a pass of the model for every seed."""
+    names = list(sets.members)
+    bands = [name for name in names if name[0] == "band"]
+    readings = {"removed": [name for name in names if not name[0].startswith("by ")], "kept": bands}
+    if whole:
+        readings["kept"] = bands + [name for name in names if name[0].startswith("by ")]
+        readings |= {"spliced": [NONE, ALL, *bands], "only": bands}
+    return readings
+
+
+def sample(effects: Effects, sets: Sets, count: int) -> Int[Tensor, "1 chosen"]:
+    """Up to `count` features of each band of the first seed, spread evenly over the ranks of their impact on prediction."""
+    chosen = []
+    for band in BANDS:
+        features = sets.members["band", band][0].nonzero()[:, 0]
+        ranked = features[effects.on_prediction[0, features].argsort(stable=True)]
+        if len(ranked):
+            chosen.append(ranked[np.unique(np.linspace(0, len(ranked) - 1, count).round().astype(int))])
+    return torch.cat(chosen)[None]

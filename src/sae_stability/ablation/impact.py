@@ -1,0 +1,121 @@
+"""The effect of each feature alone: exact for reconstruction, to first and second order for prediction.
+
+Without feature i the SAE's reconstruction lacks a_i d_i: its activation times its decoder direction. Codes are not chosen again.
+
+A trained model could scale what any direction carries by its weights, and has settled where that no longer helps. So the first
+order of a removal is near zero on average whatever the feature does, as E[a r.d] is for reconstruction, and its effect shows in
+the second order.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_stability.evaluation import CONTEXTS, ROWS, intervene
+from sae_stability.language.activations import Activations
+from sae_stability.language.corpus import Contexts
+from sae_stability.saes.ensemble import Ensemble
+
+
+@dataclass(frozen=True)
+class Impact:
+    """What the removal of each feature alone does to the reconstruction, summed over tokens, in normalised units."""
+
+    firings: Float[Tensor, "seed d_sae"]
+    """Tokens on which each feature fires."""
+    activation: Float[Tensor, "seed d_sae"]
+    """Its activation."""
+    energy: Float[Tensor, "seed d_sae"]
+    """|a_i d_i|^2: what the feature writes."""
+    reconstruction: Float[Tensor, "seed d_sae"]
+    """How much the squared error grows: exactly |a_i d_i|^2 + 2 a_i r.d_i, with r = x - x_hat (PAPER, marginal impact)."""
+
+
+def impact_on_reconstruction(ensemble: Ensemble, activations: Activations) -> Impact:
+    """The effect of every feature of every seed, in one pass over the activations."""
+    firings, activation, energy, cross = torch.zeros(4, len(ensemble.seeds), ensemble.d_sae, dtype=torch.float64)
+    for start in tqdm(range(0, len(activations), ROWS), "impact on reconstruction", unit="batch", disable=None):
+        x = ensemble.normalise(activations.data[start : start + ROWS])
+        for seed, (sae, codes) in enumerate(ensemble.codes(x)):
+            residual = x - codes.decode(sae.W_dec) - sae.b_dec
+            squares = codes.values.square() * sae.W_dec.square().sum(1)[codes.features]
+            along = codes.values * codes.into(residual, sae.W_dec)
+            for total, values in ((firings, codes.values > 0), (activation, codes.values), (energy, squares), (cross, along)):
+                total[seed].index_add_(0, codes.features, values.double())
+    return Impact(firings, activation, energy, energy + 2 * cross)
+
+
+@dataclass(frozen=True)
+class PredictionImpact:
+    """The change of the cross-entropy, in nats a token, that the removal of each feature alone makes."""
+
+    first_order: Float[Tensor, "seed d_sae"]
+    """-a_i g.d_i, with g the gradient of the cross-entropy in the activation (gradient x activation)."""
+    second_order: Float[Tensor, "seed d_sae"]
+    """(sum of a_i h.d_i over a context)^2 / 2, with h the same gradient where targets are drawn from the model's own prediction.
+
+    Its expectation is half the curvature of the cross-entropy of a calibrated model (Fisher information; Martens, arXiv:1412.1193).
+    """
+
+
+def impact_on_prediction(bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, tokens: int) -> PredictionImpact:
+    """The effect of every feature of every seed on about `tokens` held-out tokens: two backward passes, whatever the seeds."""
+    first, second = torch.zeros(2, len(ensemble.seeds), ensemble.d_sae, dtype=torch.float64)
+    contexts, scored, generator = contexts.spread(tokens), 0, torch.Generator().manual_seed(0)
+    for start in tqdm(range(0, len(contexts.tokens), CONTEXTS), "impact on prediction", unit="batch", disable=None):
+        rows = slice(start, start + CONTEXTS)
+        ids, text = torch.from_numpy(contexts.tokens[rows]).long(), torch.from_numpy(contexts.is_text[rows])
+        scored += int(text[:, 1:].sum())
+        x, *gradients = _gradients(bridge, hook_name, ids, text, generator)
+        of_data, of_model = (gradient[text].float() / ensemble.scale for gradient in gradients)
+        context = text.nonzero()[:, 0]
+        for seed, (sae, codes) in enumerate(ensemble.codes(ensemble.normalise(x[text]))):
+            along = codes.values * codes.into(of_data, sae.W_dec)
+            first[seed].index_add_(0, codes.features, -along.double())
+            along = codes.values * codes.into(of_model, sae.W_dec)
+            within = torch.zeros(len(ids) * ensemble.d_sae, dtype=torch.float64)
+            within.index_add_(0, context[codes.rows()] * ensemble.d_sae + codes.features, along.double())
+            second[seed] += within.view(len(ids), -1).square().sum(0) / 2
+    return PredictionImpact(first / scored, second / scored)
+
+
+def true_impact_on_prediction(
+    bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, tokens: int, features: Int[Tensor, "seed chosen"]
+) -> Float[Tensor, "seed chosen"]:
+    """What `impact_on_prediction` approximates, by removing each of some features in turn: a pass of the model for each."""
+
+    def edits(x: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        for seed, (sae, codes) in enumerate(ensemble.codes(ensemble.normalise(x))):
+            for place, feature in enumerate(features[seed].tolist()):
+                alone = codes._replace(values=codes.values * (codes.features == feature))
+                yield (seed, place), x - alone.decode(sae.W_dec) / ensemble.scale
+
+    found = intervene(bridge, hook_name, contexts, tokens, edits, "true impact")
+    change = torch.zeros(features.shape, dtype=torch.float64)
+    for (seed, place), nats in found.nats.items():
+        change[seed, place] = float((nats - found.clean).sum() / found.tokens.sum())
+    return change
+
+
+def _gradients(
+    bridge, hook_name: str, ids: Int[Tensor, "context position"], text: Tensor, generator: torch.Generator
+) -> list[Float[Tensor, "context position d_in"]]:
+    """The activations at a hook point, and the gradients there of the cross-entropy summed over text tokens.
+
+    The first is that of the tokens that follow, the second that of tokens drawn from the model's prediction.
+    """
+    at_site: list[Tensor] = []
+
+    def cut(value: Tensor, hook) -> Tensor:
+        at_site.append(value.detach().requires_grad_())
+        return at_site[0]
+
+    logits = bridge.run_with_hooks(ids, fwd_hooks=[(hook_name, cut)])[:, :-1].float()[text[:, 1:]]
+    drawn = torch.multinomial(logits.detach().softmax(1), 1, generator=generator)[:, 0]
+    of = [F.cross_entropy(logits, targets, reduction="sum") for targets in (ids[:, 1:][text[:, 1:]], drawn)]
+    return [at_site[0].detach(), *(torch.autograd.grad(nats, at_site, retain_graph=True)[0] for nats in of)]

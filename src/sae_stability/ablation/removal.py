@@ -1,0 +1,142 @@
+"""The effect of removing sets of features, or of keeping them only.
+
+In the primary reading codes stay as they are and so does the SAE's error: the model sees x - sum of a_i d_i over the set. The
+full splice puts the reconstruction without the set in the place of x. For reconstruction there is a third reading: codes are
+chosen again among the features that are left, and their decoder is fitted again by least squares, since at an optimum the
+first reading gives back what the features write (PAPER, Function).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy import sparse
+from scipy.linalg import cho_factor, cho_solve
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_stability.ablation.controls import Name
+from sae_stability.evaluation import ROWS, Predictions, intervene, sparse_codes
+from sae_stability.language.activations import Activations
+from sae_stability.language.corpus import Contexts
+from sae_stability.saes.ensemble import Ensemble
+
+RIDGE = 1e-6  # of a feature's mean energy: refitted directions of features that hardly fire stay finite
+
+Members = dict[Name, Bool[Tensor, "seed d_sae"]]
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Squared errors in normalised units, summed over the tokens of each document."""
+
+    total: Float[np.ndarray, "document"]
+    """Of the mean activation."""
+    intact: Float[np.ndarray, "seed document"]
+    """Of the SAE with all its features."""
+    removed: dict[Name, Float[np.ndarray, "seed document"]]
+    """Without a set."""
+    kept: dict[Name, Float[np.ndarray, "seed document"]]
+    """With nothing but a set."""
+
+
+def on_reconstruction(
+    ensemble: Ensemble, activations: Activations, document: Int[np.ndarray, "token"], members: Members
+) -> Residuals:
+    """The squared error without each set and with nothing else, codes fixed. Rows of `activations` come from `document`."""
+    kinds, document = np.unique(document[: len(activations)], return_inverse=True)
+    shape = (len(ensemble.seeds), len(kinds))
+    total, intact = np.zeros(len(kinds)), np.zeros(shape)
+    removed, kept = ({name: np.zeros(shape) for name in members} for _ in range(2))
+    centre = (activations.mean - ensemble.mean) * ensemble.scale
+    for start in tqdm(range(0, len(activations), ROWS), "removal, reconstruction", unit="batch", disable=None):
+        x = ensemble.normalise(activations.data[start : start + ROWS])
+        of = document[start : start + ROWS]
+
+        def squares(error: Tensor, of=of) -> np.ndarray:
+            return np.bincount(of, error.square().sum(1).double().numpy(), len(kinds))
+
+        total += squares(x - centre)
+        for seed, (sae, codes) in enumerate(ensemble.codes(x)):
+            without_features = x - sae.b_dec
+            error = without_features - codes.decode(sae.W_dec)
+            intact[seed] += squares(error)
+            for name, member in members.items():
+                written = codes.of(member[seed]).decode(sae.W_dec)
+                removed[name][seed] += squares(error + written)
+                kept[name][seed] += squares(without_features - written)
+    return Residuals(total, intact, removed, kept)
+
+
+def reselected(ensemble: Ensemble, activations: Activations, document: Int[np.ndarray, "token"], members: Members) -> Residuals:
+    """The squared error without each set once codes are chosen again and the decoder is fitted again.
+
+    The decoder is fitted on every other document and judged on the rest, with nothing removed (`intact`) as well as without
+    each set. Memory: d_sae^2 numbers.
+    """
+    kinds, document = np.unique(document[: len(activations)], return_inverse=True)
+    judged = document % 2 == 1
+    x = ensemble.normalise(activations.data).numpy()
+    centre = x[~judged].mean(0)
+    total = np.bincount(document[judged], np.square(x[judged] - centre).sum(1), len(kinds))
+    shape = (len(ensemble.seeds), len(kinds))
+    intact, removed = np.zeros(shape), {name: np.zeros(shape) for name in members}
+    for seed in tqdm(range(len(ensemble.seeds)), "removal, chosen again", unit="seed", disable=None):
+        alone = ensemble.of(seed)
+
+        def refitted(sae: Ensemble, left: np.ndarray) -> np.ndarray:
+            (codes,) = sparse_codes(sae, activations)
+            error = x[judged] - _least_squares(codes[:, left], x, judged)
+            return np.bincount(document[judged], np.square(error).sum(1), len(kinds))
+
+        intact[seed] = refitted(alone, np.arange(ensemble.d_sae))
+        for name, member in members.items():
+            gone = member[seed : seed + 1]
+            silent = alone.parameters.b_enc.masked_fill(gone, -torch.inf)
+            left = (~gone[0]).nonzero()[:, 0].numpy()
+            removed[name][seed] = refitted(alone.with_parameters(b_enc=silent), left)
+    seen = np.bincount(document[judged], minlength=len(kinds)) > 0
+    return Residuals(total[seen], intact[:, seen], {name: of[:, seen] for name, of in removed.items()}, {})
+
+
+def on_prediction(
+    bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, tokens: int, members: Members, readings: dict[str, list[Name]]
+) -> Predictions:
+    """What the model predicts without each set, on about `tokens` held-out tokens.
+
+    `readings` says which sets are `removed` and `kept` (the error stays), `spliced` (the reconstruction without the set) and
+    `only` (the reconstruction by nothing but the set). Interventions are named (reading, kind of set, band, position of the seed);
+    `zero` and `mean` ablate the whole site.
+    """
+
+    def edits(x: Tensor) -> Iterator[tuple[tuple, Tensor]]:
+        yield ("zero",), torch.zeros_like(x)
+        yield ("mean",), ensemble.mean.expand_as(x)
+        for seed, (sae, codes) in enumerate(ensemble.codes(ensemble.normalise(x))):
+            whole = codes.decode(sae.W_dec)
+            reconstruction = ensemble.to_raw(whole + sae.b_dec)
+            for name in dict.fromkeys(name for names in readings.values() for name in names):
+                written = codes.of(members[name][seed]).decode(sae.W_dec)
+                bases = {
+                    "removed": (x, written),
+                    "kept": (x, whole - written),
+                    "spliced": (reconstruction, written),
+                    "only": (reconstruction, whole - written),
+                }
+                for reading, names in readings.items():
+                    if name in names:
+                        base, gone = bases[reading]
+                        yield (reading, *name, seed), base - gone / ensemble.scale
+
+    return intervene(bridge, hook_name, contexts, tokens, edits, "removal, prediction")
+
+
+def _least_squares(codes: sparse.csr_array, x: np.ndarray, judged: np.ndarray) -> np.ndarray:
+    """What codes predict of x, on the judged tokens, by directions and an offset fitted on the others."""
+    codes = sparse.hstack([codes, np.ones((codes.shape[0], 1))], format="csr", dtype=np.float64)  # squares lose half the digits
+    fitted = codes[~judged]
+    squares = (fitted.T @ fitted).toarray()
+    squares[np.diag_indices_from(squares)] += RIDGE * max(squares.trace() / len(squares), 1e-12)
+    return codes[judged] @ cho_solve(cho_factor(squares), fitted.T @ x[~judged])

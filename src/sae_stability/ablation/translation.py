@@ -1,0 +1,164 @@
+"""One seed's features in the words of another seed: can its latents predict them, and can they stand in for them?
+
+Seed s is set beside the next one, t. Sets of features are given for each pair, as a member [s, t, i]: the bands of such a set come
+from the seeds other than t, so that what t is asked has no part in the choice (PAPER, No double dipping).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy import sparse
+from torch import Tensor
+
+from sae_stability.evaluation import Predictions, intervene, sparse_codes
+from sae_stability.language.activations import Activations
+from sae_stability.language.corpus import Contexts
+from sae_stability.saes.ensemble import Ensemble
+
+LATENTS = (1, 2, 4, 8)  # of the other seed, that may predict a feature together
+PREDICTED = 0.5  # share of its variance from which a feature counts as predicted
+CONTAINED = 0.5  # share of its firings from which a feature counts as part of another
+BROADER = 2  # times as often as the feature fires the latent of which it is a part
+RAREST = 50  # firings on either half of the tokens; below, no regression can be judged
+TRANSPLANTS = ("removed", "averaged", "transplanted")
+FATES = ("rotated", "split", "merged", "missing", "too rare")
+
+
+@dataclass(frozen=True)
+class Translation:
+    """How well the latents of another seed predict features, on tokens on which nothing was fitted."""
+
+    explained: Float[np.ndarray, "feature latents"]
+    """Share of the variance of each feature that the best 1, 2, 4 and 8 latents explain."""
+    contained: Float[np.ndarray, "feature"]
+    """The share of its firings on which the first latent fires too."""
+    ratio: Float[np.ndarray, "feature"]
+    """How many times as often as the feature the first latent fires."""
+    firings: Int[np.ndarray, "feature"]
+    """Tokens on which each feature fires, on the rarer half."""
+
+    @property
+    def fate(self) -> np.ndarray:
+        """What became of each feature in the other seed, as an index into `FATES`, by a rule in this order.
+
+        `too rare` to tell; `rotated`: one latent predicts it, whatever its direction; `split`: several do together; `merged`: it
+        fires where one latent does, which fires elsewhere too; `missing` else.
+        """
+        rules = [
+            self.firings < RAREST,
+            self.explained[:, 0] >= PREDICTED,
+            self.explained[:, -1] >= PREDICTED,
+            (self.contained >= CONTAINED) & (self.ratio >= BROADER),
+        ]
+        return np.select(rules, [FATES.index(name) for name in ("too rare", "rotated", "split", "merged")], FATES.index("missing"))
+
+
+def translate(features: sparse.csr_array, latents: sparse.csr_array, fitted: Bool[np.ndarray, "token"]) -> Translation:
+    """Regress each column of `features` [token, feature] on the best columns of `latents` [token, latent], activations both.
+
+    Latents are chosen one after another, each the one that takes most off what is left (orthogonal matching pursuit); choice and
+    coefficients come from the `fitted` tokens, and are judged on the others.
+    """
+    (squares, across, _), judged = (_moments(features[rows], latents[rows]) for rows in (fitted, ~fitted))
+    length = squares.diagonal().clamp_min(1e-12).sqrt()
+    count, most = features.shape[1], LATENTS[-1]
+    chosen = torch.zeros(count, 0, dtype=torch.long)
+    left = across
+    explained = []
+    for size in range(1, most + 1):
+        gain = (left / length[:, None]).abs().T
+        best = gain.scatter(1, chosen, -1.0).argmax(1)
+        chosen = torch.cat([chosen, best[:, None]], 1)
+        weights = torch.linalg.solve(_within(squares, chosen) + 1e-6 * torch.eye(size), across.T.gather(1, chosen)[:, :, None])
+        left = across - torch.einsum("lfk,fk->lf", squares[:, chosen], weights[:, :, 0])
+        if size in LATENTS:
+            explained.append(_explained(weights, chosen, *judged))
+    fires, others = (matrix.copy() for matrix in (features, latents))
+    fires.data, others.data = ((matrix.data > 0).astype(np.float32) for matrix in (fires, others))
+    first = chosen[:, 0].numpy()
+    together = np.asarray(fires.multiply(others[:, first]).sum(0)).ravel()
+    own, theirs = (np.asarray(matrix.sum(0)).ravel() for matrix in (fires, others))
+    rarer = np.minimum(*(np.asarray(fires[rows].sum(0)).ravel() for rows in (fitted, ~fitted)))
+    often = np.maximum(own, 1)
+    return Translation(torch.stack(explained, 1).numpy(), together / often, theirs[first] / often, rarer.astype(int))
+
+
+def translate_to_next(
+    ensemble: Ensemble, activations: Activations, document: Int[np.ndarray, "token"], member: Bool[Tensor, "seed seed d_sae"]
+) -> pd.DataFrame:
+    """Translate some features of each seed into the latents of the next one, fitted on every other document.
+
+    One row a feature. Columns: seed (its position), feature, fate, firings, contained, ratio, explained_1, _2, _4, _8.
+    """
+    codes = sparse_codes(ensemble, activations)
+    fitted = np.unique(document[: len(activations)], return_inverse=True)[1] % 2 == 0
+    columns = ("seed", "feature", "fate", "firings", "contained", "ratio", *(f"explained_{size}" for size in LATENTS))
+    parts = [pd.DataFrame(columns=columns)]
+    for seed, following in _each_with_next(len(codes)):
+        features = member[seed, following].nonzero()[:, 0].numpy()
+        if len(features):
+            found = translate(codes[seed][:, features], codes[following], fitted)
+            told = (seed, features, np.array(FATES)[found.fate], found.firings, found.contained, found.ratio, *found.explained.T)
+            parts.append(pd.DataFrame(dict(zip(columns, told, strict=True))))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
+
+
+def transplant(
+    bridge,
+    ensemble: Ensemble,
+    hook_name: str,
+    contexts: Contexts,
+    tokens: int,
+    member: Bool[Tensor, "seed seed d_sae"],
+    mean: Float[Tensor, "seed d_sae"],
+) -> Predictions:
+    """What the model predicts where another seed writes what a set of features wrote; the error stays.
+
+    Interventions are named (what, position of the seed): the set's contribution is `removed`, set to its average (`averaged`,
+    from the `mean` of each activation), or `transplanted`: replaced by that of the next seed's set.
+    """
+
+    def edits(x: Tensor) -> Iterator[tuple[tuple[str, int], Tensor]]:
+        saes = list(ensemble.codes(ensemble.normalise(x)))
+
+        def written(seed: int, other: int) -> Tensor:
+            sae, codes = saes[seed]
+            return codes.of(member[seed, other]).decode(sae.W_dec) / ensemble.scale
+
+        for seed, following in _each_with_next(len(saes)):
+            own = written(seed, following)
+            average = (mean[seed] * member[seed, following]).float() @ ensemble.W_dec[seed] / ensemble.scale
+            yield ("removed", seed), x - own
+            yield ("averaged", seed), x - own + average
+            yield ("transplanted", seed), x - own + written(following, seed)
+
+    return intervene(bridge, hook_name, contexts, tokens, edits, "transplant")
+
+
+def _each_with_next(seeds: int) -> list[tuple[int, int]]:
+    return [(seed, (seed + 1) % seeds) for seed in range(seeds)]
+
+
+def _moments(features: sparse.csr_array, latents: sparse.csr_array) -> tuple[Tensor, Tensor, Tensor]:
+    """Covariances of latents [latent, latent] and of latents with features [latent, feature], and the features' variances."""
+    rows = features.shape[0]
+    ours, theirs = (np.asarray(matrix.mean(0)).ravel() for matrix in (features, latents))
+    squares = (latents.T @ latents).toarray() / rows - np.outer(theirs, theirs)
+    across = (latents.T @ features).toarray() / rows - np.outer(theirs, ours)
+    variance = np.asarray(features.multiply(features).mean(0)).ravel() - ours**2
+    return tuple(torch.from_numpy(np.asarray(array, dtype=np.float64)) for array in (squares, across, variance))
+
+
+def _within(squares: Tensor, chosen: Tensor) -> Float[Tensor, "feature size size"]:
+    return squares[chosen[:, :, None], chosen[:, None, :]]
+
+
+def _explained(weights: Tensor, chosen: Tensor, squares: Tensor, across: Tensor, variance: Tensor) -> Float[Tensor, "feature"]:
+    """1 - variance of what is left over variance: b.G.b - 2 b.c over v, with moments of tokens on which b was not fitted."""
+    crossed = (weights[:, :, 0] * across.T.gather(1, chosen)).sum(1)
+    predicted = (weights.mT @ _within(squares, chosen) @ weights)[:, 0, 0]
+    return (2 * crossed - predicted) / variance.clamp_min(1e-12)

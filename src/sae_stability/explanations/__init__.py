@@ -1,0 +1,28 @@
+"""What a feature fires on, said in words and scored on contexts that were not shown (detection, as delphi does).
+
+    windows          the contexts that are shown and those that explanations are scored on
+    rules            a deterministic engine: a rule of the surface of the text
+    language_model   an engine behind any OpenAI-compatible endpoint
+    scoring          precision, recall, F1, and whether an explanation is of surface form
+
+No engine is told the band of a feature.
+"""
+
+from sae_stability.explanations.language_model import BudgetSpent, LanguageModel, explain_messages
+from sae_stability.explanations.rules import Rules
+from sae_stability.explanations.scoring import Engine, Explanation, explain, says_surface
+from sae_stability.explanations.windows import Task, Window, tasks
+
+__all__ = [
+    "BudgetSpent",
+    "Engine",
+    "Explanation",
+    "LanguageModel",
+    "Rules",
+    "Task",
+    "Window",
+    "explain",
+    "explain_messages",
+    "says_surface",
+    "tasks",
+]

@@ -1,0 +1,97 @@
+"""How good explanations are, by detection (Paulo et al., arXiv:2410.13928): does an engine that reads the explanation know in which
+contexts the feature fires?
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from sae_stability.explanations.windows import Task, Window
+
+# An explanation is of surface form if it speaks of how the text is written, and of nothing beyond: beginnings of words that say so.
+SURFACE = (
+    *(
+        "token",
+        "word",
+        "letter",
+        "prefix",
+        "suffix",
+        "character",
+        "spelling",
+        "string",
+        "substring",
+        "symbol",
+        "digit",
+        "number",
+        "numeral",
+    ),
+    *("punctuation", "comma", "period", "colon", "semicolon", "bracket", "parenthes", "quot", "backtick", "underscore", "hyphen"),
+    *("whitespace", "white space", "line break", "newline", "capital", "uppercase", "lowercase", "position", "begin", "end with"),
+)
+SEMANTIC = (
+    *("concept", "topic", "meaning", "mean", "context", "discuss", "descri", "relat", "refer", "about", "express", "indicat"),
+    *("explanation", "section", "theme", "sentiment", "purpose", "function", "denot"),
+)
+
+
+class Said(Protocol):
+    """An explanation in words that can be put to the test."""
+
+    text: str
+
+    def detect(self, windows: list[list[str]]) -> list[bool]:
+        """Whether the feature fires somewhere in each window of tokens, going by the explanation."""
+
+
+class Engine(Protocol):
+    """What explains features; it sees windows, and not which band a feature is in."""
+
+    name: str
+
+    def explain(self, shown: list[Window]) -> Said | None:
+        """What the feature fires on; None where the engine has nothing to say."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """An explanation of a feature, and how well it tells where the feature fires."""
+
+    feature: int
+    text: str
+    surface: bool
+    """Whether it speaks of how the text is written, by a written rule."""
+    precision: float
+    recall: float
+    f1: float
+    scored: int
+    """Windows that it was scored on."""
+
+    @property
+    def row(self) -> dict:
+        return asdict(self)
+
+
+def explain(engine: Engine, given: Iterable[Task]) -> Iterator[Explanation]:
+    """Explain and score features one after another; what an engine has nothing to say of is left out."""
+    for task in given:
+        said = engine.explain(task.shown) if task.shown else None
+        if said is None or not task.scored:
+            continue
+        found = said.detect([window.tokens for window in task.scored])
+        truth = [window.fires for window in task.scored]
+        right = sum(one and other for one, other in zip(found, truth, strict=True))
+        precision = right / sum(found) if any(found) else 0.0
+        recall = right / sum(truth)
+        f1 = 2 * precision * recall / (precision + recall) if right else 0.0
+        yield Explanation(task.feature, said.text, says_surface(said.text), precision, recall, f1, len(truth))
+
+
+def says_surface(text: str) -> bool:
+    """Whether an explanation speaks of tokens, letters or signs, and not of what they are about."""
+    plain = re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`", "", text)  # what is quoted is an example, not what is said of it
+
+    def speaks(of: tuple[str, ...]) -> bool:
+        return re.search(rf"\b({'|'.join(of)})", plain, re.IGNORECASE) is not None
+
+    return speaks(SURFACE) and not speaks(SEMANTIC)

@@ -1,0 +1,103 @@
+"""Contexts of a feature: those that an engine is shown, and others on which its explanation is scored."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import sparse
+
+from sae_stability.language.corpus import Contexts
+
+REACH = 10  # tokens on either side of the one in the middle
+SHOWN = 20  # windows that an engine sees
+SCORED = 10  # windows in which the feature fires, and as many in which it does not, that an explanation is scored on
+
+
+@dataclass(frozen=True)
+class Window:
+    """A few tokens of text, and how strongly the feature fires on each."""
+
+    tokens: list[str]
+    activations: list[float]
+
+    @property
+    def fires(self) -> bool:
+        return any(activation > 0 for activation in self.activations)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an engine is given for a feature, and what its explanation is scored on. The band is not part of it."""
+
+    feature: int
+    shown: list[Window]
+    """Around the strongest firings, one a document, strongest first."""
+    scored: list[Window]
+    """From other documents, in random order: half of them fire, at all strengths."""
+
+
+def tasks(activations: sparse.csc_array, features: Int[np.ndarray, "chosen"], contexts: Contexts, words: list[str]) -> list[Task]:
+    """The windows of some features, drawn alike on every call.
+
+    `activations` [token, feature] are those of the first text tokens of `contexts`. Every other document is for showing, the
+    rest for scoring; a feature that fires in too few documents has fewer windows.
+    """
+    context, position = (along[: activations.shape[0]] for along in np.nonzero(contexts.is_text))
+    document = np.unique(contexts.document[context, position], return_inverse=True)[1]
+    row_of = np.full(contexts.tokens.shape, -1)
+    row_of[context, position] = np.arange(len(context))
+    found = []
+    for feature in features:
+        rng = np.random.default_rng(int(feature))
+        start, end = activations.indptr[feature], activations.indptr[feature + 1]
+        fired, strength = activations.indices[start:end], activations.data[start:end]
+        fired, strength = fired[strength > 0], strength[strength > 0]
+        along = np.zeros(activations.shape[0], dtype=np.float32)
+        along[fired] = strength
+        shown, scored = (_peaks(fired, strength, document, half) for half in (0, 1))
+        spread = np.unique(np.linspace(0, len(scored) - 1, min(SCORED, len(scored))).round().astype(int))
+        silent = _silent(rng, along, row_of, context, position, document, len(spread))
+
+        def window(row: int, along=along) -> Window:
+            return _window(row, along, row_of, context, position, contexts, words)
+
+        judged = [window(row) for row in [*scored[spread], *silent]]
+        order = rng.permutation(len(judged))
+        found.append(Task(int(feature), [window(row) for row in shown[:SHOWN]], [judged[place] for place in order]))
+    return found
+
+
+def _peaks(
+    fired: Int[np.ndarray, "firing"], strength: Float[np.ndarray, "firing"], document: Int[np.ndarray, "token"], half: int
+) -> Int[np.ndarray, "document"]:
+    """The strongest firing of each document of one half, strongest first."""
+    order = np.lexsort((fired, -strength))
+    order = order[document[fired[order]] % 2 == half]
+    _, first = np.unique(document[fired[order]], return_index=True)
+    return fired[order[np.sort(first)]]
+
+
+def _silent(rng, along, row_of, context, position, document, count: int) -> list[int]:
+    """Places of the scored half around which the feature does not fire."""
+    candidates = rng.permutation(np.flatnonzero(document % 2 == 1))
+    chosen: list[int] = []
+    for row in candidates:
+        if len(chosen) == count:
+            break
+        around = _around(row, row_of, context, position)
+        if not along[around].any():
+            chosen.append(int(row))
+    return chosen
+
+
+def _around(row: int, row_of, context, position) -> Int[np.ndarray, "token"]:
+    """The rows of the text tokens around a place, in its context."""
+    start = max(0, position[row] - REACH)
+    rows = row_of[context[row], start : position[row] + REACH + 1]
+    return rows[rows >= 0]
+
+
+def _window(row: int, along, row_of, context, position, contexts: Contexts, words: list[str]) -> Window:
+    rows = _around(row, row_of, context, position)
+    tokens = contexts.tokens[context[rows], position[rows]]
+    return Window([words[token] for token in tokens], along[rows].tolist())

@@ -1,0 +1,215 @@
+"""What features fire on: how much of their activation the token itself, the one before it or the position tells (PAPER, Triggers).
+
+Activations of a feature are averaged within groups of tokens (all `array`s, say) on one half of the documents. What those averages
+explain of the variance on the other half is the share that the group tells. A shuffled text gives the null: the same counts, no
+relation.
+"""
+
+import unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from scipy import sparse
+from scipy.stats import mannwhitneyu
+
+from sae_stability.language.corpus import Contexts
+from sae_stability.statistics import Interval, matched_pairs, mean_interval
+
+FEWEST = 50  # firings on each half of the documents; with fewer, averages are noise
+TELLS = 0.5  # share of the variance from which a trigger is one of a class
+MASS = 0.8  # of a feature's activation: the tokens that hold so much of it are its trigger tokens
+STEM = 4  # letters that the words of a family have in common at their beginning
+CLASSES = ("single token", "word family", "punctuation", "several tokens", "n-gram", "position", "wider context", "too rare")
+CALIPER = 0.05  # standard deviations of log frequency by which two matched features may differ: one covariate is easy to match
+COMPARED = ("frequency", "explained_token", "explained_previous", "explained_n-gram", "explained_position", "top_share", "rarity")
+SURFACE = CLASSES[:6]
+"""Classes of surface form: the token, the one before it or the position tell when the feature fires."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Where each held-out token stands: one entry a token that SAEs see."""
+
+    token: Int[np.ndarray, "token"]
+    previous: Int[np.ndarray, "token"]
+    position: Int[np.ndarray, "token"]
+    fitted: np.ndarray
+    """Whether the token's document is one of those on which averages are taken."""
+
+    @classmethod
+    def of(cls, contexts: Contexts, rows: int) -> "Text":
+        """The first `rows` text tokens; every other document is one on which averages are taken."""
+        context, position = (along[:rows] for along in np.nonzero(contexts.is_text))
+        document = np.unique(contexts.document[context, position], return_inverse=True)[1]
+        token, previous = contexts.tokens[context, position], contexts.tokens[context, position - 1]
+        return cls(token.astype(np.int64), previous.astype(np.int64), position, document % 2 == 0)
+
+    def shuffled(self, seed: int = 0) -> "Text":
+        """The same places in another order within each half: no relation to what stands there is left."""
+        order, rng = np.arange(len(self.token)), np.random.default_rng(seed)
+        for half in (self.fitted, ~self.fitted):
+            order[half] = rng.permutation(order[half])
+        return Text(self.token[order], self.previous[order], self.position[order], self.fitted)
+
+    @property
+    def groups(self) -> dict[str, Int[np.ndarray, "token"]]:
+        """The groupings that may tell when a feature fires, each token's group."""
+        pair = self.previous * (int(self.token.max()) + 1) + self.token
+        return {"token": self.token, "previous": self.previous, "n-gram": pair, "position": self.position}
+
+
+def explained(activations: sparse.csr_array, group: Int[np.ndarray, "token"], fitted: np.ndarray) -> Float[np.ndarray, "feature"]:
+    """The share of each feature's variance that the group of a token explains.
+
+    Averages come from the `fitted` tokens and are judged on the others, less those of groups that the fitted half lacks. Negative
+    where averages mislead; NaN where a feature does not fire on one of the halves.
+    """
+    _, group = np.unique(group, return_inverse=True)
+    count = int(group.max()) + 1
+    known = np.bincount(group[fitted], minlength=count) > 0
+    sums, sizes = [], []
+    for rows in (fitted, ~fitted & known[group]):
+        where = np.flatnonzero(rows)
+        members = sparse.csr_array((np.ones(len(where)), (group[where], np.arange(len(where)))), shape=(count, len(where)))
+        sums.append(members @ activations[where])
+        sizes.append(np.bincount(group[where], minlength=count).astype(float))
+    judged = activations[np.flatnonzero(~fitted & known[group])]
+    squares = np.asarray(judged.multiply(judged).sum(0)).ravel()
+    averages = sparse.diags_array(1 / np.maximum(sizes[0], 1)) @ sums[0]
+    crossed = np.asarray(averages.multiply(sums[1]).sum(0)).ravel()
+    predicted = np.asarray((sparse.diags_array(sizes[1]) @ averages.multiply(averages)).sum(0)).ravel()
+    mean = np.asarray(sums[0].sum(0)).ravel() / sizes[0].sum()
+    total = np.asarray(sums[1].sum(0)).ravel()
+    spread = squares - 2 * mean * total + sizes[1].sum() * mean**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = 1 - (squares - 2 * crossed + predicted) / spread
+    return np.where((squares > 0) & (mean > 0), share, np.nan)
+
+
+def triggers(
+    activations: sparse.csr_array, text: Text, words: list[str], frequency: Float[np.ndarray, "vocabulary"]
+) -> pd.DataFrame:
+    """One row per feature of an SAE: what tells when it fires, how concentrated that is, and which class it falls into.
+
+    `activations` [token, feature]; `words` are the tokens as text, `frequency` their share of the training corpus. Columns:
+    `firings` on the rarer half; `explained_token`, `_previous`, `_n-gram` and `_position`, and the same of a shuffled text as
+    `null_token` and so on; `top_share`, the share of the activation on one token; `tokens`, how many hold `MASS` of it; `rarity`,
+    minus the decimal logarithm of the trigger tokens' frequency, weighted by activation; `trigger`, the class.
+    """
+    fires = activations.copy()
+    fires.data = (fires.data > 0).astype(np.float64)
+    halves = [np.asarray(fires[np.flatnonzero(half)].sum(0)).ravel() for half in (text.fitted, ~text.fitted)]
+    table = {"firings": np.minimum(*halves).astype(int)}
+    for prefix, source in (("explained", text), ("null", text.shuffled())):
+        table |= {f"{prefix}_{name}": explained(activations, group, source.fitted) for name, group in source.groups.items()}
+    rows = len(text.token)
+    members = sparse.csr_array((np.ones(rows), (text.token, np.arange(rows))), shape=(len(words), rows))
+    mass = (members @ activations).tocsc()
+    tops = [_trigger_tokens(mass, feature) for feature in range(mass.shape[1])]
+    table["top_share"] = np.array([shares[0] if len(shares) else np.nan for _, shares in tops])
+    table["tokens"] = np.array([len(tokens) for tokens, _ in tops])
+    rarest = -np.log10(np.maximum(frequency, 1 / (10 * rows)))  # a token that the training corpus lacks
+    table["rarity"] = np.array([shares @ rarest[tokens] / shares.sum() if len(tokens) else np.nan for tokens, shares in tops])
+    found = pd.DataFrame(table)
+    found["trigger"] = [
+        classify(row, [words[token] for token in tokens]) for row, (tokens, _) in zip(found.to_dict("records"), tops, strict=True)
+    ]
+    return found
+
+
+def classify(feature: dict, tokens: list[str]) -> str:
+    """The class of a feature's trigger, by a rule; `tokens` are its trigger tokens, strongest first. The first that holds:
+
+    - too rare: fewer than `FEWEST` firings on a half;
+    - position: the position tells `TELLS` of the variance;
+    - where the token does: punctuation if no trigger token has a letter or digit, a single token if one holds `MASS` of the
+      activation, a word family if all are one word up to case and ending, several tokens else;
+    - n-gram: the token with the one before it tells as much;
+    - wider context: none of these does.
+    """
+    if feature["firings"] < FEWEST:
+        return "too rare"
+    if feature["explained_position"] >= TELLS:
+        return "position"
+    if feature["explained_token"] >= TELLS:
+        if not any(character.isalnum() for token in tokens for character in token):
+            return "punctuation"
+        if len(tokens) == 1:
+            return "single token"
+        return "word family" if _one_family(tokens) else "several tokens"
+    return "n-gram" if feature["explained_n-gram"] >= TELLS else "wider context"
+
+
+def _one_family(tokens: list[str]) -> bool:
+    """Whether all tokens are one word up to case, accents, spaces around it and its ending."""
+    plain = [unicodedata.normalize("NFKD", token).encode("ascii", "ignore").decode().strip().lower() for token in tokens]
+    if len(set(plain)) == 1:
+        return True
+    return min(map(len, plain)) >= STEM and len({word[:STEM] for word in plain}) == 1
+
+
+def _trigger_tokens(mass: sparse.csc_array, feature: int) -> tuple[Int[np.ndarray, "trigger"], Float[np.ndarray, "trigger"]]:
+    """The tokens that hold `MASS` of a feature's activation, strongest first, and the share that each holds."""
+    column = slice(mass.indptr[feature], mass.indptr[feature + 1])
+    tokens, weights = mass.indices[column], mass.data[column]
+    if weights.sum() <= 0:
+        return tokens[:0], weights[:0]
+    order = np.lexsort((tokens, -weights))
+    shares = weights[order] / weights.sum()
+    kept = int(np.searchsorted(np.cumsum(shares), MASS - 1e-9)) + 1
+    return tokens[order][:kept], shares[:kept]
+
+
+def at_equal_frequency(features: pd.DataFrame) -> pd.DataFrame:
+    """The unstable features of one seed that have a stable one that fires as often, and those, one to one.
+
+    Columns: band, frequency. A feature that is rare is hard to learn twice, whatever it fires on; among these that is no reason.
+    """
+    unstable, stable = (features[features["band"] == band] for band in ("unstable", "stable"))
+    spread = max(float(np.log(features["frequency"]).std()), 1e-12)
+    logs = [np.log(part["frequency"].to_numpy())[:, None] / spread for part in (unstable, stable)]
+    one, other = matched_pairs(*logs, CALIPER)
+    return pd.concat([unstable.iloc[one], stable.iloc[other]])
+
+
+def compare(features: pd.DataFrame) -> pd.DataFrame:
+    """Unstable against stable features in each of `COMPARED`: Cliff's delta, all of them and at equal frequency.
+
+    One row per quantity and choice of features. The delta is the chance that an unstable feature has more of it than a stable one,
+    less the chance that it has less (Cliff 1993, doi:10.1037/0033-2909.114.3.494): one number a seed, and the jackknife interval of
+    their mean, which is Student's. Columns of `features`: seed, band, firings and what is compared. Too rare ones take no part.
+    """
+    known = features[features["firings"] >= FEWEST]
+    by_seed = [part for _, part in known.groupby("seed")]
+    choices = {"all": by_seed, "equal frequency": [at_equal_frequency(part) for part in by_seed]}
+    rows = []
+    for chosen, parts in choices.items():
+        for quantity in COMPARED:
+            deltas = [delta for part in parts if np.isfinite(delta := cliffs_delta(part, quantity))]
+            interval = mean_interval(deltas)
+            columns = {"delta": interval.value, "delta_low": interval.low, "delta_high": interval.high, "seeds": len(deltas)}
+            rows.append({"features": chosen, "quantity": quantity, **columns})
+    return pd.DataFrame(rows)
+
+
+def cliffs_delta(features: pd.DataFrame, quantity: str) -> float:
+    """How much more of a quantity unstable features have than stable ones, from -1 to 1; NaN where a band is empty."""
+    unstable, stable = (features.loc[features["band"] == band, quantity].dropna() for band in ("unstable", "stable"))
+    if unstable.empty or stable.empty:
+        return float("nan")
+    return float(2 * mannwhitneyu(unstable, stable).statistic / (len(unstable) * len(stable)) - 1)
+
+
+def surface_share(features: pd.DataFrame, band: str) -> Interval:
+    """The share of the features of a band whose trigger is of surface form, of those that are not too rare: mean over seeds."""
+    known = features[(features["band"] == band) & (features["firings"] >= FEWEST)]
+    return mean_interval(known["trigger"].isin(SURFACE).groupby(known["seed"]).mean())
+
+
+def shuffled_share(features: pd.DataFrame, band: str) -> float:
+    """The same for a text whose tokens are shuffled: what chance gives."""
+    known = features[(features["band"] == band) & (features["firings"] >= FEWEST)]
+    nulls = [f"null_{name}" for name in ("token", "previous", "n-gram", "position")]
+    return float((known[nulls] >= TELLS).any(axis=1).mean()) if len(known) else float("nan")

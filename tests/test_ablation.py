@@ -1,0 +1,270 @@
+"""Removals against brute force, on SAEs of every variant, and on SAEs whose features' effects are known by construction."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import sparse
+
+from sae_stability import ablation
+from sae_stability.ablation.controls import ORDERS, SHARES
+from sae_stability.ablation.translation import FATES
+from sae_stability.config import Variants
+from sae_stability.evaluation import fit, intervene
+from sae_stability.language import models
+from sae_stability.language.activations import Activations, forward
+from sae_stability.language.corpus import load, pack
+from sae_stability.matching import stability
+from sae_stability.saes import variant
+from sae_stability.saes.ensemble import Ensemble
+from sae_stability.saes.sparse import Parameters
+
+HOOK = "blocks.1.hook_resid_post"
+TOKENS = 400
+D_SAE, K = 48, 4
+
+
+def random_ensemble(name: str, activations: Activations, seeds: int = 2) -> Ensemble:
+    """Untrained SAEs with nothing left at zero, whose features fire on real activations."""
+    generator = torch.Generator().manual_seed(0)
+    method = variant(name)(K)
+    saes = [method.initialise(activations.d_in, D_SAE, generator) for _ in range(seeds)]
+    moved = [[0.05 * torch.randn(tensor.shape, generator=generator) + tensor for tensor in sae] for sae in saes]
+    parameters = type(saes[0])(*(torch.stack(tensors) for tensors in zip(*moved, strict=True)))
+    parameters = parameters._replace(W_dec=F.normalize(parameters.W_dec, dim=2))
+    if hasattr(parameters, "threshold"):
+        parameters = parameters._replace(threshold=torch.full_like(parameters.threshold, 1.0))
+    return Ensemble(name, K, list(range(seeds)), parameters, activations.mean, activations.scale)
+
+
+@pytest.fixture(scope="module")
+def site(model_folders, text_file):
+    """A model, held-out contexts, and the activations of their text at one hook point."""
+    bridge = models.load(str(model_folders["gpt2"]))
+    contexts = pack(load(str(text_file)).evaluation, bridge.tokenizer, 32).spread(TOKENS)
+    x = forward(bridge, contexts, slice(None), [HOOK])[HOOK].clone()
+    return SimpleNamespace(
+        bridge=bridge, contexts=contexts, activations=Activations.of(x), document=contexts.document[contexts.is_text]
+    )
+
+
+@pytest.fixture(scope="module")
+def members():
+    """Two sets that share no feature and hold all of them, and the empty one."""
+    generator = torch.Generator().manual_seed(1)
+    half = torch.rand(2, D_SAE, generator=generator) < 0.4
+    return {("band", "stable"): half, ("band", "unstable"): ~half, ("none", ""): half & False, ("all", ""): half | True}
+
+
+@pytest.mark.parametrize("name", Variants.__args__)
+def test_marginal_impact_is_what_removing_each_feature_does(site, name):
+    ensemble = random_ensemble(name, site.activations)
+    found = ablation.impact_on_reconstruction(ensemble, site.activations)
+    x, z = ensemble.normalise(site.activations.data).double(), ensemble.encode(site.activations.data).double()
+    W_dec, b_dec = ensemble.W_dec.double(), ensemble.parameters.b_dec.double()
+    whole = z @ W_dec + b_dec[:, None]
+    for feature in range(D_SAE):
+        without = whole - z[:, :, feature, None] * W_dec[:, None, feature]
+        grown = (x - without).square().sum((1, 2)) - (x - whole).square().sum((1, 2))
+        torch.testing.assert_close(found.reconstruction[:, feature], grown, rtol=1e-5, atol=1e-5 * x.square().sum().item() / D_SAE)
+    torch.testing.assert_close(found.energy, (z[..., None] * W_dec[:, None]).square().sum((1, 3)), rtol=1e-5, atol=1e-4)
+
+
+def test_the_impact_of_features_in_another_order_is_the_same_in_that_order(site):
+    ensemble, order = random_ensemble("topk", site.activations), torch.randperm(D_SAE, generator=torch.Generator().manual_seed(0))
+    moved = ensemble.with_parameters(
+        W_enc_rows=ensemble.parameters.W_enc_rows[:, order],
+        b_enc=ensemble.parameters.b_enc[:, order],
+        W_dec=ensemble.W_dec[:, order],
+    )
+    one, other = (ablation.impact_on_reconstruction(of, site.activations).reconstruction for of in (ensemble, moved))
+    torch.testing.assert_close(one[:, order], other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["topk", "gated"])
+def test_removed_and_kept_errors_are_those_of_dense_codes(site, members, name):
+    ensemble = random_ensemble(name, site.activations)
+    found = ablation.on_reconstruction(ensemble, site.activations, site.document, members)
+    measured = fit(ensemble, site.activations, site.document)
+    np.testing.assert_allclose(found.intact, measured.residual, rtol=1e-5)
+    np.testing.assert_allclose(found.total, measured.total, rtol=1e-5)
+    np.testing.assert_allclose(found.removed["none", ""], found.intact, rtol=1e-5)
+    np.testing.assert_allclose(found.kept["all", ""], found.intact, rtol=1e-5)
+    x, z = ensemble.normalise(site.activations.data), ensemble.encode(site.activations.data)
+    for set_name, member in members.items():
+        left = (z * ~member[:, None]) @ ensemble.W_dec + ensemble.parameters.b_dec[:, None]
+        np.testing.assert_allclose(found.removed[set_name].sum(1), (x - left).square().sum((1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(found.kept["band", "stable"], found.removed["band", "unstable"], rtol=1e-4)
+
+
+def test_the_reconstruction_with_its_error_restores_the_logits(site):
+    ensemble = random_ensemble("topk", site.activations)
+    ids, text = torch.from_numpy(site.contexts.tokens).long(), torch.from_numpy(site.contexts.is_text)
+
+    def splice(value, hook):
+        x, value = value[text], value.clone()
+        value[text] = ensemble.reconstruct(0, x) + (x - ensemble.reconstruct(0, x))
+        return value
+
+    with torch.inference_mode():
+        clean, spliced = site.bridge(ids), site.bridge.run_with_hooks(ids, fwd_hooks=[(HOOK, splice)])
+    torch.testing.assert_close(spliced, clean, atol=1e-4, rtol=0)
+
+
+def test_predictions_without_sets_are_consistent(site, members):
+    ensemble, one, other = random_ensemble("topk", site.activations), ("band", "stable"), ("band", "unstable")
+    names = list(members)
+    readings = {"removed": names, "kept": names, "spliced": names, "only": names}
+    found = ablation.on_prediction(site.bridge, ensemble, HOOK, site.contexts, TOKENS, members, readings)
+
+    def edits(x):
+        yield "bias", ensemble.to_raw(ensemble.parameters.b_dec[0]).expand_as(x)
+        yield "spliced", ensemble.reconstruct(0, x)
+        yield "by hand", x - (ensemble.encode(x)[0] * members[one][0]) @ ensemble.W_dec[0] / ensemble.scale
+
+    by_hand = intervene(site.bridge, HOOK, site.contexts, TOKENS, edits)
+
+    def close(reading, name, nats):
+        np.testing.assert_allclose(found.nats[(reading, *name, 0)], nats, rtol=1e-5, atol=1e-4)
+
+    close("removed", ("none", ""), found.clean)
+    close("kept", ("all", ""), found.clean)
+    close("removed", one, by_hand.nats["by hand"])
+    close("kept", other, by_hand.nats["by hand"])
+    close("spliced", ("none", ""), by_hand.nats["spliced"])
+    close("only", ("all", ""), by_hand.nats["spliced"])
+    close("spliced", ("all", ""), by_hand.nats["bias"])
+    close("only", ("none", ""), by_hand.nats["bias"])
+    close("spliced", one, found.nats[("only", *other, 0)])
+    assert abs(found.divergence[("removed", "none", "", 0)]).max() < 1e-4
+    assert found.divergence[("removed", "all", "", 0)].sum() > 0
+    assert found.tokens.sum() == site.contexts.is_text[:, 1:].sum()
+
+
+def test_first_order_impact_becomes_exact_as_contributions_become_small(site):
+    ensemble, features = random_ensemble("topk", site.activations), torch.arange(20).expand(2, 20)
+    apart = []
+    for size in (0.3, 0.03):
+        small = ensemble.with_parameters(W_dec=ensemble.W_dec * size)
+        first_order = ablation.impact_on_prediction(site.bridge, small, HOOK, site.contexts, TOKENS).first_order[:, :20]
+        true = ablation.true_impact_on_prediction(site.bridge, small, HOOK, site.contexts, TOKENS, features)
+        apart.append(((first_order - true).abs().sum() / true.abs().sum()).item())
+    assert apart[1] < 0.05
+    assert apart[1] < 0.5 * apart[0]
+
+
+def planted(twins: bool) -> tuple[Ensemble, Activations, np.ndarray, torch.Tensor]:
+    """An SAE that reconstructs exactly: four of eight orthogonal features in each token, with known strengths.
+
+    A second half of features never fires. With `twins` it repeats the first with lower biases: each fires once its twin is gone.
+    """
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+    firing = torch.rand(4000, 8, generator=generator).argsort(1) < 4
+    strengths = firing * torch.linspace(3, 2.5, 8)
+    x = strengths @ directions[:8]
+    W = torch.cat([directions[:8], directions[:8] if twins else directions[8:]])[None]
+    b_enc = torch.cat([torch.zeros(8), torch.full((8,), -1.0 if twins else -100.0)])[None]
+    ensemble = Ensemble("topk", 4, [0], Parameters(W, b_enc, W, torch.zeros(1, 16)), torch.zeros(16), 1.0)
+    return ensemble, Activations.of(x), np.repeat(np.arange(400), 10), strengths
+
+
+def test_planted_features_lose_their_energy_and_no_more():
+    ensemble, activations, document, strengths = planted(twins=False)
+    member = torch.zeros(1, 16, dtype=torch.bool)
+    member[0, :3] = True
+    found = ablation.on_reconstruction(ensemble, activations, document, {("band", "stable"): member})
+    assert found.intact.sum() < 1e-6
+    assert found.removed["band", "stable"].sum() == pytest.approx(strengths[:, :3].square().sum().item(), rel=1e-4)
+    assert found.kept["band", "stable"].sum() == pytest.approx(strengths[:, 3:].square().sum().item(), rel=1e-4)
+    impact = ablation.impact_on_reconstruction(ensemble, activations)
+    expected = torch.cat([strengths.square().sum(0), torch.zeros(8)]).double()[None]
+    torch.testing.assert_close(impact.reconstruction, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_features_with_a_twin_are_missed_with_fixed_codes_and_not_once_codes_are_chosen_again():
+    ensemble, activations, document, strengths = planted(twins=True)
+    member = torch.zeros(1, 16, dtype=torch.bool)
+    member[0, :3] = True
+    name = ("band", "stable")
+    fixed = ablation.on_reconstruction(ensemble, activations, document, {name: member})
+    again = ablation.reselected(ensemble, activations, document, {name: member, ("all", ""): member | True})
+    energy = strengths[:, :3].square().sum().item()
+    assert fixed.removed[name].sum() - fixed.intact.sum() > 0.5 * energy
+    assert again.removed[name].sum() - again.intact.sum() < 0.01 * energy
+    # With no feature left nothing but the mean is fitted.
+    np.testing.assert_allclose(again.removed["all", ""].sum(), again.total.sum(), rtol=0.01)
+
+
+def bands(seeds: int = 12):
+    """A stability of 40 features in each of 12 seeds: 16 all seeds share, 24 of each one's own."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(16, 200, generator=generator)
+    return stability(torch.stack([torch.cat([shared, torch.randn(24, 200, generator=generator)]) for _ in range(seeds)]))
+
+
+def test_controls_have_the_size_the_energy_and_the_frequency_of_their_band():
+    found, generator = bands(), torch.Generator().manual_seed(3)
+    energy, firings = torch.rand(2, 12, 40, generator=generator).exp()
+    sets = ablation.sets_of(found, energy, firings)
+    assert sets.members["band", "stable"].sum() == 12 * 16
+    for band in ("stable", "unstable"):
+        inside, random = sets.members["band", band], sets.members["random", band]
+        paired, matched = sets.members["paired", band], sets.members["matched", band]
+        assert torch.equal(inside.sum(1), random.sum(1))
+        assert torch.equal(paired.sum(1), matched.sum(1))
+        assert not (paired & ~inside).any()
+        assert not (matched & inside).any()
+        for seed in range(12):
+            expected = energy[seed][paired[seed]].sum() / energy[seed][inside[seed]].sum()
+            assert sets.support[band][seed] == pytest.approx(expected.item())
+            spread = 0.2 * energy[seed].log().double().std(correction=0).item()
+            apart = energy[seed].log()[paired[seed]].mean() - energy[seed].log()[matched[seed]].mean()
+            assert abs(apart.item()) <= spread
+    assert sets.members["paired", "intermediate"].sum() == 0
+    for order in ORDERS:
+        sizes = [int(sets.members[f"by {order}", f"{share:g}"].sum()) for share in SHARES]
+        assert sizes == [12 * round(share * 40) for share in SHARES]
+    assert torch.equal(
+        sets.members["by stability", "0.25"] & ~sets.members["band", "stable"], torch.zeros(12, 40, dtype=torch.bool)
+    )
+
+
+def test_translation_tells_what_became_of_planted_features():
+    rng = np.random.default_rng(0)
+    tokens = 20_000
+
+    def firing(share: float) -> np.ndarray:
+        return (rng.random(tokens) < share) * rng.uniform(1, 2, tokens)
+
+    same, first, second, third, part, gone, rare = (firing(share) for share in (0.02, 0.02, 0.02, 0.02, 0.01, 0.02, 0.001))
+    broad = np.where(part > 0, rng.uniform(0.1, 6, tokens), (rng.random(tokens) < 0.1) * rng.uniform(0.1, 6, tokens))
+    features = sparse.csr_array(np.stack([2 * same, first + second + third, part, gone, rare], 1).astype(np.float32))
+    latents = np.stack([firing(0.05) for _ in range(6)] + [same, first, second, third, broad], 1).astype(np.float32)
+    fitted = np.arange(tokens) % 2 == 0
+    found = ablation.translate(features, sparse.csr_array(latents), fitted)
+    assert [FATES[fate] for fate in found.fate] == ["rotated", "split", "merged", "missing", "too rare"]
+    # One latent: least squares on the one that correlates most, scored on the other half.
+    dense = features.toarray()
+    slope, offset = np.polyfit(latents[fitted, 6], dense[fitted, 0], 1)
+    assert found.explained[0, 0] == pytest.approx(1, abs=1e-4)
+    best = np.argmax([abs(np.corrcoef(latents[fitted, j], dense[fitted, 1])[0, 1]) for j in range(11)])
+    slope, offset = np.polyfit(latents[fitted, best], dense[fitted, 1], 1)
+    left = dense[~fitted, 1] - slope * latents[~fitted, best] - offset
+    assert found.explained[1, 0] == pytest.approx(1 - left.var() / dense[~fitted, 1].var(), abs=0.01)
+    shuffled = rng.permutation(11)
+    moved = ablation.translate(features, sparse.csr_array(latents[:, shuffled]), fitted)
+    np.testing.assert_allclose(found.explained, moved.explained, atol=1e-9)
+
+
+def test_a_transplant_between_equal_seeds_changes_nothing(site):
+    ensemble = random_ensemble("topk", site.activations, seeds=1)
+    twice = Ensemble.joined([ensemble, ensemble])
+    member = (torch.arange(D_SAE) % 2 == 0).expand(2, 2, D_SAE)
+    mean = ensemble.encode(site.activations.data).mean(1).expand(2, D_SAE)
+    found = ablation.transplant(site.bridge, twice, HOOK, site.contexts, TOKENS, member, mean)
+    np.testing.assert_allclose(found.nats["transplanted", 0], found.clean, atol=1e-3)
+    assert found.divergence["removed", 0].sum() > 10 * abs(found.divergence["transplanted", 0]).sum()
+    assert found.divergence["averaged", 0].sum() < found.divergence["removed", 0].sum()

@@ -1,0 +1,263 @@
+"""Windows, rules and scores against planted text; the language model against a local server that also misbehaves."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
+
+import httpx
+import numpy as np
+import pytest
+from scipy import sparse
+
+from sae_stability.config import Explainer, UserError
+from sae_stability.explanations import BudgetSpent, LanguageModel, Rules, Window, explain, explain_messages, says_surface, tasks
+from sae_stability.explanations.language_model import bound_on_tokens
+from sae_stability.explanations.windows import REACH, SCORED, SHOWN
+from sae_stability.language.corpus import Contexts
+
+WORDS = ["<bos>", " array", " arrays", "(", ",", " the", " matrix", " compute", " computing", " 12", " NaN"]
+
+
+@pytest.fixture(scope="module")
+def text() -> Contexts:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, len(WORDS), (400, 30))
+    ids[:, 0] = 0
+    return Contexts(ids, np.broadcast_to(np.arange(400)[:, None], ids.shape), ids > 0)
+
+
+def feature(text: Contexts, *names: str) -> np.ndarray:
+    """Activations of a feature that fires on some tokens in a third of the contexts, stronger in later ones."""
+    fires = np.isin(text.tokens, [WORDS.index(name) for name in names]) & (np.arange(len(text.tokens)) % 3 == 0)[:, None]
+    return (fires * (1 + np.arange(len(text.tokens))[:, None] / 100))[text.is_text]
+
+
+def test_windows_are_of_the_text_around_and_scored_ones_are_of_other_documents(text):
+    activations = sparse.csc_array(np.stack([feature(text, " matrix"), feature(text, "(", ",")], 1))
+    one, other = tasks(activations, np.array([1, 0]), text, WORDS)
+    assert (one.feature, other.feature) == (1, 0)
+    assert len(one.shown) == SHOWN
+    assert len(one.scored) == 2 * SCORED
+    assert sum(window.fires for window in one.scored) == SCORED
+    assert all(len(window.tokens) <= 2 * REACH + 1 for window in one.shown)
+    strongest = [max(window.activations) for window in one.shown]
+    assert all(above >= below for above, below in pairwise(strongest))
+    for window in [*other.shown, *other.scored]:
+        assert all(token == " matrix" for token, strength in zip(window.tokens, window.activations, strict=True) if strength > 0)
+    assert {tuple(window.tokens) for window in one.shown}.isdisjoint(tuple(window.tokens) for window in one.scored)
+    assert tasks(activations, np.array([1, 0]), text, WORDS) == [one, other]
+
+
+def shown(*contexts: str, fires: str) -> list[Window]:
+    """Windows of words; those that `fires` holds are where the feature does."""
+    windows = []
+    for context in contexts:
+        tokens = [f" {word}" for word in context.split()]
+        windows.append(Window(tokens, [float(token.strip() in fires.split()) for token in tokens]))
+    return windows
+
+
+@pytest.mark.parametrize(
+    ("contexts", "fires", "said"),
+    [
+        (
+            ("a computed matrix", "they compute it", "while computing the sum", "a computer is not"),
+            "computed compute computing computer",
+            "begin with 'comp",
+        ),
+        (("see 12 of them", "at 7 or 100", "no one"), "12 7 100", "a number"),
+        (("it is in the room", "in a house", "house is big in summer"), "in", "the token ' in'"),
+        (("if NOT set", "the DEFAULT is one", "a word"), "NOT DEFAULT", "capitals"),
+    ],
+)
+def test_rules_find_what_was_planted(contexts, fires, said):
+    found = Rules().explain(shown(*contexts, fires=fires))
+    assert said in found.text
+    assert "; or " not in found.text
+    assert found.detect([[" " + fires.split()[0], " x"], [" y"]]) == [True, False]
+    assert says_surface(found.text)
+
+
+def test_rules_are_scored_on_contexts_that_were_not_shown(text):
+    activations = sparse.csc_array(np.stack([feature(text, "(", ",")], 1))
+    (found,) = explain(Rules(), tasks(activations, np.array([0]), text, WORDS))
+    assert found.recall == 1  # the feature fires on brackets and commas only,
+    assert found.precision < 0.7  # but not on all of them: other contexts hold them too
+    assert found.f1 == pytest.approx(2 * found.precision / (1 + found.precision))
+    assert found.surface
+
+
+@pytest.mark.parametrize(
+    ("text", "surface"),
+    [
+        ("The token 'array' and its plural.", True),
+        ("Words that begin with 'pre'.", True),
+        ("Opening brackets and commas.", True),
+        ("Descriptions of what a function returns.", False),
+        ("The concept of convergence.", False),
+        ("Words that refer to linear algebra.", False),
+        ("Probability theory.", False),
+        ("'token'", False),
+    ],
+)
+def test_what_an_explanation_speaks_of_is_told_by_a_rule(text, surface):
+    assert says_surface(text) is surface
+
+
+class Endpoint:
+    """A server of chat completions that answers what it is told to, one after another, and the last for ever."""
+
+    def __init__(self, *answers):
+        self.answers, self.requests = list(answers), []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append((self.path, dict(self.headers), body))
+                status, reply = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
+                if status is None:  # hangs up
+                    self.connection.close()
+                    return
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(reply.encode())
+
+            def log_message(self, *_):
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def says(content, tokens: int = 50, **message) -> tuple[int, str]:
+    return 200, json.dumps({"choices": [{"message": {"content": content, **message}}], "usage": {"total_tokens": tokens}})
+
+
+WINDOWS = shown("a computed matrix", "it is in", fires="computed")
+
+
+def model(url: str, folder, budget: int = 100_000, **options) -> LanguageModel:
+    settings = Explainer(base_url=url, model="m", budget=budget, key="TEST_KEY")
+    return LanguageModel(settings, folder, pause=0.001, **options)
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch):
+    monkeypatch.setenv("TEST_KEY", "hidden-word")
+
+
+def test_a_language_model_explains_and_detects_and_is_asked_once(tmp_path):
+    with Endpoint(says("Words about computing."), says("Here: [1, 0]")) as endpoint:
+        found = model(endpoint.url, tmp_path).explain(WINDOWS)
+        assert found.text == "Words about computing."
+        assert found.detect([["a"], ["b"]]) == [True, False]
+        again = model(endpoint.url, tmp_path)
+        assert again.spent == 100
+        assert again.explain(WINDOWS).detect([["a"], ["b"]]) == [True, False]
+    assert len(endpoint.requests) == 2
+    path, headers, body = endpoint.requests[0]
+    assert path == "/v1/chat/completions"
+    assert headers["Authorization"] == "Bearer hidden-word"
+    assert "<< computed>>" in body["messages"][1]["content"]
+    assert "computed" in endpoint.requests[0][2]["messages"][1]["content"]
+    assert not any("hidden-word" in file.read_text() for file in tmp_path.rglob("*.json"))
+    assert not any(band in json.dumps(body) for band in ("stable", "unstable"))
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        (500, "oops"),
+        (429, "slow down"),
+        (200, '{"choices": [{"mess'),
+        (200, "{}"),
+        (None, ""),
+    ],
+)
+def test_what_may_pass_is_tried_again(tmp_path, trouble):
+    with Endpoint(trouble, trouble, says("Numbers.")) as endpoint:
+        assert model(endpoint.url, tmp_path).explain(WINDOWS).text == "Numbers."
+    assert len(endpoint.requests) == 3
+
+
+def test_an_answer_that_is_no_list_is_asked_for_again(tmp_path):
+    with Endpoint(says("maybe"), says("[1]"), says("[1, 0]")) as endpoint:
+        assert model(endpoint.url, tmp_path).detect("x", [["a"], ["b"]]) == [True, False]
+    assert len(endpoint.requests) == 3
+
+
+def test_a_slow_endpoint_times_out(tmp_path):
+    slow = httpx.MockTransport(lambda request: (_ for _ in ()).throw(httpx.ReadTimeout("slow")))
+    with pytest.raises(UserError, match=r"did not answer .* \(ReadTimeout\)"):
+        model("http://nowhere", tmp_path, client=httpx.Client(transport=slow)).explain(WINDOWS)
+
+
+def test_a_refusal_leaves_the_feature_out(tmp_path, text):
+    activations = sparse.csc_array(np.stack([feature(text, " matrix")], 1))
+    given = tasks(activations, np.array([0]), text, WORDS)
+    with Endpoint(says(None, refusal="I can't.")) as endpoint:
+        assert list(explain(model(endpoint.url, tmp_path), given)) == []
+        assert list(explain(model(endpoint.url, tmp_path), given)) == []
+    assert len(endpoint.requests) == 1  # a refusal is an answer, and is kept
+
+
+@pytest.mark.parametrize(("status", "named"), [(401, "key in TEST_KEY"), (404, "model's name")])
+def test_what_will_not_pass_is_one_line(tmp_path, status, named):
+    with Endpoint((status, "no")) as endpoint, pytest.raises(UserError, match=named):
+        model(endpoint.url, tmp_path).explain(WINDOWS)
+    assert len(endpoint.requests) == 1
+
+
+def test_an_endpoint_that_is_down_is_one_line(tmp_path):
+    with Endpoint(says("x")) as endpoint:
+        pass
+    with pytest.raises(UserError, match="check base_url") as error:
+        model(endpoint.url, tmp_path).explain(WINDOWS)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_key_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.delenv("TEST_KEY")
+    with Endpoint(says("x")) as endpoint, pytest.raises(UserError, match="the environment has no TEST_KEY"):
+        model(endpoint.url, tmp_path).explain(WINDOWS)
+    assert endpoint.requests == []
+
+
+@pytest.mark.parametrize("answers", [[says("Numbers.", tokens=700)], [(None, "")]])
+def test_a_budget_is_never_exceeded(tmp_path, answers):
+    budget = 2500
+    with Endpoint(*answers) as endpoint:
+        engine = model(endpoint.url, tmp_path, budget=budget)
+        with pytest.raises((BudgetSpent, UserError)):
+            for number in range(20):
+                engine.explain(shown(f"word {number}", fires="word"))
+        again = model(endpoint.url, tmp_path, budget=budget)
+        if again.spent:
+            with pytest.raises(BudgetSpent, match="of 2,500 tokens"):
+                again.explain(shown("another", fires="another"))
+    most = sum(bound_on_tokens(body) for _, _, body in endpoint.requests)
+    paid = 700 * len(endpoint.requests) if answers[0][0] == 200 else most
+    assert 0 < paid <= budget
+
+
+def test_the_bound_on_tokens_is_above_the_bytes_of_the_text():
+    request = {"messages": explain_messages(WINDOWS), "max_tokens": 10}
+    assert bound_on_tokens(request) > sum(len(message["content"].encode()) for message in request["messages"]) + 10
+
+
+def test_a_budget_of_zero_is_one_line(call):
+    settings = ["--set", "explainer.base_url=http://x", "--set", "explainer.model=m", "--set", "explainer.budget=0"]
+    status, _, error = call("explain", "quick", *settings)
+    assert status == 2
+    assert len(error) == 1
+    assert "explainer.budget" in error[0]

@@ -1,0 +1,174 @@
+"""All of the chapter *What features do* on a planted model, whose features' effects are known by construction.
+
+Activations have twelve directions that every seed finds, and a subspace of four dimensions of which every seed has a basis of its
+own. Eight of the twelve fire as often and write as much as the features of the subspace, four fire seldom and write more.
+The prediction reads the twelve only.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sae_stability import ablation, figures
+from sae_stability.claims import judge_c2, judge_c3, judge_c4
+from sae_stability.figures.function import MEASURE_NAMES
+from sae_stability.language.activations import Activations
+from sae_stability.language.corpus import Contexts
+from sae_stability.matching import BANDS, stability
+from sae_stability.saes.ensemble import Ensemble
+from sae_stability.saes.sparse import Parameters
+from sae_stability.tables.function import shares
+
+SHARED, SPANNED, SEEDS, VOCABULARY, D_IN = 12, 4, 11, 500, 24
+FEATURES = SHARED + 2 * SPANNED  # a direction of the subspace and its opposite are two features
+STRONG, STRENGTH, SELDOM = 4, 4.0, 0.125  # of the shared ones: how many are stronger, how much, and how often they fire less
+WRITTEN = STRONG * STRENGTH**2 * SELDOM  # by the strong ones, where each other feature writes 1
+ENERGY = (SHARED - STRONG + WRITTEN) / (FEATURES - STRONG + WRITTEN)
+
+
+class Planted:
+    """A language model of one layer: what it predicts is linear in the shared directions of a token's activation."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        axes = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=generator)).Q
+        self.shared, self.spanned = axes[:SHARED], axes[SHARED : SHARED + SPANNED]
+        strengths = torch.randn(VOCABULARY, SHARED, generator=generator).relu()
+        strengths[:, :STRONG] *= STRENGTH * (torch.rand(VOCABULARY, STRONG, generator=generator) < SELDOM)
+        self.embedding = strengths @ self.shared + torch.randn(VOCABULARY, SPANNED, generator=generator) @ self.spanned
+        self.unembedding = self.shared.T @ torch.randn(SHARED, VOCABULARY, generator=generator) * 0.1
+
+    def run_with_hooks(self, ids, fwd_hooks, use_cache=False):
+        x = self.embedding[ids]
+        for _, hook in fwd_hooks:
+            changed = hook(x, None)
+            x = x if changed is None else changed
+        return (x - self.embedding.mean(0)) @ self.unembedding  # centred, so that no token is much likelier than others
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """The planted model, an ensemble that reconstructs it exactly, and what removals of its features do."""
+    bridge, generator = Planted(), torch.Generator().manual_seed(1)
+    dictionaries = []
+    for _ in range(SEEDS):
+        basis = torch.linalg.qr(torch.randn(SPANNED, SPANNED, generator=generator)).Q @ bridge.spanned
+        rows = torch.cat([bridge.shared, basis, -basis])
+        dictionaries.append(rows[torch.randperm(len(rows), generator=generator)])
+    W = torch.stack(dictionaries)
+    just_above = torch.full((SEEDS, FEATURES), -1e-4)  # a feature that is not there does not fire by a rounding
+    ensemble = Ensemble(
+        "relu", 10, list(range(SEEDS)), Parameters(W, just_above, W, torch.zeros(SEEDS, D_IN)), torch.zeros(D_IN), 1.0
+    )
+    rng = np.random.default_rng(0)
+    # What follows a token is drawn from what the model predicts, so that the cross-entropy is that of a trained model.
+    likely = bridge.run_with_hooks(slice(None), []).softmax(1).double().numpy()
+    likely /= likely.sum(1, keepdims=True)
+    tokens = [rng.integers(0, VOCABULARY, 150)]
+    for _ in range(20):
+        tokens.append(np.array([rng.choice(VOCABULARY, p=likely[last]) for last in tokens[-1]]))
+    tokens = np.stack(tokens, 1).astype(np.int32)
+    document = np.broadcast_to(np.arange(len(tokens))[:, None], tokens.shape)
+    contexts = Contexts(tokens, document, np.ones(tokens.shape, dtype=bool))
+    held_out, rows = Activations.of(bridge.embedding[torch.from_numpy(tokens).long().flatten()]), document.ravel()
+    found = stability(ensemble.W_dec, threshold=0.95)
+    effects, sets = ablation.measure(bridge, ensemble, found, held_out, rows, "site", contexts, tokens.size, whole=True)
+    return SimpleNamespace(
+        bridge=bridge, ensemble=ensemble, contexts=contexts, tokens=tokens.size, held_out=held_out, document=rows,
+        found=found, effects=effects, sets=sets, table=shares(effects),
+    )  # fmt: skip
+
+
+def test_the_planted_bands_are_found(planted):
+    assert planted.sets.members["band", "stable"].sum(1).tolist() == [SHARED] * SEEDS
+    unstable = planted.sets.members["band", "unstable"].sum(1).float().mean()
+    assert unstable > 0.8 * 2 * SPANNED  # two bases of one subspace sometimes have a direction in common
+
+
+def test_the_asymmetry_figure_shows_what_was_planted(planted):
+    removed = planted.table.query("reading == 'removed' and set in ['band', 'random', 'paired', 'matched']")
+    figure = figures.asymmetry(removed, "x")
+    drawn = {}
+    for axis, measure in zip(figure.axes, MEASURE_NAMES, strict=True):
+        points = [line for line in axis.get_lines() if line.get_marker() not in ("None", "", None)]
+        drawn[measure] = {round(float(line.get_xdata()[0]), 2): float(line.get_ydata()[0]) for line in points}
+    stable, matched = -0.3, 0.3
+    assert drawn["reconstruction"][stable] == pytest.approx(ENERGY, abs=0.05)
+    assert drawn["prediction"][stable] == pytest.approx(1, abs=1e-3)
+    assert drawn["prediction"][2 + stable] == pytest.approx(0, abs=1e-3)
+    assert drawn["prediction"][matched] == pytest.approx(0, abs=0.02)  # the matches of stable features do nothing
+    shared = (planted.held_out.data @ planted.bridge.shared.T).var(0).sum() / planted.held_out.data.var(0).sum()
+    # Nothing stands in for an orthogonal direction, but an offset is fitted again too, and so only what varies is lost.
+    assert drawn["reselected"][-0.1] == pytest.approx(shared.item(), abs=0.05)
+
+
+def test_cumulative_curves_show_what_was_planted(planted):
+    kept = planted.table.query("reading == 'kept' and set == 'by stability'").assign(added=lambda of: of["of"].astype(float))
+    count = {"0.5": 10, "0.75": 15}  # of 20 features, 12 of them stable
+    for measure, carried in (("reconstruction", ENERGY), ("prediction", 1.0)):
+        part = kept[kept.measure == measure].assign(order="stability")
+        figure = figures.cumulative(part, {"stable": 0.6, "unstable": 0.4}, "x")
+        drawn = dict(zip(part.sort_values("added")["of"], figure.axes[0].get_lines()[0].get_ydata(), strict=True))
+        assert drawn["0.75"] == pytest.approx(carried + (1 - carried) * (count["0.75"] - SHARED) / (2 * SPANNED), abs=0.05)
+        if measure == "reconstruction":  # among the stable ones the order is random
+            assert drawn["0.5"] == pytest.approx(carried * count["0.5"] / SHARED, abs=0.05)
+
+
+def test_single_features_do_what_was_planted(planted):
+    unstable, stable = (planted.sets.members["band", band] for band in ("unstable", "stable"))
+    assert planted.effects.on_prediction[unstable].abs().max() < 1e-8
+    assert planted.effects.marginal(planted.sets, ("band", "unstable")).value == pytest.approx(0, abs=1e-6)
+    assert (planted.effects.on_prediction[stable] > 0).all()
+    sampled = ablation.sample(planted.effects, planted.sets, 4)
+    assert len(sampled[0]) == 4 * sum(bool(planted.sets.members["band", band][0].any()) for band in BANDS)
+    alone = planted.ensemble.of(0)
+    true = ablation.true_impact_on_prediction(planted.bridge, alone, "site", planted.contexts, planted.tokens, sampled)[0]
+    assert true[~stable[0, sampled[0]]].abs().max() < 1e-6
+    chosen = stable[0, sampled[0]]
+    first, second = (of[0, sampled[0]][chosen] for of in (planted.effects.first_order, planted.effects.on_prediction))
+    # The model predicts what its tokens are drawn from: to first order no removal matters, to second order each does.
+    assert (first - true[chosen]).abs().mean() > 0.8 * true[chosen].mean()
+    assert (second - true[chosen]).abs().mean() < 0.2 * true[chosen].mean()
+    # A sum of squares over the tokens on which the feature fires: its energy, as the SAE has no error.
+    torch.testing.assert_close(planted.effects.impact, planted.effects.energy, rtol=1e-2, atol=1e-2)
+
+
+def test_translations_and_transplants_show_what_was_planted(planted):
+    of_pair = torch.from_numpy(planted.found.held_out_band)
+    stable, unstable = (of_pair == BANDS.index(band) for band in ("stable", "unstable"))
+    told = ablation.translate_to_next(planted.ensemble, planted.held_out, planted.document, stable)
+    assert (told.fate == "rotated").all()
+    assert told.explained_1.min() > 0.999
+    told = ablation.translate_to_next(planted.ensemble, planted.held_out, planted.document, unstable)
+    assert (told.fate != "missing").mean() > 0.9  # the other basis spans the same subspace
+    assert told.explained_8.median() > 0.8
+    mean = planted.effects.activation / planted.effects.rows
+    everything = planted.sets.members["all", ""][:, None].expand(-1, SEEDS, -1)
+    moved = ablation.transplant(planted.bridge, planted.ensemble, "site", planted.contexts, planted.tokens, everything, mean)
+    np.testing.assert_allclose(moved.nats["transplanted", 0], moved.clean, rtol=1e-4)
+
+
+def test_verdicts_are_those_of_what_was_planted(planted):
+    c3 = judge_c3(planted.effects, planted.sets, planted.effects, "cell")
+    c4 = judge_c4(planted.effects, planted.sets, planted.effects, planted.sets, "cell")
+    assert (c3["verdict"], c4["verdict"]) == ("supported", "supported")
+    c2 = judge_c2(planted.effects, planted.effects, "cell")
+    assert c2["value"] == pytest.approx(ENERGY, abs=0.05)
+    assert c2["conditions"][2]["value"] == pytest.approx(ENERGY - SHARED / FEATURES, abs=0.05)  # less as many random ones
+    assert c2["verdict"] == "supported"
+
+
+def test_a_claim_that_holds_raw_and_not_against_matches_says_so(planted):
+    # Where the matches of stable features carry as much as they do, the raw conditions hold and the matched one fails.
+    sums = dict(planted.effects.sums)
+    sums["prediction/removed/matched/stable"] = sums["prediction/removed/paired/stable"] + 1.0
+    changed = ablation.Effects(**{**vars(planted.effects), "sums": sums})
+    claim = judge_c3(changed, planted.sets, planted.effects, "cell")
+    assert claim["verdict"] == "not supported"
+    assert "holds raw" in claim["scope"]
+    lone = ablation.Sets(planted.sets.members, {band: np.full(SEEDS, 0.2) for band in BANDS})
+    claim = judge_c3(planted.effects, lone, planted.effects, "cell")
+    assert claim["verdict"] == "inconclusive"
+    assert "20%" in claim["conditions"][-1]["what"]

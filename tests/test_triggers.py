@@ -1,0 +1,130 @@
+"""Triggers against dense group averages, closed forms and planted features."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from sae_stability.claims import judge_c5
+from sae_stability.language.corpus import Contexts
+from sae_stability.triggers import CLASSES, Text, at_equal_frequency, classify, cliffs_delta, compare, explained, triggers
+
+WORDS = ["<bos>", " array", " arrays", " Array", "(", ",", " the", " matrix", " sum", " mean"]
+FREQUENCY = np.full(len(WORDS), 0.1)
+
+
+def text(tokens: int = 40_000, seed: int = 0) -> Text:
+    """Random tokens in contexts of 40, half of whose documents are for averages."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(1, len(WORDS), (tokens // 40, 40))
+    ids[:, 0] = 0
+    document = np.broadcast_to(np.arange(len(ids))[:, None], ids.shape)
+    return Text.of(Contexts(ids, document, ids > 0), tokens)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_what_a_group_explains_is_what_its_averages_explain(seed):
+    rng = np.random.default_rng(seed)
+    rows, features, groups = 60, 3, 8
+    activations = np.where(rng.random((rows, features)) < 0.5, rng.random((rows, features)), 0).astype(np.float32)
+    group, fitted = rng.integers(0, groups, rows), rng.random(rows) < 0.5
+    found = explained(sparse.csr_array(activations), group, fitted)
+    averages = pd.DataFrame(activations[fitted]).groupby(group[fitted]).mean()
+    judged = ~fitted & np.isin(group, averages.index)
+    for feature in range(features):
+        own, mean = activations[judged, feature], activations[fitted, feature].mean() if fitted.any() else 0
+        if mean == 0 or not (own > 0).any():
+            assert np.isnan(found[feature])
+            continue
+        left = own - averages.loc[group[judged], feature].to_numpy()
+        assert found[feature] == pytest.approx(1 - (left**2).sum() / ((own - mean) ** 2).sum(), rel=1e-4, abs=1e-4)
+
+
+def test_planted_triggers_are_told_by_the_rule():
+    where = text()
+    rng = np.random.default_rng(1)
+    strength = rng.uniform(0.9, 1.1, len(where.token))
+
+    def on(*names):
+        return np.isin(where.token, [WORDS.index(name) for name in names])
+
+    planted = {
+        "single token": on(" matrix"),
+        "word family": on(" array", " arrays", " Array"),
+        "punctuation": on("(", ","),
+        "several tokens": on(" sum", " matrix", " the"),
+        "n-gram": on(" sum") & (where.previous == WORDS.index(" the")),
+        "position": (where.position >= 3) & (where.position < 6),
+        "wider context": rng.random(len(where.token)) < 0.1,
+        "too rare": np.arange(len(where.token)) < 30,
+    }
+    activations = sparse.csr_array(np.stack(list(planted.values()), 1) * strength[:, None])
+    found = triggers(activations, where, WORDS, FREQUENCY)
+    assert found.trigger.tolist() == list(planted)
+    assert set(planted) == set(CLASSES)
+    assert found.explained_token[0] > 0.95
+    assert abs(found.null_token[0]) < 0.01
+    assert found.top_share[0] == 1
+    assert found.rarity[0] == pytest.approx(1)  # a tenth of the corpus
+    assert found.tokens[2] == 2
+    order = np.random.default_rng(0).permutation(len(planted))
+    moved = triggers(activations[:, order], where, WORDS, FREQUENCY)
+    pd.testing.assert_frame_equal(moved, found.iloc[order].reset_index(drop=True))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "trigger"),
+    [
+        ([" naïve", "Naive"], "word family"),
+        ([" compute", "computing"], "word family"),
+        ([" is", " in"], "several tokens"),
+        (["\n", " "], "punctuation"),
+        ([" x"], "single token"),
+    ],
+)
+def test_word_families_are_told_by_their_beginning(tokens, trigger):
+    feature = {"firings": 100, "explained_position": 0, "explained_token": 0.9, "explained_n-gram": 0.9}
+    assert classify(feature, tokens) == trigger
+
+
+def bands(seeds: int = 6, count: int = 300, told: float = 0.3, seed: int = 0) -> pd.DataFrame:
+    """Unstable features that are rarer, and of which the token tells more by `told` at equal frequency."""
+    rng, parts = np.random.default_rng(seed), []
+    for number in range(seeds):
+        unstable = rng.random(count) < 0.5
+        frequency = np.exp(rng.normal(-6, 1, count) - unstable)
+        tells = 0.4 - 0.05 * np.log(frequency / np.exp(-6)) + told * unstable + rng.normal(0, 0.05, count)
+        columns = {"seed": number, "band": np.where(unstable, "unstable", "stable"), "firings": 1000, "frequency": frequency}
+        columns |= {f"{what}_{name}": 0.0 for what in ("explained", "null") for name in ("previous", "n-gram", "position")}
+        columns |= {"explained_token": tells, "null_token": 0.0, "top_share": 0.5, "rarity": 2.0}
+        parts.append(pd.DataFrame(columns | {"trigger": np.where(tells > 0.5, "single token", "wider context")}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_cliffs_delta_is_the_chance_of_more_less_that_of_less():
+    one = bands(seeds=1, count=40)
+    a, b = (one.loc[one.band == band, "explained_token"].to_numpy() for band in ("unstable", "stable"))
+    assert cliffs_delta(one, "explained_token") == pytest.approx(np.sign(a[:, None] - b[None]).mean())
+    assert cliffs_delta(one, "rarity") == 0
+    assert np.isnan(cliffs_delta(one[one.band == "stable"], "rarity"))
+
+
+def test_what_only_frequency_brings_about_is_gone_at_equal_frequency():
+    only_frequency = compare(bands(told=0.0)).set_index(["features", "quantity"])
+    assert only_frequency.delta_low["all", "explained_token"] > 0.2
+    assert only_frequency.delta_low["equal frequency", "explained_token"] < 0.1
+    assert abs(only_frequency.delta["equal frequency", "frequency"]) < 0.1
+    pairs = at_equal_frequency(bands(seeds=1))
+    assert (pairs.band == "unstable").sum() == (pairs.band == "stable").sum() > 50
+
+
+def test_c5_holds_where_it_is_planted_and_says_where_only_raw():
+    assert judge_c5(bands(told=0.4), "cell")["verdict"] == "supported"
+    raw = judge_c5(bands(told=-0.0, seed=3).assign(trigger="single token"), "cell")
+    assert raw["verdict"] != "supported"
+    assert "holds raw" in raw["scope"]
+    nothing = bands().assign(band="stable")
+    assert judge_c5(nothing, "cell")["verdict"] == "inconclusive"
