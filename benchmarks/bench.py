@@ -1,12 +1,14 @@
 """Measures training against SAELens, dictionary_learning and sparsify, then matching, all in one run (`make bench`).
 
 Contestants take turns, so that a noisy machine slows them all. Ours fetch their batches from the activations, each seed in an
-order of its own; the peers get ready-made batches. Times are per step and seed. A peer is compared in its faster mode, float32 or
-bfloat16. What is timed are early steps, before any library revives dead features.
+order of its own; the peers get ready-made batches. Times are per step and seed. A peer is compared in its fastest mode: float32, or
+bfloat16 where the machine multiplies it; SAELens alone or with two SAEs together. What is timed are early steps, before any library
+revives dead features.
 """
 
 import argparse
 import importlib.metadata
+import math
 import multiprocessing
 import os
 import platform
@@ -35,7 +37,6 @@ from sae_stability.training.shuffling import ROUNDS, shuffled
 from sae_stability.training.steering import search
 
 LIBRARIES = ("saelens", "dictionary_learning", "sparsify")
-MODES = ("float32", "bfloat16")
 PARTS = ("times", "quality", "memory", "matching")
 VERSIONS = ("torch", "numba", "sae-lens", "dictionary-learning", "eai-sparsify")
 STEPS = 4  # of each of our seeds in a round
@@ -147,6 +148,26 @@ def floor(shape: Shape, data: Activations, device: torch.device) -> dict[str, Ca
     }
 
 
+def modes(library: str, device: torch.device) -> list[str]:
+    """The modes in which a peer is timed. Where a processor lacks bfloat16, its product alone outlasts whole steps in float32."""
+    found = [_name(dtype) for dtype in dict.fromkeys((torch.float32, fastest_dtype(device)))]
+    return found[-1:] if library == "sparsify" and device.type == "cuda" else found  # its kernels there want bfloat16
+
+
+def bfloat16_over_float32(device: torch.device) -> float:
+    """How many times as long a product takes in bfloat16, the best of several."""
+    seconds = {dtype: math.inf for dtype in (torch.float32, torch.bfloat16)}
+    for dtype in seconds:
+        x, W = (torch.ones(512, 512, dtype=dtype, device=device) for _ in range(2))
+        for _ in range(5):
+            _synchronise(device)
+            started = time.perf_counter()
+            x @ W
+            _synchronise(device)
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - started)
+    return round(seconds[torch.bfloat16] / seconds[torch.float32], 2)
+
+
 def time_variant(name: str, shape: Shape, data: Activations, rounds: int, device: torch.device) -> list[dict]:
     """Rows of the table of times for one variant."""
     batches = [data.normalised(slice(i * shape.batch, (i + 1) * shape.batch)).to(device) for i in range(STEPS)]
@@ -155,10 +176,10 @@ def time_variant(name: str, shape: Shape, data: Activations, rounds: int, device
         contestants["ours, 8 seeds, float32"] = Ours(shape, name, 8, data, device, encoder="float32")
     for library in LIBRARIES:
         if name in peers.VARIANTS[library]:
-            for mode in MODES[int(library == "sparsify" and device.type == "cuda") :]:
+            for mode in modes(library, device):
                 contestants[f"{library}, {mode}"] = Theirs(library, shape, name, mode, batches, device)
     if name == "topk":
-        for mode in MODES:
+        for mode in modes("saelens", device):
             contestants[f"saelens, {mode}, 2 seeds together"] = Theirs("saelens", shape, name, mode, batches, device, seeds=2)
     steps = {**{key: contestant.step for key, contestant in contestants.items()}, **floor(shape, data, device)}
     seconds = in_turns(steps, rounds, device, f"times, {name}")
@@ -343,7 +364,7 @@ def machine(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "bfloat16": fastest_dtype(torch.device("cpu")) == torch.bfloat16,
+        "bfloat16": fastest_dtype(device) == torch.bfloat16,
     }
 
 
@@ -352,19 +373,17 @@ def versions() -> dict[str, str]:
 
 
 def ratios_and_floor(times: list[dict], device: torch.device) -> dict:
-    """The peers' faster modes over ours for TopK, and how far ours is from what a step can't do without."""
+    """The peers' fastest modes over ours for TopK, and how far ours is from what a step can't do without."""
     topk = {row["contestant"]: row for row in times if row["variant"] == "topk"}
     fastest = f"product {_name(fastest_dtype(device))}"
     least = topk[fastest]["ms"] + topk["adam"]["ms"]
-    ratios = {
-        library: min(row["times_ours"] for key, row in topk.items() if key.startswith(library) and "together" not in key)
-        for library in LIBRARIES
-    }
+    ratios = {library: min(row["times_ours"] for key, row in topk.items() if key.startswith(library)) for library in LIBRARIES}
     floor = {
         "ms": least,
         "product_ms": topk[fastest]["ms"],
         "product_float32_ms": topk["product float32"]["ms"],
         "adam_ms": topk["adam"]["ms"],
+        "bfloat16_over_float32": bfloat16_over_float32(device),
         "ours_over_floor": round(topk["ours, 8 seeds"]["ms"] / least, 2),
         "share": round(least / topk["ours, 8 seeds"]["ms"], 3),
     }
