@@ -11,23 +11,10 @@ from sae_stability.explanations.windows import Task, Window
 
 # An explanation is of surface form if it speaks of how the text is written, and of nothing beyond: beginnings of words that say so.
 SURFACE = (
-    *(
-        "token",
-        "word",
-        "letter",
-        "prefix",
-        "suffix",
-        "character",
-        "spelling",
-        "string",
-        "substring",
-        "symbol",
-        "digit",
-        "number",
-        "numeral",
-    ),
-    *("punctuation", "comma", "period", "colon", "semicolon", "bracket", "parenthes", "quot", "backtick", "underscore", "hyphen"),
-    *("whitespace", "white space", "line break", "newline", "capital", "uppercase", "lowercase", "position", "begin", "end with"),
+    *("token", "word", "letter", "prefix", "suffix", "character", "spelling", "string", "substring", "symbol", "digit", "number"),
+    *("numeral", "punctuation", "comma", "period", "colon", "semicolon", "bracket", "parenthes", "quot", "backtick", "underscore"),
+    *("hyphen", "whitespace", "white space", "line break", "newline", "capital", "uppercase", "lowercase", "position", "begin"),
+    "end with",
 )
 SEMANTIC = (
     *("concept", "topic", "meaning", "mean", "context", "discuss", "descri", "relat", "refer", "about", "express", "indicat"),
