@@ -12,9 +12,10 @@ from scipy import sparse
 
 from sae_stability.config import Explainer, UserError
 from sae_stability.explanations import BudgetSpent, LanguageModel, Rules, Window, explain, explain_messages, says_surface, tasks
-from sae_stability.explanations.language_model import bound_on_tokens
+from sae_stability.explanations.language_model import LONGEST, SPENT, bound_on_tokens
 from sae_stability.explanations.windows import REACH, SCORED, SHOWN
 from sae_stability.language.corpus import Contexts
+from sae_stability.store import read_json
 
 WORDS = ["<bos>", " array", " arrays", "(", ",", " the", " matrix", " compute", " computing", " 12", " NaN"]
 
@@ -224,6 +225,7 @@ def test_an_endpoint_that_is_down_is_one_line(tmp_path):
     with pytest.raises(UserError, match="check base_url") as error:
         model(endpoint.url, tmp_path).explain(WINDOWS)
     assert "\n" not in str(error.value)
+    assert model(endpoint.url, tmp_path).spent == 0  # nothing was sent
 
 
 def test_a_missing_key_is_one_line(tmp_path, monkeypatch):
@@ -248,6 +250,21 @@ def test_a_budget_is_never_exceeded(tmp_path, answers):
     most = sum(bound_on_tokens(body) for _, _, body in endpoint.requests)
     paid = 700 * len(endpoint.requests) if answers[0][0] == 200 else most
     assert 0 < paid <= budget
+
+
+def test_a_question_is_counted_before_it_is_sent(tmp_path):
+    """A process that is killed while it waits for an answer has asked, and may have to pay."""
+    bound = bound_on_tokens({"messages": explain_messages(WINDOWS), "max_tokens": LONGEST["explain"]})
+    counted = []
+
+    def answers(request):
+        counted.append(read_json(tmp_path / SPENT)["tokens"])
+        status, text = says("Numbers.", tokens=50)
+        return httpx.Response(status, text=text)
+
+    model("http://nowhere", tmp_path, client=httpx.Client(transport=httpx.MockTransport(answers))).explain(WINDOWS)
+    assert counted == [bound]
+    assert read_json(tmp_path / SPENT)["tokens"] == 50
 
 
 def test_the_bound_on_tokens_is_above_the_bytes_of_the_text():

@@ -94,24 +94,29 @@ class LanguageModel:
             reason = error.last_attempt.exception()
             where = f"{self.settings.base_url} did not answer {ATTEMPTS} times ({reason})"
             raise UserError(f"explainer: {where}; check base_url, or call again later: what was answered is kept") from None
-        finally:  # what failed may have been paid for, too
+        finally:
             self.spent += sum(used)
             write_json(self.cache / SPENT, {"tokens": self.spent})
         write_json(kept, {"answer": answer})
         return answer
 
     def _once(self, request: dict, read: Callable, used: list[int]):
-        """One try; what it used, or may have used, goes to `used`."""
+        """One try; what it used, or may have used, goes to `used`, and to disk before it is sent: a kill forgets nothing."""
         bound = bound_on_tokens(request)
         if self.spent + sum(used) + bound > self.settings.budget:
             spent = f"{self.spent + sum(used):,} of {self.settings.budget:,} tokens"
             raise BudgetSpent(f"{spent} are spent, and the next question may take {bound:,}")
         headers = {"Authorization": f"Bearer {key_of(self.settings)}"}
+        used.append(bound)  # until an answer says what it used; what fails on the way may have been answered all the same
+        write_json(self.cache / SPENT, {"tokens": self.spent + sum(used)})
         try:
             response = self.client.post(f"{self.settings.base_url.rstrip('/')}/chat/completions", json=request, headers=headers)
         except httpx.HTTPError as error:
-            used.append(bound)  # it may have been answered all the same
+            if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+                used[-1] = 0  # nothing was sent
             raise _Passing(type(error).__name__) from None
+        if response.status_code != 200:
+            used[-1] = 0
         if response.status_code in FAILED_FOR_GOOD:
             answers = f"{self.settings.base_url} answers {response.status_code}"
             raise UserError(f"explainer: {answers}; check the model's name and the key in {self.settings.key}")
@@ -120,13 +125,11 @@ class LanguageModel:
         try:
             body = response.json()
             message = body["choices"][0]["message"]
-            used.append(int(body.get("usage", {}).get("total_tokens", bound)))
+            used[-1] = int(body.get("usage", {}).get("total_tokens", bound))
             if message.get("refusal") or not message.get("content"):
                 return None
             return read(message["content"])
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            if not used:
-                used.append(bound)
             raise _Passing(f"an answer that can't be read: {type(error).__name__}") from None
 
 
