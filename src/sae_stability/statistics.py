@@ -86,12 +86,17 @@ def fit_beta_binomial(counts: Int[np.ndarray, "feature"], trials: int) -> Latent
     tally = np.bincount(np.asarray(counts, dtype=int), minlength=trials + 1)
     successes = np.arange(trials + 1)
 
-    def loss(logs: Float[np.ndarray, "2"]) -> float:
+    def loss(logs: Float[np.ndarray, "2"]) -> tuple[float, Float[np.ndarray, "2"]]:
+        """Minus the log likelihood, and its gradient in the logarithms of alpha and beta."""
         alpha, beta = np.exp(logs)
-        return -float(tally @ (special.betaln(successes + alpha, trials - successes + beta) - special.betaln(alpha, beta)))
+        likelihood = special.betaln(successes + alpha, trials - successes + beta) - special.betaln(alpha, beta)
+        total = special.digamma(alpha + beta) - special.digamma(trials + alpha + beta)
+        by_alpha = special.digamma(successes + alpha) - special.digamma(alpha) + total
+        by_beta = special.digamma(trials - successes + beta) - special.digamma(beta) + total
+        return -float(tally @ likelihood), -np.array([alpha * (tally @ by_alpha), beta * (tally @ by_beta)])
 
     # Beyond these bounds the fit is a point mass or pure extremes, and the likelihood is flat.
-    found = optimize.minimize(loss, x0=np.zeros(2), bounds=[(-7, 7)] * 2, method="L-BFGS-B")
+    found = optimize.minimize(loss, x0=np.zeros(2), jac=True, bounds=[(-7, 7)] * 2, method="L-BFGS-B")
     alpha, beta = np.exp(found.x)
     return LatentShares(float(alpha), float(beta))
 
