@@ -8,6 +8,7 @@ threshold:
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -171,9 +172,10 @@ class Stability:
     def latent_shares(self) -> dict[str, Interval]:
         """Shares of features whose *true* probability lies in the stable and in the unstable band, jackknifed over seeds."""
         seeds = len(self.alive)
+        fitted = cache(lambda kept: self.among(list(kept)).latent())
         return {
-            "stable": jackknife(lambda kept: self.among(kept).latent().above(STABLE), seeds).within(0, 1),
-            "unstable": jackknife(lambda kept: self.among(kept).latent().below(UNSTABLE), seeds).within(0, 1),
+            "stable": jackknife(lambda kept: fitted(tuple(kept)).above(STABLE), seeds).within(0, 1),
+            "unstable": jackknife(lambda kept: fitted(tuple(kept)).below(UNSTABLE), seeds).within(0, 1),
         }
 
     def separation(self) -> Interval:
