@@ -232,6 +232,23 @@ def test_controls_have_the_size_the_energy_and_the_frequency_of_their_band():
     )
 
 
+def test_features_that_do_not_fire_on_the_tokens_at_hand_do_not_loosen_matches():
+    found, generator = bands(), torch.Generator().manual_seed(4)
+    energy, firings = torch.rand(2, 12, 40, generator=generator).exp()
+    silent = torch.zeros(12, 40, dtype=torch.bool)
+    silent[:, [3, 20, 35]] = True
+    sets = ablation.sets_of(found, energy.masked_fill(silent, 0), firings.masked_fill(silent, 0))
+    for seed in range(12):
+        fires = ~silent[seed]
+        for band in ("stable", "unstable"):
+            paired, matched = (sets.members[role, band][seed] for role in ("paired", "matched"))
+            assert paired.any()
+            assert not (silent[seed] & (paired | matched)).any()
+            for of in (energy[seed].log(), firings[seed].log()):
+                caliper = 0.2 * of[fires].std(correction=0)
+                assert (of[paired].sort().values - of[matched].sort().values).abs().max() <= caliper + 1e-6
+
+
 def test_translation_tells_what_became_of_planted_features():
     rng = np.random.default_rng(0)
     tokens = 20_000

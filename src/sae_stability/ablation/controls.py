@@ -40,10 +40,14 @@ class Sets:
 def sets_of(
     found: Stability, energy: Float[Tensor, "seed d_sae"], firings: Float[Tensor, "seed d_sae"], curves: bool = True
 ) -> Sets:
-    """The sets of an ensemble: all live features, its bands and their controls, and the first features in several orders."""
+    """The sets of an ensemble: all live features, its bands and their controls, and the first features in several orders.
+
+    A live feature may fire on none of the tokens at hand. It has no logarithms, so it is nobody's match and no part of the caliper.
+    """
     alive, generator = found.alive, np.random.default_rng(0)
     members: dict[Name, Tensor] = {("all", ""): alive}
     support = {}
+    fires = (alive & (energy > 0)).numpy()
     covariates = torch.stack([energy.clamp_min(1e-30).log(), firings.clamp_min(1e-30).log()], 2).double().numpy()
     for number, band in enumerate(BANDS):
         inside = torch.from_numpy(found.band == number)
@@ -51,10 +55,10 @@ def sets_of(
         members["random", band], members["paired", band], members["matched", band] = (torch.zeros_like(inside) for _ in range(3))
         support[band] = np.full(len(alive), np.nan)
         for seed, living in enumerate(alive):
-            live, within = living.nonzero()[:, 0].numpy(), inside[seed].nonzero()[:, 0].numpy()
-            outside = np.setdiff1d(live, within)
-            members["random", band][seed, generator.permutation(live)[: len(within)]] = True
-            spread = covariates[seed, live].std(0)
+            members["random", band][seed, generator.permutation(living.nonzero()[:, 0].numpy())[: int(inside[seed].sum())]] = True
+            of_band = inside[seed].numpy()
+            within, outside = np.flatnonzero(fires[seed] & of_band), np.flatnonzero(fires[seed] & ~of_band)
+            spread = covariates[seed, fires[seed]].std(0)
             one, other = matched_pairs(covariates[seed, within] / spread, covariates[seed, outside] / spread, CALIPER)
             members["paired", band][seed, within[one]] = True
             members["matched", band][seed, outside[other]] = True

@@ -64,7 +64,7 @@ def on_reconstruction(
             error = without_features - codes.decode(sae.W_dec)
             intact[seed] += squares(error)
             for name, member in members.items():
-                written = codes.of(member[seed]).decode(sae.W_dec)
+                written = codes.keep(member[seed][codes.features]).decode(sae.W_dec)
                 removed[name][seed] += squares(error + written)
                 kept[name][seed] += squares(without_features - written)
     return Residuals(total, intact, removed, kept)
