@@ -331,7 +331,8 @@ def main() -> None:
     shape = TIMED[device.type]
     train_on, held_out = open_activations("train"), open_activations("evaluation")
 
-    results = read_json(arguments.out) if arguments.out.exists() and set(arguments.parts) < set(PARTS) else {"commits": {}}
+    kept = arguments.out.exists() and set(arguments.parts) < set(PARTS)
+    results = read_json(arguments.out) if kept else {"commits": {}, "processors": {}}
     commit = git_commit()  # before what is measured changes this checkout
     for part in arguments.parts:  # each is kept as soon as it is measured
         if part == "times":
@@ -341,8 +342,8 @@ def main() -> None:
             print(table(times), "ratios", results["ratios"], "floor", results["floor"], sep="\n")
         elif part == "quality":
             quality = [row for name in arguments.variants for row in compare_quality(name, train_on, held_out)]
-            kept = [row for row in results.get("quality", []) if row["variant"] not in arguments.variants]
-            results["quality"] = sorted(kept + quality, key=lambda row: list(Variants.__args__).index(row["variant"]))
+            others = [row for row in results.get("quality", []) if row["variant"] not in arguments.variants]
+            results["quality"] = sorted(others + quality, key=lambda row: list(Variants.__args__).index(row["variant"]))
             results["quality_shape"] = {**asdict(COMPARED), "tokens": TOKENS, "seeds": len(SEEDS)}
             print(table(quality))
         elif part == "memory":
@@ -351,7 +352,7 @@ def main() -> None:
         else:
             results["matching"] = compare_matching()
             print(results["matching"])
-        results["commits"][part] = commit
+        results["commits"][part], results["processors"][part] = commit, _processor()
         results |= {"machine": machine(device), "versions": versions(), "commit": commit, "date": time.strftime("%Y-%m-%d")}
         write_json(arguments.out, results)
 
