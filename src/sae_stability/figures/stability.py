@@ -167,7 +167,7 @@ def neighbours(features: pd.DataFrame, threshold: float, title: str) -> Figure:
 
 def thresholds(table: pd.DataFrame, threshold: float, adjusted: float, title: str) -> Figure:
     """Mean stability against the cosine threshold. Columns: kind, threshold, mean_stability, _low, _high."""
-    figure, (axis,) = new_axes(title)
+    figure, (axis,) = new_axes(title, height=4.4)
     for kind, part in table.groupby("kind", sort=False):
         axis.plot(part["threshold"], part["mean_stability"], linestyle=DASHES[kind], color=COLOURS[kind], label=NAMES[kind])
         axis.fill_between(
@@ -182,8 +182,8 @@ def thresholds(table: pd.DataFrame, threshold: float, adjusted: float, title: st
     axis.annotate(f"{threshold:g}", (threshold, 1.0), xytext=(3, 0), textcoords="offset points", va="top")
     if abs(adjusted - threshold) > 0.005:
         axis.axvline(adjusted, color=COLOURS["surrogate"], linewidth=1, linestyle="-.", label="1 % of surrogate pairs")
-    axis.legend(frameon=False)
     axis.set(xlabel="cosine from which two features are the same", ylabel="mean stability", ylim=(-0.02, 1.02))
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower center", fontsize="small", ncols=2)
     return figure
 
 
