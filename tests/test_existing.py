@@ -95,9 +95,9 @@ def test_a_model_and_a_text_tell_dead_features_from_live_ones(tmp_path, call):
     assert "never fire" in out
 
 
-def test_python_takes_a_site_too(tmp_path):
+def test_python_takes_a_site_too(tmp_path, text_file):
     paths = site_saes(tmp_path, models.load("docstrings-2l").cfg.d_model)
-    compared = compare(paths, site=Site("docstrings-2l", "docstrings", "blocks.1.hook_resid_pre", 2000))
+    compared = compare(paths, site=Site("docstrings-2l", str(text_file), "blocks.1.hook_resid_pre", 2000))
     assert not compared.found.alive[:, 5].any()
     assert compared.firings.tokens >= 2000
     assert compared.found.alive.any(1).all()
@@ -118,16 +118,16 @@ def pad(W: torch.Tensor) -> torch.Tensor:
         (["{0}", "{1}", "--out", "rows.xls"], "--out"),
         (["{0}", "{1}", "--model", "docstrings-2l"], "--corpus"),
         (
-            ["{0}", "{1}", "--model", "docstrings-2l", "--corpus", "docstrings", "--hook-name", "blocks.1.hook_resid_pre"],
+            ["{0}", "{1}", "--model", "docstrings-2l", "--corpus", "{text}", "--hook-name", "blocks.1.hook_resid_pre"],
             "decoder only|d_in",
         ),
         ([], "PATH"),
     ],
 )
-def test_mistakes_end_in_one_line(files, call, tmp_path, monkeypatch, arguments, named):
+def test_mistakes_end_in_one_line(files, call, tmp_path, text_file, monkeypatch, arguments, named):
     monkeypatch.chdir(tmp_path)
     save_file({"W_dec": pad(drawn(30, 30))}, tmp_path / "wide.safetensors")
-    given = [argument.format(*files, wide=tmp_path / "wide.safetensors") for argument in arguments]
+    given = [argument.format(*files, wide=tmp_path / "wide.safetensors", text=text_file) for argument in arguments]
     status, _, error = call("stability", *given)
     assert status == 2
     assert len(error) == 1
