@@ -143,6 +143,32 @@ def test_predictions_without_sets_are_consistent(site, members):
     assert found.tokens.sum() == site.contexts.is_text[:, 1:].sum()
 
 
+def test_losses_and_divergences_are_those_of_whole_logits(site, monkeypatch):
+    """Logits come in chunks of positions; cross-entropy and KL are PyTorch's on all of them."""
+    monkeypatch.setattr("sae_stability.language.site.CHUNK", 7)
+    monkeypatch.setattr("sae_stability.evaluation.CHUNK", 7)
+    moved = torch.randn(site.activations.d_in, generator=torch.Generator().manual_seed(0))
+
+    def edits(x):
+        yield "moved", x + moved
+
+    found = intervene(site.bridge, HOOK, site.contexts, TOKENS, edits)
+    ids, text = torch.from_numpy(site.contexts.tokens).long(), torch.from_numpy(site.contexts.is_text)
+
+    def write(value, hook):
+        return value + moved * text[..., None]
+
+    with torch.inference_mode():
+        logits = site.bridge(ids), site.bridge.run_with_hooks(ids, fwd_hooks=[(HOOK, write)])
+    targets = text[:, 1:]
+    clean, changed = (of[:, :-1][targets].double().log_softmax(1) for of in logits)
+    wanted = ids[:, 1:][targets]
+    assert found.clean.sum() == pytest.approx(F.nll_loss(clean, wanted, reduction="sum").item(), rel=1e-5)
+    assert found.nats["moved"].sum() == pytest.approx(F.nll_loss(changed, wanted, reduction="sum").item(), rel=1e-5)
+    divergence = F.kl_div(changed, clean, log_target=True, reduction="sum").item()
+    assert found.divergence["moved"].sum() == pytest.approx(divergence, rel=1e-4)
+
+
 def test_first_order_impact_becomes_exact_as_contributions_become_small(site):
     ensemble, features = random_ensemble("topk", site.activations), torch.arange(20).expand(2, 20)
     apart = []

@@ -133,8 +133,10 @@ def test_going_on_from_a_site_predicts_what_the_whole_model_does(model_folders, 
             torch.testing.assert_close(logits, bridge(ids))
             changed = value + torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
             expected = bridge.run_with_hooks(ids, fwd_hooks=[(hook_name, lambda _, hook, changed=changed: changed)])
-            torch.testing.assert_close(site.predict(value), logits, atol=1e-4, rtol=0)
-            torch.testing.assert_close(site.predict(changed), expected, atol=1e-4, rtol=0)
+            for given, wanted in ((value, logits), (changed, expected)):
+                for chosen in (torch.ones_like(ids, dtype=torch.bool), ids % 2 == 0):
+                    found = torch.cat(list(site.predict(given, chosen)))
+                    torch.testing.assert_close(found, wanted[chosen], atol=1e-4, rtol=0)
     assert site._resumes is hook_name.endswith("hook_resid_post")
 
 
@@ -146,4 +148,5 @@ def test_a_model_that_transforms_its_logits_runs_as_a_whole(model_folders, text_
     site = Site(bridge, "blocks.0.hook_resid_post")
     with torch.inference_mode():
         value, logits = site.read(ids)
-        torch.testing.assert_close(site.predict(value), logits)
+        chosen = ids % 2 == 0
+        torch.testing.assert_close(torch.cat(list(site.predict(value, chosen))), logits[chosen])

@@ -137,13 +137,16 @@ def test_single_features_do_what_was_planted(planted):
 
 def test_translations_and_transplants_show_what_was_planted(planted):
     of_pair = torch.from_numpy(planted.found.held_out_band)
-    stable, unstable = (of_pair == BANDS.index(band) for band in ("stable", "unstable"))
-    told = ablation.translate_to_next(planted.ensemble, planted.held_out, planted.document, stable)
-    assert (told.fate == "rotated").all()
-    assert told.explained_1.min() > 0.999
-    told = ablation.translate_to_next(planted.ensemble, planted.held_out, planted.document, unstable)
-    assert (told.fate != "missing").mean() > 0.9  # the other basis spans the same subspace
-    assert told.explained_8.median() > 0.8
+    bands = {band: of_pair == BANDS.index(band) for band in ("stable", "unstable")}
+    told = ablation.translate_to_next(planted.ensemble, planted.held_out, planted.document, bands)
+    stable, unstable = (told[told.band == band] for band in bands)
+    for seed, following in ((0, 1), (SEEDS - 1, 0)):
+        for part, of in ((stable, bands["stable"]), (unstable, bands["unstable"])):
+            assert part[part.seed == seed].feature.tolist() == of[seed, following].nonzero()[:, 0].tolist()
+    assert (stable.fate == "rotated").all()
+    assert stable.explained_1.min() > 0.999
+    assert (unstable.fate != "missing").mean() > 0.9  # the other basis spans the same subspace
+    assert unstable.explained_8.median() > 0.8
     mean = planted.effects.activation / planted.effects.rows
     everything = planted.sets.members["all", ""][:, None].expand(-1, SEEDS, -1)
     moved = ablation.transplant(planted.bridge, planted.ensemble, "site", planted.contexts, planted.tokens, everything, mean)

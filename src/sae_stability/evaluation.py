@@ -1,20 +1,21 @@
 """How good SAEs are on held-out documents: explained variance, L0, firing frequencies, the model's loss when spliced in."""
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 from tqdm import tqdm
 
 from sae_stability.language.activations import Activations
 from sae_stability.language.corpus import Contexts
-from sae_stability.language.site import Site
+from sae_stability.language.site import CHUNK, Site
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.statistics import Interval, bootstrap_ratio
 
@@ -149,34 +150,37 @@ def intervene(
         for start in tqdm(range(0, len(contexts.tokens), CONTEXTS), described, unit="batch", disable=None):
             rows = slice(start, start + CONTEXTS)
             ids, text = torch.from_numpy(contexts.tokens[rows]).long(), torch.from_numpy(contexts.is_text[rows])
+            before_text = F.pad(text[:, 1:], (0, 1))  # positions that a text token follows
+            targets = ids[:, 1:][text[:, 1:]]
             of = document[rows][:, 1:][contexts.is_text[rows][:, 1:]]
             scored += np.bincount(of, minlength=len(kinds))
             value, logits = site.read(ids)
-            likely = logits.softmax(2)
-            clean, expected = _cross_entropies(logits, likely, ids, text)
+            logits = logits[before_text].float()
+            likely = logits.softmax(1)
+            clean, expected = _cross_entropies(logits.split(CHUNK), likely, targets)
             nats["clean"] += np.bincount(of, clean, len(kinds))
             for name, edited in edits(value[text]):
-                changed = site.predict(value.index_put((text,), edited.to(value.dtype)))
-                true, against = _cross_entropies(changed, likely, ids, text)
+                changed = site.predict(value.index_put((text,), edited.to(value.dtype)), before_text)
+                true, against = _cross_entropies(changed, likely, targets)
                 nats[name] += np.bincount(of, true, len(kinds))
                 divergence[name] += np.bincount(of, against - expected, len(kinds))
     return Predictions(nats.pop("clean"), dict(nats), dict(divergence), scored)
 
 
 def _cross_entropies(
-    logits: Float[Tensor, "context position vocabulary"],
-    likely: Float[Tensor, "context position vocabulary"],
-    ids: Int[Tensor, "context position"],
-    text: Bool[Tensor, "context position"],
+    logits: Iterable[Float[Tensor, "row vocabulary"]], likely: Float[Tensor, "target vocabulary"], targets: Int[Tensor, "target"]
 ) -> tuple[Float[np.ndarray, "target"], Float[np.ndarray, "target"]]:
-    """In nats, where a text token follows: of that token, and in the mean over tokens that are as likely as `likely` says.
+    """In nats: of each target, and in the mean over tokens that are as likely as `likely` says; `logits` come in chunks.
 
     The latter less that of `likely` itself is the KL divergence.
     """
-    normaliser = logits.float().logsumexp(2)
-    true = normaliser[:, :-1] - logits[:, :-1].gather(2, ids[:, 1:, None])[:, :, 0]
-    mean = normaliser[:, :-1] - torch.linalg.vecdot(likely, logits)[:, :-1]
-    return tuple(nats[text[:, 1:]].double().numpy() for nats in (true, mean))
+    true, mean = [], []
+    for part, expected, target in zip(logits, likely.split(CHUNK), targets.split(CHUNK), strict=True):
+        part = part.float()
+        normaliser = part.logsumexp(1)
+        true.append(normaliser - part.gather(1, target[:, None])[:, 0])
+        mean.append(normaliser - torch.bmm(expected[:, None], part[:, :, None])[:, 0, 0])
+    return torch.cat(true).double().numpy(), torch.cat(mean).double().numpy()
 
 
 def top_contexts(

@@ -432,8 +432,7 @@ def ablate(study: Study, source: Source, name: str, cell: Cell, folder: Path) ->
             of_pair = torch.from_numpy(found.held_out_band)
             bands = {band: of_pair == BANDS.index(band) for band in ("stable", "unstable")}
             save_tensors(folder / "sample.safetensors", {"feature": sampled[0], "impact": true[0]}, {})
-            told = [ablation.translate_to_next(ensemble, held_out, document, of).assign(band=band) for band, of in bands.items()]
-            write_table(folder / "translation.parquet", pd.concat(told, ignore_index=True))
+            write_table(folder / "translation.parquet", ablation.translate_to_next(ensemble, held_out, document, bands))
             for band, member in bands.items():
                 moved = ablation.transplant(bridge, ensemble, *site, member, effects.activation / effects.rows)
                 by_seed = {what: np.stack([moved.nats[what, seed] for seed in range(len(ensemble.seeds))]) for what in TRANSPLANTS}

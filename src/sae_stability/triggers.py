@@ -69,14 +69,14 @@ def explained(activations: sparse.csr_array, group: Int[np.ndarray, "token"], fi
     _, group = np.unique(group, return_inverse=True)
     count = int(group.max()) + 1
     known = np.bincount(group[fitted], minlength=count) > 0
+    judged = ~fitted & known[group]
     sums, sizes = [], []
-    for rows in (fitted, ~fitted & known[group]):
+    for rows in (fitted, judged):
         where = np.flatnonzero(rows)
-        members = sparse.csr_array((np.ones(len(where)), (group[where], np.arange(len(where)))), shape=(count, len(where)))
-        sums.append(members @ activations[where])
+        members = sparse.csr_array((np.ones(len(where)), (group[where], where)), shape=(count, len(group)))
+        sums.append(members @ activations)
         sizes.append(np.bincount(group[where], minlength=count).astype(float))
-    judged = activations[np.flatnonzero(~fitted & known[group])]
-    squares = np.asarray(judged.multiply(judged).sum(0)).ravel()
+    squares = judged.astype(float) @ activations.multiply(activations)
     averages = sparse.diags_array(1 / np.maximum(sizes[0], 1)) @ sums[0]
     crossed = np.asarray(averages.multiply(sums[1]).sum(0)).ravel()
     predicted = np.asarray((sparse.diags_array(sizes[1]) @ averages.multiply(averages)).sum(0)).ravel()

@@ -88,22 +88,27 @@ def translate(features: sparse.csr_array, latents: sparse.csr_array, fitted: Boo
 
 
 def translate_to_next(
-    ensemble: Ensemble, activations: Activations, document: Int[np.ndarray, "token"], member: Bool[Tensor, "seed seed d_sae"]
+    ensemble: Ensemble,
+    activations: Activations,
+    document: Int[np.ndarray, "token"],
+    members: dict[str, Bool[Tensor, "seed seed d_sae"]],
 ) -> pd.DataFrame:
-    """Translate some features of each seed into the latents of the next one, fitted on every other document.
+    """Translate the features of some bands of each seed into the latents of the next one, fitted on every other document.
 
-    One row a feature. Columns: seed (its position), feature, fate, firings, contained, ratio, explained_1, _2, _4, _8.
+    One row a feature. Columns: band, seed (its position), feature, fate, firings, contained, ratio, explained_1, _2, _4, _8.
     """
     codes = sparse_codes(ensemble, activations)
     fitted = np.unique(document[: len(activations)], return_inverse=True)[1] % 2 == 0
-    columns = ("seed", "feature", "fate", "firings", "contained", "ratio", *(f"explained_{size}" for size in LATENTS))
+    columns = ("band", "seed", "feature", "fate", "firings", "contained", "ratio", *(f"explained_{size}" for size in LATENTS))
     parts = [pd.DataFrame(columns=columns)]
     for seed, following in _each_with_next(len(codes)):
-        features = member[seed, following].nonzero()[:, 0].numpy()
+        of_band = {band: member[seed, following].nonzero()[:, 0].numpy() for band, member in members.items()}
+        features = np.concatenate(list(of_band.values()))
         if len(features):
             found = translate(codes[seed][:, features], codes[following], fitted)
+            band = np.repeat(list(of_band), [len(of) for of in of_band.values()])
             told = (seed, features, np.array(FATES)[found.fate], found.firings, found.contained, found.ratio, *found.explained.T)
-            parts.append(pd.DataFrame(dict(zip(columns, told, strict=True))))
+            parts.append(pd.DataFrame(dict(zip(columns, (band, *told), strict=True))))
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 

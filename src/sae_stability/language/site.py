@@ -1,14 +1,15 @@
 """One place in a language model: what the model computes there, and what it predicts from something else in its place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_stability.language.activations import layer_of
 
 TOLERANCE = 1e-4  # of logits
+CHUNK = 512  # positions whose logits are held at a time: a whole vocabulary each, they stay in the processor's cache
 
 
 class Site:
@@ -42,9 +43,13 @@ class Site:
             self._resumes = self._tried(at_site[0], logits)
         return at_site[0], logits
 
-    def predict(self, value: Float[Tensor, "context position d_in"]) -> Float[Tensor, "context position vocabulary"]:
-        """The logits of the text that was read last, with `value` at the site."""
-        return self._go_on(value) if self._resumes else self._run(lambda _, hook: value)
+    def predict(
+        self, value: Float[Tensor, "context position d_in"], chosen: Bool[Tensor, "context position"]
+    ) -> Iterator[Float[Tensor, "row vocabulary"]]:
+        """Logits at the chosen positions of the text read last, with `value` at the site: `CHUNK` of them at a time."""
+        if self._resumes:
+            return map(self.bridge.unembed, self._go_on(value)[chosen].split(CHUNK))
+        return iter(self._run(lambda _, hook: value)[chosen].split(CHUNK))
 
     def _run(self, hook: Callable) -> Tensor:
         return self.bridge.run_with_hooks(self._ids, fwd_hooks=[(self.hook_name, hook)], use_cache=False)
@@ -53,15 +58,16 @@ class Site:
         """What blocks get beside the residual stream: masks and the positions' embeddings."""
         self._inputs = arguments[1:], {name: value for name, value in options.items() if name != "hidden_states"}
 
-    def _go_on(self, value: Tensor) -> Tensor:
+    def _go_on(self, value: Tensor) -> Float[Tensor, "context position d_model"]:
+        """What the rest of the model makes of `value`, before the unembedding."""
         arguments, options = self._inputs
         for block in self._rest:
             out = block(value, *arguments, **options)
             value = out[0] if isinstance(out, tuple) else out
-        return self.bridge.unembed(self.bridge.ln_final(value))
+        return self.bridge.ln_final(value)
 
     def _tried(self, value: Tensor, logits: Tensor) -> bool:
         try:
-            return torch.allclose(self._go_on(value), logits, atol=TOLERANCE, rtol=0)
+            return torch.allclose(self.bridge.unembed(self._go_on(value)), logits, atol=TOLERANCE, rtol=0)
         except (AttributeError, RuntimeError, TypeError):  # blocks of this architecture want something else
             return False
