@@ -1,6 +1,6 @@
 """Computes the activations that the benchmark trains on: of the embedded model, with the locked environment's corpus."""
 
-from sae_stability import stages
+from sae_stability import pipeline
 from sae_stability.config import Study, load_study
 from sae_stability.language.activations import Activations
 from sae_stability.results import activations_of, sources_of
@@ -20,4 +20,4 @@ def open_activations(split: str) -> Activations:
 
 
 if __name__ == "__main__":
-    stages.compute_activations(study())
+    pipeline.compute_activations(study())

@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from sae_stability import book, cli, stages
+from sae_stability import book, cli, pipeline
 from sae_stability.config import ROOT, Cell, load_study
 from sae_stability.language import pretraining
 from sae_stability.store import Store, locked
@@ -46,7 +46,7 @@ def quick():
     """The quick study, computed and executed; what is there already is used."""
     study = load_study("quick")
     with locked(Store(study).folder / ".lock"):
-        store = stages.compute(study)
+        store = pipeline.compute(study)
         book.execute(study)
     return store
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_stability import stages
+from sae_stability import pipeline
 from sae_stability.config import UserError, load_study
 from sae_stability.language import corpus, models
 from sae_stability.language.activations import Activations, collect
@@ -106,7 +106,7 @@ def test_a_streamed_study_trains_all_cells_from_one_pass_over_the_text(house, sm
         return compute(self, index)
 
     monkeypatch.setattr(Stream, "_compute", counted)
-    store = stages.compute(study)
+    store = pipeline.compute(study)
     for name in study.cells:
         for kind in ("real", "surrogate", "randomised"):
             assert len(ensemble_of(store, name, kind).seeds) == 4

@@ -24,12 +24,12 @@ def run(house: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("architecture", ["neox", "llama"])
 def test_other_architectures_reach_their_claims(house, small, model_folders, architecture, monkeypatch):
-    from sae_stability import stages, store
+    from sae_stability import pipeline, store
     from sae_stability.config import load_study
 
     monkeypatch.setattr(store, "ROOT", house)
     overrides = [override.removeprefix("--set=") for override in small] + [f"model={model_folders[architecture]}"]
-    found = stages.compute(load_study("embedded", overrides, name=architecture))
+    found = pipeline.compute(load_study("embedded", overrides, name=architecture))
     assert [claim["id"] for claim in found.claims()][:2] == ["C1", "C2"]
     assert architecture in found.claims()[0]["cell"]
     assert found.table("saes")["loss_spliced"].gt(0).all()
@@ -48,9 +48,9 @@ def test_another_model_and_corpus_become_a_book_and_the_book_follows_the_study(h
 
 COMPUTE = """
 import sys
-from sae_stability import stages
+from sae_stability import pipeline
 from sae_stability.config import load_study
-stages.compute(load_study("embedded", sys.argv[2:], name=sys.argv[1]))
+pipeline.compute(load_study("embedded", sys.argv[2:], name=sys.argv[1]))
 """
 
 
@@ -74,14 +74,14 @@ def test_killed_at_any_moment_the_claims_are_those_of_an_undisturbed_run(house, 
 
 
 def test_a_grid_gives_a_row_for_each_cell(house, small, monkeypatch):
-    from sae_stability import stages, store
+    from sae_stability import pipeline, store
     from sae_stability.config import load_study
 
     monkeypatch.setattr(store, "ROOT", house)
     overrides = [override.removeprefix("--set=") for override in small]
     sites = "grid.hook_name=[blocks.0.hook_resid_post, blocks.1.hook_mlp_out]"
     study = load_study("embedded", [*overrides, sites, "seeds=2", "surrogate_seeds=2"], name="grid")
-    table = stages.compute(study).table("cells")
+    table = pipeline.compute(study).table("cells")
     assert table["cell"].tolist() == ["main", "hook_name=blocks.0.hook_resid_post", "hook_name=blocks.1.hook_mlp_out"]
     assert table["label"].str.contains("hook_mlp_out").sum() == 1
     assert len({path.parent.name for path in (house / "results" / "grid").rglob("train.bin")}) == 3
@@ -120,11 +120,11 @@ def test_cells_are_compared_at_equal_l0_and_at_equal_quality(quick):
 
 
 def test_a_stage_is_computed_again_when_what_it_depends_on_changes():
-    from sae_stability import stages
+    from sae_stability import pipeline
     from sae_stability.config import load_study
 
     def keys(*overrides: str) -> dict[str, str]:
-        return {stage.name: stage.key for stage in stages.plan(load_study("quick", ["grid={}", *overrides]))}
+        return {stage.name: stage.key for stage in pipeline.plan(load_study("quick", ["grid={}", *overrides]))}
 
     def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
         return {name for name in before if before[name] != after.get(name)}

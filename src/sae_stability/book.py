@@ -110,7 +110,7 @@ def staged(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def open_study(name: str) -> Store:
     """What a chapter calls first: the study's results, computed where they are missing."""
-    from sae_stability.stages import compute  # above this module; only chapters that are opened alone compute
+    from sae_stability.pipeline import compute  # above this module; only chapters that are opened alone compute
 
     path = ROOT / "results" / name / "study.json"
     return compute(Study(**read_json(path)) if path.is_file() else load_study(name))

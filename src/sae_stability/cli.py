@@ -47,15 +47,15 @@ def run(
     """
     chosen = load_study(study, overrides or (), name)
     _no_widgets()
-    from sae_stability import book, stages
-    from sae_stability.store import locked
+    from sae_stability import book, pipeline
+    from sae_stability.store import Store, locked
 
     if dry_run:
-        for stage in stages.plan(chosen):
-            print("done   " if stages.Store(chosen).is_done(stage.name, stage.key) else "missing", stage.name)
+        for stage in pipeline.plan(chosen):
+            print("done   " if Store(chosen).is_done(stage.name, stage.key) else "missing", stage.name)
         return
-    with locked(stages.Store(chosen).folder / ".lock"):
-        stages.compute(chosen)
+    with locked(Store(chosen).folder / ".lock"):
+        pipeline.compute(chosen)
         book.execute(chosen)
         with locked(book.SITE.parent / ".lock"):
             print(book.build(chosen))
@@ -66,9 +66,9 @@ def check(study: STUDY, overrides: SET = None, name: NAME = None) -> None:
     """Validate a study as a whole, its model, hook point and corpus included; compute nothing else."""
     chosen = load_study(study, overrides or (), name)
     _no_widgets()
-    from sae_stability import stages
+    from sae_stability import pipeline
 
-    stages.check(chosen)
+    pipeline.check(chosen)
     print(f"{chosen.name}: {len(chosen.cells)} cell(s), {len(chosen.seed_list)} seeds in the main one; nothing to mend")
 
 
@@ -129,16 +129,16 @@ def explain(
     """
     chosen = load_study(study, overrides or (), name)
     _no_widgets()
-    from sae_stability import stages
-    from sae_stability.store import locked
+    from sae_stability import pipeline
+    from sae_stability.store import Store, locked
 
-    with locked(stages.Store(chosen).folder / ".lock"):
+    with locked(Store(chosen).folder / ".lock"):
         if dry_run:
-            for prompt in stages.prompts(chosen):
+            for prompt in pipeline.prompts(chosen):
                 print(prompt, end="\n\n\n")
             return
-        stages.compute(chosen)
-    print(f"{chosen.name}: {stages.Store(chosen).folder / 'tables' / 'explanations.parquet'} holds one row per explanation")
+        pipeline.compute(chosen)
+    print(f"{chosen.name}: {Store(chosen).folder / 'tables' / 'explanations.parquet'} holds one row per explanation")
 
 
 @app.command("train-model")

@@ -32,7 +32,7 @@ def training_curves(curve: pd.DataFrame, title: str) -> Figure:
 
 def variant_curves(curve: pd.DataFrame, title: str) -> Figure:
     """Explained variance of each seed of each variant. Columns: variant, seed, tokens, explained_variance."""
-    figure, (axis,) = new_axes(title, height=4.2)
+    figure, (axis,) = new_axes(title, height=4.8)
     names = list(dict.fromkeys(curve["variant"]))
     late = curve[curve["tokens"] > 0.2 * curve["tokens"].max()]
     ends = curve[curve["tokens"] == curve["tokens"].max()].groupby("variant")["explained_variance"].mean()
@@ -48,7 +48,9 @@ def variant_curves(curve: pd.DataFrame, title: str) -> Figure:
         ylabel="explained variance of the batches",
         ylim=(low - 0.1 * (high - low), high + 0.05 * (high - low)),
     )
-    axis.legend(frameon=False, title="one line a seed, its variant and end", ncols=2, loc="lower right", fontsize="small")
+    figure.legend(
+        frameon=False, title="one line a seed, its variant and end", ncols=3, loc="outside lower center", fontsize="small"
+    )
     axis.xaxis.set_major_formatter(in_thousands)
     return figure
 
