@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from scipy import sparse
 
 from sae_stability import ablation
-from sae_stability.ablation.controls import ORDERS, SHARES
+from sae_stability.ablation.controls import CURVE_SEEDS, ORDERS, SHARES
 from sae_stability.ablation.translation import FATES
 from sae_stability.config import Variants
-from sae_stability.evaluation import fit, intervene
+from sae_stability.evaluation import Encoded, fit, intervene
 from sae_stability.language import models
 from sae_stability.language.activations import Activations, forward
 from sae_stability.language.corpus import load, pack
@@ -61,7 +61,7 @@ def members():
 @pytest.mark.parametrize("name", Variants.__args__)
 def test_marginal_impact_is_what_removing_each_feature_does(site, name):
     ensemble = random_ensemble(name, site.activations)
-    found = ablation.impact_on_reconstruction(ensemble, site.activations)
+    found = ablation.impact_on_reconstruction(Encoded.of(ensemble, site.activations))
     x, z = ensemble.normalise(site.activations.data).double(), ensemble.encode(site.activations.data).double()
     W_dec, b_dec = ensemble.W_dec.double(), ensemble.parameters.b_dec.double()
     whole = z @ W_dec + b_dec[:, None]
@@ -79,14 +79,14 @@ def test_the_impact_of_features_in_another_order_is_the_same_in_that_order(site)
         b_enc=ensemble.parameters.b_enc[:, order],
         W_dec=ensemble.W_dec[:, order],
     )
-    one, other = (ablation.impact_on_reconstruction(of, site.activations).reconstruction for of in (ensemble, moved))
+    one, other = (ablation.impact_on_reconstruction(Encoded.of(of, site.activations)).reconstruction for of in (ensemble, moved))
     torch.testing.assert_close(one[:, order], other, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["topk", "gated"])
 def test_removed_and_kept_errors_are_those_of_dense_codes(site, members, name):
     ensemble = random_ensemble(name, site.activations)
-    found = ablation.on_reconstruction(ensemble, site.activations, site.document, members)
+    found = ablation.on_reconstruction(Encoded.of(ensemble, site.activations), site.document, members)
     measured = fit(ensemble, site.activations, site.document)
     np.testing.assert_allclose(found.intact, measured.residual, rtol=1e-5)
     np.testing.assert_allclose(found.total, measured.total, rtol=1e-5)
@@ -201,11 +201,11 @@ def test_planted_features_lose_their_energy_and_no_more():
     ensemble, activations, document, strengths = planted(twins=False)
     member = torch.zeros(1, 16, dtype=torch.bool)
     member[0, :3] = True
-    found = ablation.on_reconstruction(ensemble, activations, document, {("band", "stable"): member})
+    found = ablation.on_reconstruction(Encoded.of(ensemble, activations), document, {("band", "stable"): member})
     assert found.intact.sum() < 1e-6
     assert found.removed["band", "stable"].sum() == pytest.approx(strengths[:, :3].square().sum().item(), rel=1e-4)
     assert found.kept["band", "stable"].sum() == pytest.approx(strengths[:, 3:].square().sum().item(), rel=1e-4)
-    impact = ablation.impact_on_reconstruction(ensemble, activations)
+    impact = ablation.impact_on_reconstruction(Encoded.of(ensemble, activations))
     expected = torch.cat([strengths.square().sum(0), torch.zeros(8)]).double()[None]
     torch.testing.assert_close(impact.reconstruction, expected, rtol=1e-4, atol=1e-3)
 
@@ -215,7 +215,7 @@ def test_features_with_a_twin_are_missed_with_fixed_codes_and_not_once_codes_are
     member = torch.zeros(1, 16, dtype=torch.bool)
     member[0, :3] = True
     name = ("band", "stable")
-    fixed = ablation.on_reconstruction(ensemble, activations, document, {name: member})
+    fixed = ablation.on_reconstruction(Encoded.of(ensemble, activations), document, {name: member})
     again = ablation.reselected(ensemble, activations, document, {name: member, ("all", ""): member | True})
     energy = strengths[:, :3].square().sum().item()
     assert fixed.removed[name].sum() - fixed.intact.sum() > 0.5 * energy
@@ -252,9 +252,10 @@ def test_controls_have_the_size_the_energy_and_the_frequency_of_their_band():
     assert sets.members["paired", "intermediate"].sum() == 0
     for order in ORDERS:
         sizes = [int(sets.members[f"by {order}", f"{share:g}"].sum()) for share in SHARES]
-        assert sizes == [12 * round(share * 40) for share in SHARES]
+        assert sizes == [CURVE_SEEDS * round(share * 40) for share in SHARES]
     assert torch.equal(
-        sets.members["by stability", "0.25"] & ~sets.members["band", "stable"], torch.zeros(12, 40, dtype=torch.bool)
+        sets.members["by stability", "0.25"] & ~sets.members["band", "stable"][:CURVE_SEEDS],
+        torch.zeros(CURVE_SEEDS, 40, dtype=torch.bool),
     )
 
 

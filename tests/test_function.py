@@ -13,6 +13,7 @@ import torch
 
 from sae_stability import ablation, figures
 from sae_stability.claims import judge_c2, judge_c3, judge_c4
+from sae_stability.evaluation import Encoded
 from sae_stability.figures.function import MEASURE_NAMES
 from sae_stability.language.activations import Activations
 from sae_stability.language.corpus import Contexts
@@ -72,9 +73,10 @@ def planted():
     tokens = np.stack(tokens, 1).astype(np.int32)
     document = np.broadcast_to(np.arange(len(tokens))[:, None], tokens.shape)
     contexts = Contexts(tokens, document, np.ones(tokens.shape, dtype=bool))
-    held_out, rows = Activations.of(bridge.embedding[torch.from_numpy(tokens).long().flatten()]), document.ravel()
+    rows = document.ravel()
+    held_out = Encoded.of(ensemble, Activations.of(bridge.embedding[torch.from_numpy(tokens).long().flatten()]))
     found = stability(ensemble.W_dec, threshold=0.95)
-    effects, sets = ablation.measure(bridge, ensemble, found, held_out, rows, "site", contexts, tokens.size, whole=True)
+    effects, sets = ablation.measure(bridge, held_out, found, rows, "site", contexts, tokens.size, "curves")
     return SimpleNamespace(
         bridge=bridge, ensemble=ensemble, contexts=contexts, tokens=tokens.size, held_out=held_out, document=rows,
         found=found, effects=effects, sets=sets, table=shares(effects),
@@ -99,7 +101,9 @@ def test_the_asymmetry_figure_shows_what_was_planted(planted):
     assert drawn["prediction"][stable] == pytest.approx(1, abs=1e-3)
     assert drawn["prediction"][2 + stable] == pytest.approx(0, abs=1e-3)
     assert drawn["prediction"][matched] == pytest.approx(0, abs=0.02)  # the matches of stable features do nothing
-    shared = (planted.held_out.data @ planted.bridge.shared.T).var(0).sum() / planted.held_out.data.var(0).sum()
+    shared = (planted.held_out.activations.data @ planted.bridge.shared.T).var(0).sum() / planted.held_out.activations.data.var(
+        0
+    ).sum()
     # Nothing stands in for an orthogonal direction, but an offset is fitted again too, and so only what varies is lost.
     assert drawn["reselected"][-0.1] == pytest.approx(shared.item(), abs=0.05)
 
@@ -138,7 +142,7 @@ def test_single_features_do_what_was_planted(planted):
 def test_translations_and_transplants_show_what_was_planted(planted):
     of_pair = torch.from_numpy(planted.found.held_out_band)
     bands = {band: of_pair == BANDS.index(band) for band in ("stable", "unstable")}
-    told = ablation.translate_to_next(planted.ensemble, planted.held_out, planted.document, bands)
+    told = ablation.translate_to_next(planted.held_out, planted.document, bands)
     stable, unstable = (told[told.band == band] for band in bands)
     for seed, following in ((0, 1), (SEEDS - 1, 0)):
         for part, of in ((stable, bands["stable"]), (unstable, bands["unstable"])):

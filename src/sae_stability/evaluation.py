@@ -17,6 +17,7 @@ from sae_stability.language.activations import Activations
 from sae_stability.language.corpus import Contexts
 from sae_stability.language.site import CHUNK, Site
 from sae_stability.saes.ensemble import Ensemble
+from sae_stability.saes.sparse import Codes, Parameters
 from sae_stability.statistics import Interval, bootstrap_ratio
 
 ROWS = 8192  # tokens encoded at a time
@@ -88,15 +89,39 @@ def fit(ensemble: Ensemble, activations: Activations, document: Int[np.ndarray, 
     return Fit(firings, rows, residual, total)
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Held-out activations and the codes that every seed gives them: encoded once for all that is asked of them."""
+
+    ensemble: Ensemble
+    activations: Activations
+    codes: list[list[Codes]]
+    """Of each batch of `ROWS` tokens, each seed's."""
+
+    @classmethod
+    def of(cls, ensemble: Ensemble, activations: Activations) -> "Encoded":
+        batches = (ensemble.normalise(part) for part in activations.data.split(ROWS))
+        return cls(ensemble, activations, [[codes for _, codes in ensemble.codes(x)] for x in batches])
+
+    def batches(self) -> Iterator[tuple[slice, Float[Tensor, "token d_in"], list[tuple[Parameters, Codes]]]]:
+        """In turn which tokens they are, their normalised activations, and each seed's SAE and codes."""
+        for number, codes in enumerate(self.codes):
+            rows = slice(number * ROWS, (number + 1) * ROWS)
+            yield rows, self.ensemble.normalise(self.activations.data[rows]), list(zip(self.ensemble.saes, codes, strict=True))
+
+    def matrix(self, position: int) -> sparse.csr_array:
+        """The feature activations [token, d_sae] of the SAE at `position` of the seeds."""
+        parts = []
+        for codes in (of_seed[position] for of_seed in self.codes):
+            arrays = (codes.values.numpy(), codes.features.numpy(), codes.starts.numpy())
+            parts.append(sparse.csr_array(arrays, shape=(len(codes.starts) - 1, self.ensemble.d_sae)))
+        return sparse.vstack(parts, format="csr")
+
+
 def sparse_codes(ensemble: Ensemble, activations: Activations) -> list[sparse.csr_array]:
     """Each seed's feature activations [token, d_sae] on the same tokens."""
-    parts: list[list[sparse.csr_array]] = [[] for _ in ensemble.seeds]
-    for start in range(0, len(activations), ROWS):
-        x = ensemble.normalise(activations.data[start : start + ROWS])
-        for of_seed, (_, codes) in zip(parts, ensemble.codes(x), strict=True):
-            arrays = (codes.values.numpy(), codes.features.numpy(), codes.starts.numpy())
-            of_seed.append(sparse.csr_array(arrays, shape=(len(x), ensemble.d_sae)))
-    return [sparse.vstack(of_seed, format="csr") for of_seed in parts]
+    encoded = Encoded.of(ensemble, activations)
+    return [encoded.matrix(position) for position in range(len(ensemble.seeds))]
 
 
 def losses(bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, tokens: int) -> Losses:

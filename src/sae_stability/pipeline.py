@@ -39,7 +39,7 @@ MATCHING = (
     *("matching/families.py", "threads.py", *EVALUATION),
 )
 ABLATION = tuple(f"ablation/{name}.py" for name in ("__init__", "impact", "controls", "removal", "effects", "translation"))
-TRIGGERS = ("triggers.py", *EVALUATION)
+TRIGGERS = ("triggers.py", "threads.py", *EVALUATION)
 EXPLANATIONS = (
     *(f"explanations/{name}.py" for name in ("__init__", "windows", "rules", "language_model", "scoring")),
     *("evaluation.py", "matching/reappearance.py"),

@@ -9,10 +9,10 @@ import torch
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from sae_stability import ablation, explanations, training, triggers
+from sae_stability import ablation, explanations, threads, training, triggers
 from sae_stability.ablation.translation import TRANSPLANTS
 from sae_stability.config import Cell, Study, UserError
-from sae_stability.evaluation import fit, losses, sparse_codes
+from sae_stability.evaluation import Encoded, fit, losses, sparse_codes
 from sae_stability.language import corpus, models
 from sae_stability.language.activations import Activations, Blocks, collect, draw_surrogate
 from sae_stability.language.streaming import Stream
@@ -196,11 +196,14 @@ def find_triggers(study: Study, source: Source, name: str, cell: Cell, folder: P
     train = contexts_of(store, source, "train")
     seen = np.bincount(train.tokens[train.is_text], minlength=len(tokenizer))
     words = [tokenizer.decode([token]) for token in range(len(seen))]
-    ensemble, parts = ensemble_of(store, name, "real"), []
-    for position, seed in enumerate(tqdm(ensemble.seeds, "triggers", unit="seed", disable=None)):
+    ensemble = ensemble_of(store, name, "real")
+
+    def of_seed(position: int) -> pd.DataFrame:
         (codes,) = sparse_codes(ensemble.of(position), held_out)
         found = triggers.triggers(codes, text, words, seen / seen.sum())
-        parts.append(found.assign(seed=seed, feature=np.arange(len(found))))
+        return found.assign(seed=ensemble.seeds[position], feature=np.arange(len(found)))
+
+    parts = threads.each_seed(of_seed, len(ensemble.seeds), "triggers")
     write_table(folder / "triggers.parquet", pd.concat(parts, ignore_index=True))
 
 
@@ -251,8 +254,9 @@ def ablate(study: Study, source: Source, name: str, cell: Cell, folder: Path) ->
     site = (cell.hook_name, contexts, study.ablation_tokens)
     for kind in ("real", "surrogate"):
         ensemble, found = ensemble_of(store, name, kind), stability_of(store, name, kind)
-        held_out = activations_of(store, source, cell, "evaluation", kind).first(CODE_TOKENS)
-        effects, sets = ablation.measure(bridge, ensemble, found, held_out, document, *site, whole=main and kind == "real")
+        held_out = Encoded.of(ensemble, activations_of(store, source, cell, "evaluation", kind).first(CODE_TOKENS))
+        detail = "bands" if kind == "surrogate" else "curves" if main else "controls"
+        effects, sets = ablation.measure(bridge, held_out, found, document, *site, detail)
         save_tensors(folder / f"{kind}.safetensors", effects.tensors(), {})
         if main and kind == "real":
             sampled = ablation.sample(effects, sets, SAMPLED)
@@ -260,7 +264,7 @@ def ablate(study: Study, source: Source, name: str, cell: Cell, folder: Path) ->
             of_pair = torch.from_numpy(found.held_out_band)
             bands = {band: of_pair == BANDS.index(band) for band in ("stable", "unstable")}
             save_tensors(folder / "sample.safetensors", {"feature": sampled[0], "impact": true[0]}, {})
-            write_table(folder / "translation.parquet", ablation.translate_to_next(ensemble, held_out, document, bands))
+            write_table(folder / "translation.parquet", ablation.translate_to_next(held_out, document, bands))
             for band, member in bands.items():
                 moved = ablation.transplant(bridge, ensemble, *site, member, effects.activation / effects.rows)
                 by_seed = {what: np.stack([moved.nats[what, seed] for seed in range(len(ensemble.seeds))]) for what in TRANSPLANTS}

@@ -1,11 +1,31 @@
-"""Compiled kernels run with as many threads as PyTorch does in the thread that calls them."""
+"""How work is shared among threads: seeds side by side, each with its part of PyTorch's threads, which compiled kernels follow."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numba
 import numpy as np
 import torch
 from numba import njit, prange
+from tqdm import tqdm
+
+
+def each_seed(work: Callable[[int], object], seeds: int, described: str) -> list:
+    """What `work` gives for each seed, by its position: several at a time, with a progress bar."""
+    with pool(workers(seeds)) as shared:
+        return list(tqdm(shared.map(work, range(seeds)), described, total=seeds, unit="seed", disable=None))
+
+
+def workers(seeds: int) -> int:
+    """How many seeds to work on at a time: one a thread, which beats sharing each product among threads."""
+    return max(1, min(seeds, torch.get_num_threads())) if _concurrent() else 1
+
+
+def pool(workers: int) -> ThreadPoolExecutor:
+    """Workers that share PyTorch's threads."""
+    threads = max(1, torch.get_num_threads() // workers)
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
 
 
 def call(kernel, *arguments) -> None:
@@ -16,7 +36,7 @@ def call(kernel, *arguments) -> None:
     kernel(*arguments)
 
 
-def concurrent() -> bool:
+def _concurrent() -> bool:
     """Whether several threads may call kernels at a time: numba's plainest threading layer breaks under that."""
     _launch()
     return numba.threading_layer() != "workqueue"

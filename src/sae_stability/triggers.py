@@ -76,7 +76,7 @@ def explained(activations: sparse.csr_array, group: Int[np.ndarray, "token"], fi
         members = sparse.csr_array((np.ones(len(where)), (group[where], where)), shape=(count, len(group)))
         sums.append(members @ activations)
         sizes.append(np.bincount(group[where], minlength=count).astype(float))
-    squares = judged.astype(float) @ activations.multiply(activations)
+    squares = judged.astype(float) @ _with_values(activations, np.square(activations.data))
     averages = sparse.diags_array(1 / np.maximum(sizes[0], 1)) @ sums[0]
     crossed = np.asarray(averages.multiply(sums[1]).sum(0)).ravel()
     predicted = np.asarray((sparse.diags_array(sizes[1]) @ averages.multiply(averages)).sum(0)).ravel()
@@ -86,6 +86,11 @@ def explained(activations: sparse.csr_array, group: Int[np.ndarray, "token"], fi
     with np.errstate(divide="ignore", invalid="ignore"):
         share = 1 - (squares - 2 * crossed + predicted) / spread
     return np.where((squares > 0) & (mean > 0), share, np.nan)
+
+
+def _with_values(matrix: sparse.csr_array, values: Float[np.ndarray, "firing"]) -> sparse.csr_array:
+    """Other values in the same places."""
+    return sparse.csr_array((values, matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
 def triggers(
@@ -98,10 +103,9 @@ def triggers(
     `null_token` and so on; `top_share`, the share of the activation on one token; `tokens`, how many hold `MASS` of it; `rarity`,
     minus the decimal logarithm of the trigger tokens' frequency, weighted by activation; `trigger`, the class.
     """
-    fires = activations.copy()
-    fires.data = (fires.data > 0).astype(np.float64)
-    halves = [np.asarray(fires[np.flatnonzero(half)].sum(0)).ravel() for half in (text.fitted, ~text.fitted)]
-    table = {"firings": np.minimum(*halves).astype(int)}
+    activations = activations.astype(np.float64)  # once, and not in each product below
+    fires = _with_values(activations, np.sign(activations.data))
+    table = {"firings": np.minimum(*(half.astype(float) @ fires for half in (text.fitted, ~text.fitted))).astype(int)}
     for prefix, source in (("explained", text), ("null", text.shuffled())):
         table |= {f"{prefix}_{name}": explained(activations, group, source.fitted) for name, group in source.groups.items()}
     rows = len(text.token)

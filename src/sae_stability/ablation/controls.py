@@ -17,6 +17,7 @@ from sae_stability.statistics import matched_pairs
 CALIPER = 0.2  # standard deviations of log energy and of log frequency by which two matched features may differ
 SHARES = (0.25, 0.5, 0.75)  # of the live features, along the cumulative curves
 ORDERS = ("stability", "energy", "frequency", "random")
+CURVE_SEEDS = 4  # the first seeds, whose features are added in those orders: each point costs a pass of the model for each
 
 Name = tuple[str, str]
 """Which set: (kind of set, band), or (`by` an order, share of the live features)."""
@@ -27,7 +28,8 @@ class Sets:
     """Sets of features of each seed."""
 
     members: dict[Name, Bool[Tensor, "seed d_sae"]]
-    """`band`, `random` (as many), `paired` (the band's features that have a match outside it) and `matched` (those matches)."""
+    """`band`, `random` (as many), `paired` (the band's features that have a match outside it) and `matched` (those matches); and
+    `by` each order, of the first `CURVE_SEEDS` only."""
     support: dict[str, Float[np.ndarray, "seed"]]
     """The share of each band's energy that is in `paired` features; NaN where the band is empty."""
 
@@ -77,8 +79,8 @@ def _cumulative(found: Stability, energy: Tensor, firings: Tensor, generator: np
     for order in ORDERS:
         key = keys[order].double().numpy()
         for share in SHARES:
-            first = torch.zeros_like(found.alive)
-            for seed, living in enumerate(found.alive):
+            first = torch.zeros_like(found.alive[:CURVE_SEEDS])
+            for seed, living in enumerate(found.alive[:CURVE_SEEDS]):
                 live = living.nonzero()[:, 0].numpy()
                 ranked = live[np.lexsort((shuffled[seed, live], -key[seed, live]))]
                 first[seed, ranked[: round(share * len(live))]] = True

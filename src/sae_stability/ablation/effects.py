@@ -1,6 +1,7 @@
 """What removals of an ensemble's features were found to do, as shares of what removing all of them does."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,10 +11,9 @@ from torch import Tensor
 from sae_stability.ablation.controls import Name, Sets, sets_of
 from sae_stability.ablation.impact import impact_on_prediction, impact_on_reconstruction
 from sae_stability.ablation.removal import on_prediction, on_reconstruction, reselected
-from sae_stability.language.activations import Activations
+from sae_stability.evaluation import Encoded
 from sae_stability.language.corpus import Contexts
 from sae_stability.matching import BANDS, Stability
-from sae_stability.saes.ensemble import Ensemble
 from sae_stability.statistics import Interval, bootstrap_ratio, mean_interval, over_seeds_and_documents
 
 ALL: Name = ("all", "")
@@ -22,6 +22,10 @@ MEASURES = ("reconstruction", "reselected", "prediction", "divergence")
 """Squared error; the same once codes are chosen again; cross-entropy; KL divergence from the clean prediction."""
 REFITTED = 50_000  # tokens on which decoders are fitted again and judged
 OWN = ("firings", "activation", "energy", "impact", "first_order", "second_order")
+UNMATCHED, MATCHED = ("all", "band", "random"), ("paired", "matched")
+Detail = Literal["bands", "controls", "curves"]
+"""Bands and as many random features are removed; `controls` also keep them alone, match them, and choose codes again; `curves`
+also add features in several orders, and read the full splice."""
 COMPLEMENT = {"kept": "removed", "only": "spliced"}
 """Readings that keep nothing but a set, and those that remove one."""
 
@@ -51,12 +55,14 @@ class Effects:
         """How much larger the measure is under an intervention than without."""
         removing = COMPLEMENT.get(reading, reading)
         start = self.sums[f"{measure}/spliced/none/"] if removing == "spliced" else self.sums[f"{measure}/intact"]
-        return self.sums[f"{measure}/{reading}/{'/'.join(name)}"] - start
+        end = self.sums[f"{measure}/{reading}/{'/'.join(name)}"]
+        return end - (start[: len(end)] if start.ndim == 2 else start)  # curves are those of the first seeds
 
     def carried(self, measure: str, reading: str, name: Name) -> Float[np.ndarray, "seed document"]:
         """What a set carries: what is lost without it, or, where only the set is kept, what is not lost."""
         if reading in COMPLEMENT:
-            return self.lost(measure, COMPLEMENT[reading], ALL) - self.lost(measure, reading, name)
+            lost = self.lost(measure, reading, name)
+            return self.lost(measure, COMPLEMENT[reading], ALL)[: len(lost)] - lost
         return self.lost(measure, reading, name)
 
     def share(self, measure: str, reading: str, name: Name, less: Name | None = None) -> Interval:
@@ -64,7 +70,7 @@ class Effects:
         carried = self.carried(measure, reading, name)
         if less is not None:
             carried = carried - self.carried(measure, reading, less)
-        return over_seeds_and_documents(carried, self.lost(measure, COMPLEMENT.get(reading, reading), ALL))
+        return over_seeds_and_documents(carried, self.lost(measure, COMPLEMENT.get(reading, reading), ALL)[: len(carried)])
 
     def raw(self, measure: str, reading: str, name: Name) -> Interval:
         """The change itself: of the unexplained variance, or in nats a token."""
@@ -111,31 +117,31 @@ class Effects:
 
 def measure(
     bridge,
-    ensemble: Ensemble,
+    held_out: Encoded,
     found: Stability,
-    held_out: Activations,
     document: Int[np.ndarray, "token"],
     hook_name: str,
     contexts: Contexts,
     tokens: int,
-    whole: bool,
+    detail: Detail,
 ) -> tuple[Effects, Sets]:
     """Remove the bands of an ensemble and their controls, and read what is lost.
 
-    Reconstruction is judged on `held_out`, whose rows come from `document`, prediction on about `tokens` tokens of `contexts`. The
-    `whole` of it adds features in several orders, and has the full splice.
+    Reconstruction is judged on `held_out`, whose rows come from `document`, prediction on about `tokens` tokens of `contexts`.
     """
-    own = impact_on_reconstruction(ensemble, held_out)
-    sets = sets_of(found, own.energy, own.firings, whole)
+    ensemble, activations = held_out.ensemble, held_out.activations
+    own = impact_on_reconstruction(held_out)
+    sets = sets_of(found, own.energy, own.firings, detail == "curves")
     sums: dict[str, np.ndarray] = {}
-    bands = [name for name in sets.members if name[0] in ("all", "band", "random")]
-    fixed = on_reconstruction(ensemble, held_out, document, sets.members)
-    again = reselected(ensemble, held_out.first(REFITTED), document, {name: sets.members[name] for name in bands})
-    for measure_name, residuals in (("reconstruction", fixed), ("reselected", again)):
+    residuals_of = {"reconstruction": on_reconstruction(held_out, document, sets.members)}
+    if detail != "bands":
+        again = {name: member for name, member in sets.members.items() if name[0] in UNMATCHED}
+        residuals_of["reselected"] = reselected(ensemble, activations.first(REFITTED), document, again)
+    for measure_name, residuals in residuals_of.items():
         sums |= {f"{measure_name}/intact": residuals.intact, f"{measure_name}/size": residuals.total}
         for reading, of in (("removed", residuals.removed), ("kept", residuals.kept)):
             sums |= {f"{measure_name}/{reading}/{'/'.join(name)}": errors for name, errors in of.items()}
-    readings = readings_of(sets, whole)
+    readings = readings_of(sets, detail)
     predicted = on_prediction(bridge, ensemble, hook_name, contexts, tokens, sets.members | {NONE: found.alive & False}, readings)
     for measure_name, of, intact in (
         ("prediction", predicted.nats, predicted.clean),
@@ -145,22 +151,24 @@ def measure(
         sums |= {f"{measure_name}/{ablation}": of[ablation,] for ablation in ("zero", "mean")}
         for reading, names in readings.items():
             for name in names:
-                by_seed = np.stack([of[(reading, *name, seed)] for seed in range(len(ensemble.seeds))])
+                by_seed = np.stack([of[(reading, *name, seed)] for seed in range(len(sets.members.get(name, found.alive)))])
                 sums[f"{measure_name}/{reading}/{'/'.join(name)}"] = by_seed
     alone = impact_on_prediction(bridge, ensemble, hook_name, contexts, tokens)
     return Effects(
-        sums, own.firings, own.activation, own.energy, own.reconstruction, alone.first_order, alone.second_order, len(held_out)
+        sums, own.firings, own.activation, own.energy, own.reconstruction, alone.first_order, alone.second_order, len(activations)
     ), sets
 
 
-def readings_of(sets: Sets, whole: bool) -> dict[str, list[Name]]:
+def readings_of(sets: Sets, detail: Detail) -> dict[str, list[Name]]:
     """Which sets are read how in prediction: each costs a pass of the model for every seed."""
-    names = list(sets.members)
-    bands = [name for name in names if name[0] == "band"]
-    readings = {"removed": [name for name in names if not name[0].startswith("by ")], "kept": bands}
-    if whole:
-        readings["kept"] = bands + [name for name in names if name[0].startswith("by ")]
-        readings |= {"spliced": [NONE, ALL, *bands], "only": bands}
+    of_kind = {kind: [name for name in sets.members if name[0].startswith(kind)] for kind in (*UNMATCHED, *MATCHED, "by ")}
+    removed = [name for kind in UNMATCHED for name in of_kind[kind]]
+    if detail == "bands":
+        return {"removed": removed}
+    removed += [name for kind in MATCHED for name in of_kind[kind]]
+    readings = {"removed": removed, "kept": of_kind["band"] + of_kind["by "]}
+    if detail == "curves":
+        readings |= {"spliced": [NONE, ALL, *of_kind["band"]], "only": of_kind["band"]}
     return readings
 
 

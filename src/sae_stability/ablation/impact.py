@@ -16,8 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_stability.evaluation import CONTEXTS, ROWS, intervene
-from sae_stability.language.activations import Activations
+from sae_stability.evaluation import CONTEXTS, Encoded, intervene
 from sae_stability.language.corpus import Contexts
 from sae_stability.saes.ensemble import Ensemble
 
@@ -36,12 +35,12 @@ class Impact:
     """How much the squared error grows: exactly |a_i d_i|^2 + 2 a_i r.d_i, with r = x - x_hat (PAPER, marginal impact)."""
 
 
-def impact_on_reconstruction(ensemble: Ensemble, activations: Activations) -> Impact:
+def impact_on_reconstruction(held_out: Encoded) -> Impact:
     """The effect of every feature of every seed, in one pass over the activations."""
+    ensemble = held_out.ensemble
     firings, activation, energy, cross = torch.zeros(4, len(ensemble.seeds), ensemble.d_sae, dtype=torch.float64)
-    for start in tqdm(range(0, len(activations), ROWS), "impact on reconstruction", unit="batch", disable=None):
-        x = ensemble.normalise(activations.data[start : start + ROWS])
-        for seed, (sae, codes) in enumerate(ensemble.codes(x)):
+    for _, x, coded in tqdm(held_out.batches(), "impact on reconstruction", total=len(held_out.codes), unit="batch", disable=None):
+        for seed, (sae, codes) in enumerate(coded):
             residual = x - codes.decode(sae.W_dec) - sae.b_dec
             squares = codes.values.square() * sae.W_dec.square().sum(1)[codes.features]
             along = codes.values * codes.into(residual, sae.W_dec)

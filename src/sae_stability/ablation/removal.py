@@ -17,8 +17,9 @@ from scipy.linalg import cho_factor, cho_solve
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_stability import threads
 from sae_stability.ablation.controls import Name
-from sae_stability.evaluation import ROWS, Predictions, intervene, sparse_codes
+from sae_stability.evaluation import Encoded, Predictions, intervene, sparse_codes
 from sae_stability.language.activations import Activations
 from sae_stability.language.corpus import Contexts
 from sae_stability.saes.ensemble import Ensemble
@@ -42,29 +43,30 @@ class Residuals:
     """With nothing but a set."""
 
 
-def on_reconstruction(
-    ensemble: Ensemble, activations: Activations, document: Int[np.ndarray, "token"], members: Members
-) -> Residuals:
-    """The squared error without each set and with nothing else, codes fixed. Rows of `activations` come from `document`."""
+def on_reconstruction(held_out: Encoded, document: Int[np.ndarray, "token"], members: Members) -> Residuals:
+    """The squared error without each set and with nothing else, codes fixed. Activations come from `document`.
+
+    The members of a set may be given for the first seeds only.
+    """
+    ensemble, activations = held_out.ensemble, held_out.activations
     kinds, document = np.unique(document[: len(activations)], return_inverse=True)
-    shape = (len(ensemble.seeds), len(kinds))
-    total, intact = np.zeros(len(kinds)), np.zeros(shape)
-    removed, kept = ({name: np.zeros(shape) for name in members} for _ in range(2))
+    total, intact = np.zeros(len(kinds)), np.zeros((len(ensemble.seeds), len(kinds)))
+    removed, kept = ({name: np.zeros((len(member), len(kinds))) for name, member in members.items()} for _ in range(2))
     centre = (activations.mean - ensemble.mean) * ensemble.scale
-    for start in tqdm(range(0, len(activations), ROWS), "removal, reconstruction", unit="batch", disable=None):
-        x = ensemble.normalise(activations.data[start : start + ROWS])
-        of = document[start : start + ROWS]
+    progress = tqdm(held_out.batches(), "removal, reconstruction", total=len(held_out.codes), unit="batch", disable=None)
+    for rows, x, coded in progress:
+        of = document[rows]
 
         def squares(error: Tensor, of=of) -> np.ndarray:
             return np.bincount(of, error.square().sum(1).double().numpy(), len(kinds))
 
         total += squares(x - centre)
-        for seed, (sae, codes) in enumerate(ensemble.codes(x)):
+        for seed, (sae, codes) in enumerate(coded):
             without_features = x - sae.b_dec
             error = without_features - codes.decode(sae.W_dec)
             intact[seed] += squares(error)
-            for name, member in members.items():
-                written = codes.keep(member[seed][codes.features]).decode(sae.W_dec)
+            for name, member in _of_seed(members, seed).items():
+                written = codes.keep(member[codes.features]).decode(sae.W_dec)
                 removed[name][seed] += squares(error + written)
                 kept[name][seed] += squares(without_features - written)
     return Residuals(total, intact, removed, kept)
@@ -74,31 +76,29 @@ def reselected(ensemble: Ensemble, activations: Activations, document: Int[np.nd
     """The squared error without each set once codes are chosen again and the decoder is fitted again.
 
     The decoder is fitted on every other document and judged on the rest, with nothing removed (`intact`) as well as without
-    each set. Memory: d_sae^2 numbers.
+    each set. Memory: d_sae^2 numbers for each thread.
     """
     kinds, document = np.unique(document[: len(activations)], return_inverse=True)
     judged = document % 2 == 1
     x = ensemble.normalise(activations.data).numpy()
     centre = x[~judged].mean(0)
     total = np.bincount(document[judged], np.square(x[judged] - centre).sum(1), len(kinds))
-    shape = (len(ensemble.seeds), len(kinds))
-    intact, removed = np.zeros(shape), {name: np.zeros(shape) for name in members}
-    for seed in tqdm(range(len(ensemble.seeds)), "removal, chosen again", unit="seed", disable=None):
+    without = {None: torch.zeros(len(ensemble.seeds), ensemble.d_sae, dtype=torch.bool), **members}
+
+    def errors(seed: int) -> dict[Name | None, np.ndarray]:
+        """Of one seed, by the set that it does without."""
         alone = ensemble.of(seed)
+        found = {}
+        for name, gone in _of_seed(without, seed).items():
+            (codes,) = sparse_codes(_less(alone, gone), activations)
+            error = x[judged] - _least_squares(codes[:, : int((~gone).sum())], x, judged)
+            found[name] = np.bincount(document[judged], np.square(error).sum(1), len(kinds))
+        return found
 
-        def refitted(sae: Ensemble, left: np.ndarray) -> np.ndarray:
-            (codes,) = sparse_codes(sae, activations)
-            error = x[judged] - _least_squares(codes[:, left], x, judged)
-            return np.bincount(document[judged], np.square(error).sum(1), len(kinds))
-
-        intact[seed] = refitted(alone, np.arange(ensemble.d_sae))
-        for name, member in members.items():
-            gone = member[seed : seed + 1]
-            silent = alone.parameters.b_enc.masked_fill(gone, -torch.inf)
-            left = (~gone[0]).nonzero()[:, 0].numpy()
-            removed[name][seed] = refitted(alone.with_parameters(b_enc=silent), left)
+    by_seed = threads.each_seed(errors, len(ensemble.seeds), "removal, chosen again")
     seen = np.bincount(document[judged], minlength=len(kinds)) > 0
-    return Residuals(total[seen], intact[:, seen], {name: of[:, seen] for name, of in removed.items()}, {})
+    intact, *removed = (np.stack([found[name][seen] for found in by_seed]) for name in without)
+    return Residuals(total[seen], intact, dict(zip(members, removed, strict=True)), {})
 
 
 def on_prediction(
@@ -108,7 +108,7 @@ def on_prediction(
 
     `readings` says which sets are `removed` and `kept` (the error stays), `spliced` (the reconstruction without the set) and
     `only` (the reconstruction by nothing but the set). Interventions are named (reading, kind of set, band, position of the seed);
-    `zero` and `mean` ablate the whole site.
+    `zero` and `mean` ablate the whole site. The members of a set may be given for the first seeds only.
     """
 
     def edits(x: Tensor) -> Iterator[tuple[tuple, Tensor]]:
@@ -117,8 +117,9 @@ def on_prediction(
         for seed, (sae, codes) in enumerate(ensemble.codes(ensemble.normalise(x))):
             whole = codes.decode(sae.W_dec)
             reconstruction = ensemble.to_raw(whole + sae.b_dec)
-            for name in dict.fromkeys(name for names in readings.values() for name in names):
-                written = codes.of(members[name][seed]).decode(sae.W_dec)
+            sets = _of_seed(members, seed)
+            for name in (name for name in sets if any(name in names for names in readings.values())):
+                written = codes.of(sets[name]).decode(sae.W_dec)
                 bases = {
                     "removed": (x, written),
                     "kept": (x, whole - written),
@@ -131,6 +132,19 @@ def on_prediction(
                         yield (reading, *name, seed), base - gone / ensemble.scale
 
     return intervene(bridge, hook_name, contexts, tokens, edits, "removal, prediction")
+
+
+def _of_seed(members: Members, seed: int) -> dict[Name, Bool[Tensor, "d_sae"]]:
+    """The sets that are given for a seed."""
+    return {name: member[seed] for name, member in members.items() if seed < len(member)}
+
+
+def _less(alone: Ensemble, gone: Bool[Tensor, "d_sae"]) -> Ensemble:
+    """An SAE without some features: those that are left come first, and then, where they are fewer than k, some that can't fire."""
+    features = gone.int().argsort(stable=True)[: max(int((~gone).sum()), alone.k)]
+    own = {name: of[:, features] for name, of in alone.parameters._asdict().items() if name != "b_dec" and of.dim() > 1}
+    own["b_enc"] = own["b_enc"].masked_fill(gone[features], -torch.inf)
+    return alone.with_parameters(**own)
 
 
 def _least_squares(codes: sparse.csr_array, x: np.ndarray, judged: np.ndarray) -> np.ndarray:

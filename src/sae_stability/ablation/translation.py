@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from sae_stability.evaluation import Predictions, intervene, sparse_codes
-from sae_stability.language.activations import Activations
+from sae_stability import threads
+from sae_stability.evaluation import Encoded, Predictions, intervene
 from sae_stability.language.corpus import Contexts
 from sae_stability.saes.ensemble import Ensemble
 
@@ -88,28 +88,29 @@ def translate(features: sparse.csr_array, latents: sparse.csr_array, fitted: Boo
 
 
 def translate_to_next(
-    ensemble: Ensemble,
-    activations: Activations,
-    document: Int[np.ndarray, "token"],
-    members: dict[str, Bool[Tensor, "seed seed d_sae"]],
+    held_out: Encoded, document: Int[np.ndarray, "token"], members: dict[str, Bool[Tensor, "seed seed d_sae"]]
 ) -> pd.DataFrame:
     """Translate the features of some bands of each seed into the latents of the next one, fitted on every other document.
 
     One row a feature. Columns: band, seed (its position), feature, fate, firings, contained, ratio, explained_1, _2, _4, _8.
     """
-    codes = sparse_codes(ensemble, activations)
-    fitted = np.unique(document[: len(activations)], return_inverse=True)[1] % 2 == 0
+    codes = [held_out.matrix(seed) for seed in range(len(held_out.ensemble.seeds))]
+    fitted = np.unique(document[: len(held_out.activations)], return_inverse=True)[1] % 2 == 0
     columns = ("band", "seed", "feature", "fate", "firings", "contained", "ratio", *(f"explained_{size}" for size in LATENTS))
-    parts = [pd.DataFrame(columns=columns)]
-    for seed, following in _each_with_next(len(codes)):
+
+    def of_seed(seed: int) -> pd.DataFrame:
+        following = (seed + 1) % len(codes)
         of_band = {band: member[seed, following].nonzero()[:, 0].numpy() for band, member in members.items()}
         features = np.concatenate(list(of_band.values()))
-        if len(features):
-            found = translate(codes[seed][:, features], codes[following], fitted)
-            band = np.repeat(list(of_band), [len(of) for of in of_band.values()])
-            told = (seed, features, np.array(FATES)[found.fate], found.firings, found.contained, found.ratio, *found.explained.T)
-            parts.append(pd.DataFrame(dict(zip(columns, (band, *told), strict=True))))
-    return pd.concat(parts[1:] or parts, ignore_index=True)
+        if not len(features):
+            return pd.DataFrame(columns=columns)
+        found = translate(codes[seed][:, features], codes[following], fitted)
+        band = np.repeat(list(of_band), [len(of) for of in of_band.values()])
+        told = (seed, features, np.array(FATES)[found.fate], found.firings, found.contained, found.ratio, *found.explained.T)
+        return pd.DataFrame(dict(zip(columns, (band, *told), strict=True)))
+
+    parts = threads.each_seed(of_seed, len(codes), "translation")
+    return pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
 
 
 def transplant(
@@ -134,7 +135,8 @@ def transplant(
             sae, codes = saes[seed]
             return codes.of(member[seed, other]).decode(sae.W_dec) / ensemble.scale
 
-        for seed, following in _each_with_next(len(saes)):
+        for seed in range(len(saes)):
+            following = (seed + 1) % len(saes)
             own = written(seed, following)
             average = (mean[seed] * member[seed, following]).float() @ ensemble.W_dec[seed] / ensemble.scale
             yield ("removed", seed), x - own
@@ -142,10 +144,6 @@ def transplant(
             yield ("transplanted", seed), x - own + written(following, seed)
 
     return intervene(bridge, hook_name, contexts, tokens, edits, "transplant")
-
-
-def _each_with_next(seeds: int) -> list[tuple[int, int]]:
-    return [(seed, (seed + 1) % seeds) for seed in range(seeds)]
 
 
 def _moments(features: sparse.csr_array, latents: sparse.csr_array) -> tuple[Tensor, Tensor, Tensor]:

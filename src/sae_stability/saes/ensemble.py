@@ -56,9 +56,12 @@ class Ensemble:
     def codes(self, normalised: Float[Tensor, "token d_in"]) -> Iterator[tuple[Parameters, Codes]]:
         """Each seed's SAE and its sparse codes of normalised activations."""
         method = variant(self.variant)(self.k)
-        for position in range(len(self.seeds)):
-            sae = type(self.parameters)(*(tensor[position] for tensor in self.parameters))
-            yield sae, method.encode(sae, normalised)
+        return ((sae, method.encode(sae, normalised)) for sae in self.saes)
+
+    @property
+    def saes(self) -> list[Parameters]:
+        """The SAE of each seed."""
+        return [type(self.parameters)(*tensors) for tensors in zip(*self.parameters, strict=True)]
 
     def of(self, position: int) -> "Ensemble":
         """The ensemble of the one seed at `position`."""

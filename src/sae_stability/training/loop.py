@@ -7,7 +7,6 @@ but the activations: a seed trained alone and the same seed trained in company g
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_stability import threads
 from sae_stability.config import Cell
 from sae_stability.language.activations import Activations
 from sae_stability.saes import fastest_dtype, variant
@@ -28,7 +28,6 @@ from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sparse import Parameters
 from sae_stability.saes.variant import Variant
 from sae_stability.store import read_metadata, save_tensors
-from sae_stability.threads import concurrent
 from sae_stability.training.shuffling import ROUNDS, shuffled
 
 CURVE_POINTS = 100  # the training curve's resolution
@@ -91,7 +90,7 @@ class Training:
             for stacked, tensor in zip(self.parameters, begun, strict=True):
                 stacked[position] = tensor
         self.trainees = [self._trainee(position, *of) for position, of in enumerate(zip(seeds, methods, strict=True))]
-        self.workers = workers(len(seeds), device)
+        self.workers = threads.workers(len(seeds)) if device.type == "cpu" else 1
         self.gradients: SimpleQueue[Parameters] = SimpleQueue()  # one a worker, not one a seed
         for _ in range(self.workers):
             self.gradients.put(kind.parameters(*(torch.zeros_like(tensor[0]) for tensor in self.parameters)))
@@ -111,8 +110,7 @@ class Training:
         """Take the steps of one visit to a block."""
         first = sum(self.visits[:visit])
         end = first + self.visits[visit]
-        threads = max(1, torch.get_num_threads() // self.workers)
-        with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        with threads.pool(self.workers) as pool:
             while self.step < end and self.running:
                 stop = min(end, self.step + STRETCH, min(event for event in self.events if event > self.step))
                 steps = range(self.step, stop)
@@ -251,11 +249,6 @@ class Training:
                 moments = {moment: tensors[f"{trainee.seed}/{name}/{moment}"].to(self.device) for moment in MOMENTS}
                 step = torch.tensor(float(self.step), device=self.device)
                 trainee.optimizer.state[parameter] = {"step": step, **moments}
-
-
-def workers(seeds: int, device: torch.device) -> int:
-    """How many seeds take their steps at the same time: on a CPU, one a thread, which beats sharing each product among threads."""
-    return max(1, min(seeds, torch.get_num_threads())) if device.type == "cpu" and concurrent() else 1
 
 
 def schedule(progress: float, warmup: float, decay: float) -> float:
