@@ -10,6 +10,7 @@ from scipy import sparse
 
 from sae_stability import ablation
 from sae_stability.ablation.controls import CURVE_SEEDS, ORDERS, SHARES
+from sae_stability.ablation.removal import _less
 from sae_stability.ablation.translation import FATES
 from sae_stability.config import Variants
 from sae_stability.evaluation import Encoded, fit, intervene
@@ -56,6 +57,21 @@ def members():
     generator = torch.Generator().manual_seed(1)
     half = torch.rand(2, D_SAE, generator=generator) < 0.4
     return {("band", "stable"): half, ("band", "unstable"): ~half, ("none", ""): half & False, ("all", ""): half | True}
+
+
+def test_codes_are_the_same_in_batches_and_as_a_whole(site, monkeypatch):
+    ensemble = random_ensemble("batchtopk", site.activations)
+    whole = ensemble.encode(site.activations.data)
+    monkeypatch.setattr("sae_stability.evaluation.ROWS", 7)
+    encoded = Encoded.of(ensemble, site.activations)
+    assert len(encoded.codes) == -(-len(site.activations) // 7)
+    for seed in range(2):
+        dense = torch.from_numpy(encoded.matrix(seed).toarray())
+        torch.testing.assert_close(dense, whole[seed], atol=1e-5, rtol=1e-5)
+        parts = [coded[seed][1].dense(D_SAE) for _, _, coded in encoded.batches()]
+        assert torch.equal(torch.cat(parts), dense)
+    rows = [site.activations.data[rows] for rows, _, _ in encoded.batches()]
+    assert torch.equal(torch.cat(rows), site.activations.data)
 
 
 @pytest.mark.parametrize("name", Variants.__args__)
@@ -222,6 +238,18 @@ def test_features_with_a_twin_are_missed_with_fixed_codes_and_not_once_codes_are
     assert again.removed[name].sum() - again.intact.sum() < 0.01 * energy
     # With no feature left nothing but the mean is fitted.
     np.testing.assert_allclose(again.removed["all", ""].sum(), again.total.sum(), rtol=0.01)
+
+
+@pytest.mark.parametrize("name", Variants.__args__)
+@pytest.mark.parametrize("left", [D_SAE, 20, 2, 0])
+def test_an_sae_without_features_fires_as_one_in_which_they_can_not(site, name, left):
+    """Also where fewer are left than fire on a token."""
+    alone = random_ensemble(name, site.activations, seeds=1)
+    gone = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(2)) >= left
+    silent = alone.with_parameters(b_enc=alone.parameters.b_enc.masked_fill(gone, -torch.inf))
+    (wanted,), (found,) = (of.encode(site.activations.data) for of in (silent, _less(alone, gone)))
+    torch.testing.assert_close(found[:, :left].relu(), wanted[:, ~gone].relu(), atol=1e-5, rtol=1e-5)
+    assert (found[:, left:] <= 0).all()
 
 
 def bands(seeds: int = 12):

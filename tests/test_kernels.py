@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sae_stability.saes import compiled, plain, sparse
 from sae_stability.saes.sparse import Codes, Parameters
+from sae_stability.threads import each_seed
 
 shapes = st.tuples(st.integers(1, 20), st.integers(2, 700), st.integers(1, 40), st.integers(0, 10_000))
 BOTH = pytest.mark.parametrize("kernels", [plain, compiled])
@@ -126,3 +127,16 @@ def test_keeping_some_firings_is_zeroing_the_others():
     assert torch.equal(codes.keep(chosen).dense(40), zeroed.dense(40))
     assert torch.equal(codes.dense(40), dense)
     assert np.array_equal(codes.fired(), codes.features[codes.values > 0])
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_seeds_share_the_threads_and_come_back_in_order(seeds):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        given = each_seed(lambda seed: (seed, torch.get_num_threads()), seeds, "seeds")
+        assert [seed for seed, _ in given] == list(range(seeds))
+        assert {threads for _, threads in given} == {2 if seeds == 1 else 1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
