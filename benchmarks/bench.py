@@ -223,6 +223,13 @@ def _ours_at(name: str, cell: Cell, encoder: str, train_on: Activations, held_ou
     return _summary(name, f"ours, {encoder}" + (f", L0 {cell.k}" if cell.k != COMPARED.k else ""), measured, coefficient)
 
 
+def by_precision(quality: list[dict]) -> list[dict]:
+    """Explained variance of ours by the type in which it looks for the features that fire: one row a variant."""
+    found = {(row["variant"], row["contestant"]): row["explained_variance"] for row in quality}
+    names = dict.fromkeys(row["variant"] for row in quality)
+    return [{"variant": name, "float32": found[name, "ours, float32"], "bfloat16": found[name, "ours, fastest"]} for name in names]
+
+
 PILOT = 1000  # the seed that steers SAELens's penalties
 
 
@@ -331,8 +338,9 @@ def main() -> None:
     shape = TIMED[device.type]
     train_on, held_out = open_activations("train"), open_activations("evaluation")
 
-    kept = arguments.out.exists() and set(arguments.parts) < set(PARTS)
-    results = read_json(arguments.out) if kept else {"commits": {}, "processors": {}}
+    before = read_json(arguments.out) if arguments.out.exists() else {}
+    fresh = {"commits": {}, "processors": {}} | {key: before[key] for key in ("bfloat16",) if key in before}
+    results = before if before and set(arguments.parts) < set(PARTS) else fresh
     commit = git_commit()  # before what is measured changes this checkout
     for part in arguments.parts:  # each is kept as soon as it is measured
         if part == "times":
@@ -345,6 +353,8 @@ def main() -> None:
             others = [row for row in results.get("quality", []) if row["variant"] not in arguments.variants]
             results["quality"] = sorted(others + quality, key=lambda row: list(Variants.__args__).index(row["variant"]))
             results["quality_shape"] = {**asdict(COMPARED), "tokens": TOKENS, "seeds": len(SEEDS)}
+            if fastest_dtype(device) == torch.bfloat16:  # a processor without it has nothing to say, and leaves this as it is
+                results["bfloat16"] = {"commit": commit, "processor": _processor(), "quality": by_precision(quality)}
             print(table(quality))
         elif part == "memory":
             results["memory"] = compare_memory(TIMED["cpu"])
