@@ -42,6 +42,8 @@ VERSIONS = ("torch", "numba", "sae-lens", "dictionary-learning", "eai-sparsify")
 STEPS = 4  # of each of our seeds in a round
 THEIR_STEPS = 2  # which are longer
 SETTLING = 25  # steps before penalties are timed: their codes start four times as dense as they stay
+RETURNED, GIVING_BACK = "freed memory returned", "MALLOC_MMAP_THRESHOLD_"
+"""By this variable glibc gives back at once what is freed of blocks from a size on, and the next step pays for fresh pages."""
 COEFFICIENTS = {"relu": 1.5, "gated": 2.5, "jumprelu": 0.5}  # near L0 = 32 at the timed shape
 
 
@@ -275,7 +277,7 @@ def peak_memory(contestant: str, shape: Shape) -> int:
         if contestant.startswith("ours"):
             Ours(of, "topk", count, data, device).step()
         else:
-            library, mode = contestant.split(", ")
+            library, mode = contestant.split(", ")[:2]
             Theirs(library, of, "topk", mode, [x[: of.batch] for x in batches], device).step()
 
     some_steps(Shape(shape.d_in, 64, 4, 64))
@@ -284,10 +286,12 @@ def peak_memory(contestant: str, shape: Shape) -> int:
 
 def compare_memory(shape: Shape) -> list[dict]:
     """Peak memory of training at a shape, in megabytes, beside the bound: parameters, Adam's moments and a batch for each seed."""
-    rows = []
-    for contestant in (*(_ours(count) for count in (1, 4, 8)), *(f"{library}, float32" for library in LIBRARIES)):
+    rows, plain = [], [*(_ours(count) for count in (1, 4, 8)), *(f"{library}, float32" for library in LIBRARIES)]
+    for contestant in (*plain, *(f"{name}, {RETURNED}" for name in plain)):
+        os.environ |= {GIVING_BACK: "1000000"} if contestant.endswith(RETURNED) else {}
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             measured = pool.apply(peak_memory, (contestant, shape))
+        os.environ.pop(GIVING_BACK, None)
         seeds = _seeds(contestant)
         parameters = 2 * shape.d_in * shape.d_sae + shape.d_sae + shape.d_in
         bound = 4 * seeds * (3 * parameters + shape.batch * shape.d_in)

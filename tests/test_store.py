@@ -62,6 +62,24 @@ def test_what_was_begun_with_another_key_is_dropped(store):
         assert not (folder / "half.json").exists()
 
 
+def test_files_are_computed_side_by_side_and_each_drops_what_a_kill_left_of_it(store):
+    folder = store.folder / "chapters"
+    folder.mkdir(parents=True)
+    leftovers = [folder / f"{module.TEMPORARY}{name}" for name in ("one.json-killed", "one.provenance.json-killed")]
+    for leftover in leftovers:
+        leftover.write_text("[")
+    with store.computing_file("chapters/other.json", "key") as other:
+        other.write_text("2")
+        with store.computing_file("chapters/one.json", "key") as one:
+            one.write_text("1")
+        assert not any(leftover.exists() for leftover in leftovers)
+    assert {path.name: path.read_text() for path in (folder / "one.json", folder / "other.json")} == {
+        "one.json": "1",
+        "other.json": "2",
+    }
+    assert not list(folder.glob(f"{module.TEMPORARY}*"))
+
+
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
 def test_a_damaged_result_is_not_done(store, damage):
     with store.computing("stage", "key") as folder:

@@ -75,11 +75,12 @@ class Store:
     @contextmanager
     def computing_file(self, stage: str, key: str) -> Iterator[Path]:
         """Yield a temporary path for the one file of `stage`, which takes its place when the block has ended well."""
-        drop((self.folder / stage).parent.glob(f"{TEMPORARY}*"))
+        path = self.folder / stage
+        drop(path.parent.glob(f"{TEMPORARY}{path.stem}.*"))  # its own: others may be at work beside it
         started = time.monotonic()
-        with replacing(self.folder / stage) as temporary:
+        with replacing(path) as temporary:
             yield temporary
-        self._record(stage, key, started, [self.folder / stage])
+        self._record(stage, key, started, [path])
 
     def provenance(self, stage: str) -> dict | None:
         path = self._provenance_path(stage)
@@ -135,7 +136,7 @@ def drop(leftovers: Iterable[Path]) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place once the block has ended well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}-", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
