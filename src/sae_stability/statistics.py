@@ -6,6 +6,7 @@ averaged over text; features are never resampled as if independent.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -162,6 +163,7 @@ def matched_pairs(
     return rows[kept], columns[kept]
 
 
-def _resampled(count: int, samples: int = 1000) -> Int[np.ndarray, "sample document"]:
+@lru_cache(maxsize=2)  # hundreds of quantities of a study are resampled alike
+def _resampled(count: int, samples: int = 1000) -> Float[np.ndarray, "sample document"]:
     """How often each of `count` documents is drawn, in samples with replacement."""
-    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=samples)
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=samples).astype(float)
