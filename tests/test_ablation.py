@@ -190,7 +190,7 @@ def test_first_order_impact_becomes_exact_as_contributions_become_small(site):
     apart = []
     for size in (0.3, 0.03):
         small = ensemble.with_parameters(W_dec=ensemble.W_dec * size)
-        first_order = ablation.impact_on_prediction(site.bridge, small, HOOK, site.contexts, TOKENS).first_order[:, :20]
+        first_order = ablation.impact_on_prediction(site.bridge, small, HOOK, site.contexts, TOKENS, {}).first_order[:, :20]
         true = ablation.true_impact_on_prediction(site.bridge, small, HOOK, site.contexts, TOKENS, features)
         apart.append(((first_order - true).abs().sum() / true.abs().sum()).item())
     assert apart[1] < 0.05

@@ -20,6 +20,7 @@ from sae_stability.language.corpus import Contexts
 from sae_stability.matching import BANDS, stability
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sparse import Parameters
+from sae_stability.statistics import bootstrap_ratio
 from sae_stability.tables.function import shares
 
 SHARED, SPANNED, SEEDS, VOCABULARY, D_IN = 12, 4, 11, 500, 24
@@ -76,7 +77,7 @@ def planted():
     rows = document.ravel()
     held_out = Encoded.of(ensemble, Activations.of(bridge.embedding[torch.from_numpy(tokens).long().flatten()]))
     found = stability(ensemble.W_dec, threshold=0.95)
-    effects, sets = ablation.measure(bridge, held_out, found, rows, "site", contexts, tokens.size, "curves")
+    effects, sets = ablation.measure(bridge, held_out, found, rows, "site", contexts, tokens.size, tokens.size, "curves")
     return SimpleNamespace(
         bridge=bridge, ensemble=ensemble, contexts=contexts, tokens=tokens.size, held_out=held_out, document=rows,
         found=found, effects=effects, sets=sets, table=shares(effects),
@@ -137,6 +138,26 @@ def test_single_features_do_what_was_planted(planted):
     assert (second - true[chosen]).abs().mean() < 0.2 * true[chosen].mean()
     # A sum of squares over the tokens on which the feature fires: its energy, as the SAE has no error.
     torch.testing.assert_close(planted.effects.impact, planted.effects.energy, rtol=1e-2, atol=1e-2)
+
+
+def test_marginal_impact_varies_with_the_text_as_well_as_with_the_seeds(planted):
+    stable, everything = ("band", "stable"), ("all", "")
+    impact, members = planted.effects.on_prediction, planted.sets.members
+    means = [
+        [of[seed][chosen[seed]].mean() for seed in range(SEEDS)]
+        for of, chosen in ((impact, members[stable]), (impact, members[everything]))
+    ]
+    assert planted.effects.marginal(planted.sets, stable).value == pytest.approx(np.mean(np.divide(*means)))
+    # Where all seeds are alike, contexts alone make the interval.
+    sums = {
+        f"alone/{'/'.join(name)}": planted.effects.sums[f"alone/{'/'.join(name)}"][:1].repeat(SEEDS, 0)
+        for name in (stable, everything)
+    }
+    found = ablation.Effects(**{**vars(planted.effects), "sums": sums}).marginal(planted.sets, stable)
+    of_stable, of_all = (sums[f"alone/{'/'.join(name)}"][0] for name in (stable, everything))
+    of_text = bootstrap_ratio(of_stable / SHARED, of_all / FEATURES)
+    assert (found.low, found.value, found.high) == pytest.approx((of_text.low, of_text.value, of_text.high))
+    assert found.low < found.high
 
 
 def test_translations_and_transplants_show_what_was_planted(planted):

@@ -153,7 +153,9 @@ class Study(Cell):
     stream: bool = Field(False, description="compute training activations as they are needed, and keep none on disk")
     at_once: PositiveInt | None = Field(None, description="seeds that train at a time; by default as many as fit in memory")
     device: Literal["cpu", "cuda"] = Field("cpu", description="where SAEs are trained")
-    loss_tokens: PositiveInt = Field(50_000, description="held-out tokens on which the cross-entropy is measured")
+    loss_tokens: PositiveInt = Field(
+        50_000, description="held-out tokens on which the cross-entropy is measured, and what each feature does to it"
+    )
     ablation_tokens: PositiveInt = Field(20_000, description="held-out tokens on which it is measured without sets of features")
     explainer: Explainer | None = Field(None, description="a language model that explains features; without one C6 is not tested")
     grid: dict[str, list[Any]] = Field({}, description="lists over keys of the cell, crossed into further cells")

@@ -122,7 +122,7 @@ def plan(study: Study) -> list[Stage]:
             compute = partial(stages.explain_features, study, sources[name])
             evaluated.append(add("cells/main/explanations", compute, asked, EXPLANATIONS, [matched]))
         compute = partial(stages.ablate, study, sources[name], name, cell)
-        inputs = [study.ablation_tokens, stages.CODE_TOKENS, stages.SAMPLED]
+        inputs = [study.ablation_tokens, study.loss_tokens, stages.CODE_TOKENS, stages.SAMPLED]
         evaluated.append(add(f"cells/{name}/ablation", compute, inputs, (*MATCHING, *ABLATION), [matched]))
         if several:
             compute = partial(stages.trace_frontier, study, sources[name], name, cell)

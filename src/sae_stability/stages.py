@@ -256,14 +256,15 @@ def ablate(study: Study, source: Source, name: str, cell: Cell, folder: Path) ->
         ensemble, found = ensemble_of(store, name, kind), stability_of(store, name, kind)
         held_out = Encoded.of(ensemble, activations_of(store, source, cell, "evaluation", kind).first(CODE_TOKENS))
         detail = "bands" if kind == "surrogate" else "curves" if main else "controls"
-        effects, sets = ablation.measure(bridge, held_out, found, document, *site, detail)
+        effects, sets = ablation.measure(bridge, held_out, found, document, *site, study.loss_tokens, detail)
         save_tensors(folder / f"{kind}.safetensors", effects.tensors(), {})
         if main and kind == "real":
-            sampled = ablation.sample(effects, sets, SAMPLED)
-            true = ablation.true_impact_on_prediction(bridge, ensemble.of(0), *site, sampled)
+            sampled, of_first = ablation.sample(effects, sets, SAMPLED), (bridge, ensemble.of(0), *site)
+            alone, true = ablation.impact_on_prediction(*of_first, {}), ablation.true_impact_on_prediction(*of_first, sampled)
+            of_sample = {"first_order": alone.first_order[0, sampled[0]], "second_order": alone.second_order[0, sampled[0]]}
+            save_tensors(folder / "sample.safetensors", {"feature": sampled[0], "true": true[0], **of_sample}, {})
             of_pair = torch.from_numpy(found.held_out_band)
             bands = {band: of_pair == BANDS.index(band) for band in ("stable", "unstable")}
-            save_tensors(folder / "sample.safetensors", {"feature": sampled[0], "impact": true[0]}, {})
             write_table(folder / "translation.parquet", ablation.translate_to_next(held_out, document, bands))
             for band, member in bands.items():
                 moved = ablation.transplant(bridge, ensemble, *site, member, effects.activation / effects.rows)

@@ -36,7 +36,8 @@ class Effects:
 
     sums: dict[str, Float[np.ndarray, "seed document"]]
     """`measure/reading/kind/band`, `measure/intact`, and `measure/size`, by which a raw change is divided; what does not
-    depend on an SAE lacks the first axis."""
+    depend on an SAE lacks the first axis. And `alone/kind/band`: the impacts on prediction of a set's features, each removed alone;
+    its second axis is the context."""
     firings: Float[Tensor, "seed d_sae"]
     """Tokens on which each feature fires, of those on which reconstruction is judged."""
     activation: Float[Tensor, "seed d_sae"]
@@ -81,16 +82,17 @@ class Effects:
         return bootstrap_ratio(self.sums[f"prediction/{ablation}"] - self.sums["prediction/intact"], self.sums["prediction/size"])
 
     def marginal(self, sets: Sets, name: Name, less: Name | None = None, confidence: float = 0.95) -> Interval:
-        """Mean impact on prediction of the features of a set (less another's), where an average live feature has 1."""
-        means = {
-            of: np.array(
-                [float(impact[chosen].mean()) for impact, chosen in zip(self.on_prediction, sets.members[of], strict=True)]
-            )
-            for of in (name, less, ALL)
-            if of is not None
-        }
-        ratios = (means[name] - (means[less] if less is not None else 0)) / means[ALL]
-        return mean_interval(ratios[np.isfinite(ratios)], confidence)  # a seed may have no such feature
+        """Mean impact on prediction of the features of a set (less another's), where an average live feature has 1.
+
+        The second order squares what a feature does within a context, so contexts are resampled in the place of documents.
+        """
+
+        def mean(of: Name) -> Float[np.ndarray, "seed context"]:
+            return (torch.from_numpy(self.sums[f"alone/{'/'.join(of)}"]) / sets.members[of].sum(1, keepdim=True)).numpy()
+
+        apart = mean(name) - (mean(less) if less is not None else 0)
+        known = np.isfinite(apart).all(1)  # a seed may have no such feature
+        return over_seeds_and_documents(apart[known], mean(ALL)[known], confidence) if known.any() else mean_interval([])
 
     @property
     def on_prediction(self) -> Float[Tensor, "seed d_sae"]:
@@ -123,11 +125,13 @@ def measure(
     hook_name: str,
     contexts: Contexts,
     tokens: int,
+    tokens_alone: int,
     detail: Detail,
 ) -> tuple[Effects, Sets]:
     """Remove the bands of an ensemble and their controls, and read what is lost.
 
-    Reconstruction is judged on `held_out`, whose rows come from `document`, prediction on about `tokens` tokens of `contexts`.
+    Reconstruction is judged on `held_out`, whose rows come from `document`, prediction without a set on about `tokens` tokens of
+    `contexts`, and without one feature on `tokens_alone`: two passes of the model whatever the sets, so there can be more of them.
     """
     ensemble, activations = held_out.ensemble, held_out.activations
     own = impact_on_reconstruction(held_out)
@@ -153,7 +157,9 @@ def measure(
             for name in names:
                 by_seed = np.stack([of[(reading, *name, seed)] for seed in range(len(sets.members.get(name, found.alive)))])
                 sums[f"{measure_name}/{reading}/{'/'.join(name)}"] = by_seed
-    alone = impact_on_prediction(bridge, ensemble, hook_name, contexts, tokens)
+    of_bands = {name: member for name, member in sets.members.items() if name[0] in UNMATCHED + MATCHED}
+    alone = impact_on_prediction(bridge, ensemble, hook_name, contexts, tokens_alone, of_bands)
+    sums |= {f"alone/{'/'.join(name)}": nats.numpy() for name, nats in alone.of_sets.items()}
     return Effects(
         sums, own.firings, own.activation, own.energy, own.reconstruction, alone.first_order, alone.second_order, len(activations)
     ), sets

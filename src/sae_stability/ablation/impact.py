@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_stability.ablation.controls import Name
 from sae_stability.evaluation import CONTEXTS, Encoded, intervene
 from sae_stability.language.corpus import Contexts
 from sae_stability.saes.ensemble import Ensemble
@@ -60,12 +61,17 @@ class PredictionImpact:
 
     Its expectation is half the curvature of the cross-entropy of a calibrated model (Fisher information; Martens, arXiv:1412.1193).
     """
+    of_sets: dict[Name, Float[Tensor, "seed context"]]
+    """Both orders summed over the features of a set, in nats, by context: for intervals that resample text."""
 
 
-def impact_on_prediction(bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, tokens: int) -> PredictionImpact:
+def impact_on_prediction(
+    bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, tokens: int, members: dict[Name, Bool[Tensor, "seed d_sae"]]
+) -> PredictionImpact:
     """The effect of every feature of every seed on about `tokens` held-out tokens: two backward passes, whatever the seeds."""
-    first, second = torch.zeros(2, len(ensemble.seeds), ensemble.d_sae, dtype=torch.float64)
     contexts, scored, generator = contexts.spread(tokens), 0, torch.Generator().manual_seed(0)
+    first, second = torch.zeros(2, len(ensemble.seeds), ensemble.d_sae, dtype=torch.float64)
+    of_sets = {name: torch.zeros(len(ensemble.seeds), len(contexts.tokens), dtype=torch.float64) for name in members}
     for start in tqdm(range(0, len(contexts.tokens), CONTEXTS), "impact on prediction", unit="batch", disable=None):
         rows = slice(start, start + CONTEXTS)
         ids, text = torch.from_numpy(contexts.tokens[rows]).long(), torch.from_numpy(contexts.is_text[rows])
@@ -74,13 +80,16 @@ def impact_on_prediction(bridge, ensemble: Ensemble, hook_name: str, contexts: C
         of_data, of_model = (gradient[text].float() / ensemble.scale for gradient in gradients)
         context = text.nonzero()[:, 0]
         for seed, (sae, codes) in enumerate(ensemble.codes(ensemble.normalise(x[text]))):
-            along = codes.values * codes.into(of_data, sae.W_dec)
-            first[seed].index_add_(0, codes.features, -along.double())
-            along = codes.values * codes.into(of_model, sae.W_dec)
-            within = torch.zeros(len(ids) * ensemble.d_sae, dtype=torch.float64)
-            within.index_add_(0, context[codes.rows()] * ensemble.d_sae + codes.features, along.double())
-            second[seed] += within.view(len(ids), -1).square().sum(0) / 2
-    return PredictionImpact(first / scored, second / scored)
+            at, within = context[codes.rows()] * ensemble.d_sae + codes.features, []
+            for gradient in (of_data, of_model):
+                along = (codes.values * codes.into(gradient, sae.W_dec)).double()
+                within.append(along.new_zeros(len(ids) * ensemble.d_sae).index_add_(0, at, along).view(len(ids), -1))
+            orders = -within[0], within[1].square() / 2
+            first[seed] += orders[0].sum(0)
+            second[seed] += orders[1].sum(0)
+            for name, member in members.items():
+                of_sets[name][seed, rows] = (orders[0] + orders[1]) @ member[seed].double()
+    return PredictionImpact(first / scored, second / scored, of_sets)
 
 
 def true_impact_on_prediction(

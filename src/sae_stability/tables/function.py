@@ -104,11 +104,9 @@ def impact(store: Store, cell: str) -> pd.DataFrame:
 def single_removals(store: Store) -> pd.DataFrame:
     """Some features of the first seed of the main cell: what their removal does to the prediction, truly and by either order."""
     sample, found = load_file(ablation_folder(store, "main") / "sample.safetensors"), stability_of(store, "main", "real")
-    effects, _ = effects_of(store, "main", "real")
     bands = np.array(BANDS)[found.band[0, sample["feature"]]]
-    first, second = (of[0, sample["feature"]].numpy() for of in (effects.first_order, effects.on_prediction))
-    columns = {"feature": sample["feature"], "band": bands, "first_order": first, "second_order": second, "true": sample["impact"]}
-    return pd.DataFrame(columns)
+    columns = {"feature": sample["feature"], "band": bands, "first_order": sample["first_order"], "true": sample["true"]}
+    return pd.DataFrame(columns | {"second_order": sample["first_order"] + sample["second_order"]})
 
 
 def translations(store: Store) -> pd.DataFrame:
