@@ -93,8 +93,8 @@ def cumulative(table: pd.DataFrame, sizes: dict[str, float], title: str) -> Figu
 def impact_scatter(features: pd.DataFrame, title: str) -> Figure:
     """Stability against what a removal alone does. Columns: stability, band, impact_reconstruction, impact_prediction."""
     panels = {
-        "impact_reconstruction": (100, "lost explained variance, %"),
-        "impact_prediction": (1e6, "added cross-entropy, µnats a token"),
+        "impact_reconstruction": (100, "lost explained\nvariance, %"),
+        "impact_prediction": (1e6, "added cross-entropy,\nµnats a token"),
     }
     figure, axes = new_axes(title, height=4.4, columns=2)
     generator = np.random.default_rng(0)
@@ -130,7 +130,7 @@ def orders_check(sample: pd.DataFrame, title: str) -> Figure:
             _signed_log(axis, along, linear, *ends)
         axis.set_title(order.replace("_", " "), fontsize="medium")
         axis.set_xlabel("true change, µnats")
-    axes[0].set_ylabel("approximate change, µnats a token")
+    axes[0].set_ylabel("approximate change,\nµnats a token")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", fontsize="small", ncols=4)
     return figure
 
@@ -147,7 +147,7 @@ def fates(table: pd.DataFrame, names: tuple[str, ...], title: str) -> Figure:
 def transplants(table: pd.DataFrame, title: str) -> Figure:
     """What the model loses where another seed writes a band's contribution. Columns: band, what, change, _low, _high."""
     names = {"removed": "removed", "averaged": "set to its mean", "transplanted": "written by\nanother seed"}
-    figure, axes = new_axes(title, columns=2)
+    figure, axes = new_axes(title, height=4.2, columns=2)
     for axis, band in zip(axes, ("stable", "unstable"), strict=True):
         for place, what in enumerate(names):
             _point(axis, place, table[(table["band"] == band) & (table["what"] == what)], "change", COLOURS[band], "o", True)
@@ -155,7 +155,7 @@ def transplants(table: pd.DataFrame, title: str) -> Figure:
         axis.set_title(f"{band} features", fontsize="medium")
         axis.set_xticks(range(len(names)), names.values(), rotation=30, ha="right")
         axis.set_xlim(-0.5, len(names) - 0.5)
-    axes[0].set_ylabel("added cross-entropy, nats a token")
+    axes[0].set_ylabel("added cross-entropy,\nnats a token")
     return figure
 
 
@@ -173,6 +173,7 @@ def _point(axis, at: float, rows: pd.DataFrame, column: str, colour: str, marker
 def _signed_log(axis, along: str, linear: float, lowest: float, highest: float) -> None:
     """A scale along `x` or `y` that is logarithmic on both sides of zero, with few enough ticks to be read on a phone."""
     decade = 10.0 ** np.floor(np.log10(max(abs(lowest), abs(highest))))
-    ticks = [tick for tick in (-decade, 0, decade) if tick >= min(lowest, 0)]
+    marked = [decade, *([decade / 10] if along == "y" and decade / 10 > linear else [])]
+    ticks = [tick for tick in (*(-of for of in marked), 0, *marked) if tick >= min(lowest, 0)]
     axis.set(**{f"{along}scale": SymmetricalLogScale(None, linthresh=linear), f"{along}ticks": ticks})
     getattr(axis, f"{along}axis").set_minor_locator(NullLocator())
