@@ -57,6 +57,9 @@ def test_every_page_opens_without_a_fault(site, address, width):
             overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
             if overflow > 1:
                 faults.append(f"{name}: wider than the screen by {overflow}")
+            for equation in page.locator("mjx-container[display=true]").all():
+                if equation.evaluate("box => box.scrollWidth > box.clientWidth + 1"):
+                    faults.append(f"{name}: an equation is cut off: {equation.inner_text()!r}")
         assert page.goto(f"{address}/stability.html")
         assert page.locator("article img").count() >= 5
         assert page.locator(".MathJax, mjx-container").count() > 0
