@@ -9,6 +9,7 @@ Written for sae-lens 6.54, dictionary-learning 0.1 and eai-sparsify 1.3. Each is
 Whatever no argument names keeps the library's default: initialisation, clipping, dead features, bandwidths, Adam's betas.
 """
 
+import math
 import os
 from abc import ABC, abstractmethod
 
@@ -220,7 +221,7 @@ def _saelens_config(batch: int, steps: int, rate: float, dtype: torch.dtype, dev
 
 
 def _dictionary_trainer(variant, d_in, d_sae, k, steps, rate, coefficient, seed, device):
-    from dictionary_learning import trainers
+    trainers = _dictionary_learning().trainers
     from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
     from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate
 
@@ -254,7 +255,7 @@ def _saelens_inference(variant: str, given: dict[str, Tensor], k: int) -> tuple[
 
 
 def _dictionary_inference(variant: str, given: dict[str, Tensor], k: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    from dictionary_learning import dictionary
+    dictionary = _dictionary_learning().dictionary
     from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k
 
     d_in, d_sae = given["W_enc"].shape
@@ -284,6 +285,16 @@ def _sparsify_inference(variant: str, given: dict[str, Tensor], k: int) -> tuple
 
 def _renamed(given: dict[str, Tensor], **names: str) -> dict[str, Tensor]:
     return {names.get(name, name): tensor for name, tensor in given.items()}
+
+
+def _dictionary_learning():
+    """With `math` as it was: nnsight, which is imported with it, wraps its functions, and numba can't compile the wrapped ones."""
+    functions = dict(vars(math))
+    import dictionary_learning
+    import dictionary_learning.trainers
+
+    vars(math).update(functions)
+    return dictionary_learning
 
 
 def _sparsify():

@@ -1,5 +1,8 @@
 """The same weights give the same codes and reconstructions here, in SAELens and in dictionary_learning."""
 
+import math
+from inspect import isbuiltin
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +30,12 @@ def as_given(sae) -> dict[str, torch.Tensor]:
     if "log_threshold" in given:
         given["threshold"] = given.pop("log_threshold").exp()
     return given
+
+
+def test_no_peer_leaves_math_changed():
+    for library in VARIANTS:
+        forward(library, "topk", as_given(trained("topk")), torch.zeros(1, D_IN), K)
+        assert isbuiltin(math.ceil), library
 
 
 @pytest.mark.parametrize(("library", "name"), PAIRS)
