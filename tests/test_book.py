@@ -1,3 +1,4 @@
+import html
 import http.server
 import re
 import shutil
@@ -110,6 +111,16 @@ def test_staging_hides_injected_parameters_and_places_alt_texts():
     assert "remove-cell" in staged.cells[0].metadata.tags
     assert staged.cells[1].metadata.mystnb["image"]["alt"] == "what it shows"
     assert staged.cells[1].metadata.mystnb["figure"] == {"caption": "in short", "name": "fig"}
+
+
+def test_code_in_a_table_is_no_markup():
+    from markdown_it import MarkdownIt
+
+    text = "nulls=_surrogate_ *a* `b` $c$ [d](e) a|b <i> \\* &amp;"
+    table = MarkdownIt().enable("table").render(f"| x |\n| --- |\n| {book.code(text)} |")
+    (shown,) = re.findall(r"<td><code>(.*)</code></td>", table)
+    assert html.unescape(shown) == text
+    assert html.unescape(book.code("a\nb")) == "<code>a↵b</code>"
 
 
 def test_the_gallery_escapes_what_the_corpus_says():

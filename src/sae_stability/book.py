@@ -6,6 +6,7 @@ an older one keeps pages of another study, and one that was killed keeps holes.
 
 import html
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -161,7 +162,7 @@ def published(name: str) -> tuple[dict[str, pd.DataFrame], dict]:
 
 def code(text: str) -> str:
     """Text as code in a cell of a Markdown table: nothing in it is markup."""
-    shown = html.escape(text).replace("|", "&#124;").replace("\n", "↵")
+    shown = re.sub(r"[^\w\s]|_", lambda sign: f"&#{ord(sign[0])};", text.replace("\n", "↵"))
     return f"<code>{shown}</code>"
 
 
