@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_stability.config import HOOKS, UserError
 from sae_stability.language import models
 from sae_stability.language.activations import Activations, collect, draw_surrogate
 from sae_stability.language.corpus import Contexts, load, pack
 from sae_stability.language.site import Site
+from sae_stability.matching.criteria import whitening, without_top_component
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama"])
@@ -150,3 +152,51 @@ def test_a_model_that_transforms_its_logits_runs_as_a_whole(model_folders, text_
         value, logits = site.read(ids)
         chosen = ids % 2 == 0
         torch.testing.assert_close(torch.cat(list(site.predict(value, chosen))), logits[chosen])
+
+
+class Recorded(TorchDispatchMode):
+    """Notes with how many threads each product and decomposition is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.threads: dict[str, set[int]] = {}
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        name = operation.name().removeprefix("aten::").partition(".")[0]
+        if name in {"mm", "addmm", "_linalg_eigh", "sum"}:
+            self.threads.setdefault(name, set()).add(torch.get_num_threads())
+        return operation(*arguments, **(options or {}))
+
+
+def test_what_saes_are_trained_on_is_summed_by_one_thread(tmp_path):
+    # MKL gives other bits for other numbers of threads on some processors only: here it is asked how many there are.
+    x = torch.randn(9000, 12, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with Recorded() as recorded:
+            real = Activations.of(x)
+            draw_surrogate(real, tmp_path / "surrogate.bin", 5000)
+            whitening(real.covariance)
+            without_top_component(real.covariance)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert recorded.threads == {"mm": {1}, "_linalg_eigh": {1}, "sum": {1}}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_moments_are_the_same_bits_for_every_number_of_threads(threads):
+    x = 300 + torch.randn(9001, 24, generator=torch.Generator().manual_seed(0))
+    two = Activations.of(x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        other = Activations.of(x)
+    finally:
+        torch.set_num_threads(before)
+    assert two.scale == other.scale
+    assert torch.equal(two.mean, other.mean)
+    assert torch.equal(two.covariance, other.covariance)
+    exact = torch.from_numpy(np.cov(x.double().numpy().T, bias=True))
+    assert (two.covariance - exact).abs().max() < 1e-6

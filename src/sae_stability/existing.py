@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_stability import threads
 from sae_stability.config import UserError
 from sae_stability.matching import BANDS, STABLE, UNSTABLE, Stability, assign, stability
 from sae_stability.saes import formats
@@ -83,7 +84,8 @@ class Comparison:
         drawn = torch.zeros(*self.found.alive.shape, self.d_in)
         for s, sae in enumerate(self.saes):
             directions = F.normalize(sae.W_dec, dim=1)
-            variances, axes = torch.linalg.eigh(directions.T.double() @ directions.double() / len(directions))
+            with threads.single():
+                variances, axes = torch.linalg.eigh(directions.T.double() @ directions.double() / len(directions))
             root = (axes * variances.clamp(min=0).sqrt()).T.float()
             drawn[s, : len(directions)] = torch.randn(directions.shape, generator=generator) @ root
         return stability(drawn, self.found.threshold, self.found.alive).mean().value

@@ -1,7 +1,8 @@
 """How work is shared among threads: seeds side by side, each with its part of PyTorch's threads, which compiled kernels follow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 
 import numba
@@ -26,6 +27,21 @@ def pool(workers: int) -> ThreadPoolExecutor:
     """Workers that share PyTorch's threads."""
     threads = max(1, torch.get_num_threads() // workers)
     return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
+
+
+@contextmanager
+def single() -> Iterator[None]:
+    """One thread for PyTorch's products and decompositions within.
+
+    A math library may cut a long sum into as many pieces as it has threads (MKL does on processors with AMX), so the bits of what
+    SAEs are trained on would depend on their number.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def call(kernel, *arguments) -> None:

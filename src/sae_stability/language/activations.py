@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_stability import threads
 from sae_stability.language.corpus import Contexts
 from sae_stability.store import read_metadata, save_tensors
 
 BATCH = 16  # contexts a forward pass
 CHUNK = 1 << 16  # surrogate tokens drawn at a time
+BLOCK = 1 << 12  # tokens whose moments are summed at a time
 
 
 class Blocks(Protocol):
@@ -130,9 +132,15 @@ def draw_surrogate(real: Activations, path: Path, rows: int, seed: int = 0, desc
 
 def gaussian(real: Activations) -> Callable[[int, torch.Generator], Float[Tensor, "token d_in"]]:
     """Draws Gaussian tokens with the mean and covariance of `real`."""
-    variance, axes = torch.linalg.eigh(real.covariance.double())
+    with threads.single():
+        variance, axes = torch.linalg.eigh(real.covariance.double())
     root = (axes * variance.clamp_min(0).sqrt()).T.float()
-    return lambda rows, generator: torch.randn(rows, real.d_in, generator=generator) @ root + real.mean
+
+    def draw(rows: int, generator: torch.Generator) -> Float[Tensor, "token d_in"]:
+        with threads.single():
+            return torch.randn(rows, real.d_in, generator=generator) @ root + real.mean
+
+    return draw
 
 
 def layer_of(hook_name: str) -> int:
@@ -140,32 +148,27 @@ def layer_of(hook_name: str) -> int:
 
 
 class _Moments:
-    """Mean, covariance and average norm of a stream.
-
-    Summed about the first chunk's mean: activations can stand far from zero, and squares of that would cancel badly.
-    """
+    """Mean, covariance and average norm of a stream, in float64 and by one thread: the same bits for every number of them."""
 
     def __init__(self, d_in: int):
         self.rows = 0
-        self.origin = None
         self.first = torch.zeros(d_in, dtype=torch.float64)
         self.second = torch.zeros(d_in, d_in, dtype=torch.float64)
 
     def add(self, x: Float[Tensor, "token d_in"]) -> None:
-        x = x.float()
-        if self.origin is None:
-            self.origin = x.mean(0)
-        x = x - self.origin
+        with threads.single():
+            for block in x.split(BLOCK):
+                block = block.double()
+                self.first += block.sum(0)
+                self.second += block.T @ block
         self.rows += len(x)
-        self.first += x.sum(0).double()
-        self.second += (x.T @ x).double()
 
     def result(self) -> dict:
         """The scale takes sqrt of the mean squared norm: it is the norm's average up to its spread, and needs one pass."""
         mean = self.first / self.rows
         covariance = self.second / self.rows - torch.outer(mean, mean)
         scale = (len(mean) / covariance.trace().clamp_min(1e-12)).sqrt().item()
-        return {"mean": mean.float() + self.origin, "scale": scale, "covariance": covariance.float()}
+        return {"mean": mean.float(), "scale": scale, "covariance": covariance.float()}
 
 
 class _Writer:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from scipy import sparse
 from torch import Tensor
 
+from sae_stability import threads
 from sae_stability.matching.assignment import assign
 from sae_stability.matching.pairs import correlations, cosines, weaker
 from sae_stability.matching.reappearance import Stability, reappear, stability
@@ -91,12 +92,14 @@ def by_activation(codes: Sequence[sparse.csr_array], threshold: float, alive: Bo
 
 def whitening(covariance: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
     """The symmetric map under which activations have the identity as covariance: directions times it are whitened."""
-    variances, axes = torch.linalg.eigh(covariance.double())
-    floor = SMALLEST_VARIANCE * variances.mean()
-    return ((axes / variances.clamp(min=floor).sqrt()) @ axes.T).float()
+    with threads.single():
+        variances, axes = torch.linalg.eigh(covariance.double())
+        floor = SMALLEST_VARIANCE * variances.mean()
+        return ((axes / variances.clamp(min=floor).sqrt()) @ axes.T).float()
 
 
 def without_top_component(covariance: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
     """The projection that removes the first principal component of the activations."""
-    first = torch.linalg.eigh(covariance.double()).eigenvectors[:, -1:]
-    return (torch.eye(len(covariance), dtype=torch.float64) - first @ first.T).float()
+    with threads.single():
+        first = torch.linalg.eigh(covariance.double()).eigenvectors[:, -1:]
+        return (torch.eye(len(covariance), dtype=torch.float64) - first @ first.T).float()
