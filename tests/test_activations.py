@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_stability.config import HOOKS, UserError
+from sae_stability.config import HOOKS
+from sae_stability.errors import UserError
 from sae_stability.language import models
 from sae_stability.language.activations import Activations, collect, draw_surrogate
 from sae_stability.language.corpus import Contexts, load, pack

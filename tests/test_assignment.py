@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from sae_stability.config import UserError
+from sae_stability.errors import UserError
 from sae_stability.matching import assign, mcc
 from sae_stability.training import train
 

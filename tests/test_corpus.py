@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sae_stability.config import UserError
+from sae_stability.errors import UserError
 from sae_stability.language import corpus
 from sae_stability.language.corpus import load, pack
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from sae_stability.config import ROOT, UserError
+from sae_stability.config import ROOT
+from sae_stability.errors import UserError
 from sae_stability.existing import ENOUGH, Site, compare
 from sae_stability.language import models
 from sae_stability.matching import mcc, stability

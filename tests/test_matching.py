@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sae_stability.config import UserError
+from sae_stability.errors import UserError
 from sae_stability.matching import BANDS, nearest_within, pairs, stability
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sae_stability.config import UserError
+from sae_stability.errors import UserError
 from sae_stability.language import models, pretraining
 from sae_stability.language.pretraining import BATCH, CONTEXT, RECIPES, Recipe
 from sae_stability.results import contexts_of, sources_of

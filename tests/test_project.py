@@ -53,6 +53,7 @@ def test_published_tables_are_those_that_their_provenance_names():
 
 def test_modules_import_only_from_those_before_them():
     order = [
+        "errors",
         "config",
         "threads",
         "store",

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from sae_stability import pipeline
-from sae_stability.config import UserError, load_study
+from sae_stability.config import load_study
+from sae_stability.errors import UserError
 from sae_stability.language import corpus, models
 from sae_stability.language.activations import Activations, collect
 from sae_stability.language.streaming import Stream

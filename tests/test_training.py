@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.stats import chisquare
 
-from sae_stability.config import Cell, UserError, Variants
+from sae_stability.config import Cell, Variants
+from sae_stability.errors import UserError
 from sae_stability.language.activations import Activations
 from sae_stability.matching import stability
 from sae_stability.saes import variant

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from sae_stability.config import UserError, load_study
+from sae_stability.config import load_study
+from sae_stability.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 

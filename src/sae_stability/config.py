@@ -23,6 +23,8 @@ from pydantic import (
     model_validator,
 )
 
+from sae_stability.errors import UserError
+
 ROOT = Path(os.environ.get("SAE_STABILITY_ROOT") or Path(__file__).parents[2]).resolve()
 """The checkout: studies, chapters and results stand here, wherever a notebook or a command is started."""
 
@@ -33,10 +35,6 @@ Variants = Literal["relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka
 """SAE variants: each is the file of its name in `saes/`."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class UserError(Exception):
-    """A user's mistake, told in one line that names the field or file and the mend."""
 
 
 class Cell(BaseModel):

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_stability import threads
-from sae_stability.config import UserError
+from sae_stability.errors import UserError
 from sae_stability.matching import BANDS, STABLE, UNSTABLE, Stability, assign, stability
 from sae_stability.saes import formats
 from sae_stability.saes.sae import SAE

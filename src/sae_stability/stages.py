@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from sae_stability import ablation, explanations, threads, training, triggers
 from sae_stability.ablation.translation import TRANSPLANTS
-from sae_stability.config import Cell, Study, UserError
+from sae_stability.config import Cell, Study
+from sae_stability.errors import UserError
 from sae_stability.evaluation import Encoded, fit, losses, sparse_codes
 from sae_stability.language import corpus, models
 from sae_stability.language.activations import Activations, Blocks, collect, draw_surrogate

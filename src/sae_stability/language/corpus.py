@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tqdm import tqdm
 
-from sae_stability.config import UserError
+from sae_stability.errors import UserError
 
 EMBEDDED = "docstrings"
 EMBEDDED_PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "sympy", "networkx", "torch", "transformers")

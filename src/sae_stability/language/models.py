@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from sae_stability.config import ROOT, UserError
+from sae_stability.config import ROOT
+from sae_stability.errors import UserError
 
 EMBEDDED = ("docstrings-2l", "docstrings-4l")
 LONGEST_CONTEXT = 256  # tokens; longer contexts cost more than they tell about features

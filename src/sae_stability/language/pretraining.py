@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from sae_stability.config import ROOT, UserError
+from sae_stability.config import ROOT
+from sae_stability.errors import UserError
 from sae_stability.language.corpus import Contexts, Corpus, load, pack
 from sae_stability.store import read_metadata, save_tensors, write_json
 

@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
-from sae_stability.config import UserError
+from sae_stability.errors import UserError
 from sae_stability.matching.pairs import CHUNK
 
 EXACT = 4096  # features of the smaller dictionary, up to which every pair is looked at

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_stability.config import UserError
+from sae_stability.errors import UserError
 from sae_stability.matching.pairs import Similarities, compare, cosines
 from sae_stability.statistics import Interval, LatentShares, binomial_interval, fit_beta_binomial, jackknife
 

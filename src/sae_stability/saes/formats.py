@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_stability.config import UserError
+from sae_stability.errors import UserError
 from sae_stability.saes.batchtopk import BatchTopKParameters
 from sae_stability.saes.gated import GatedParameters
 from sae_stability.saes.jumprelu import JumpReLUParameters

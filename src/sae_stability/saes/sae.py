@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_stability.config import UserError
+from sae_stability.errors import UserError
 from sae_stability.saes import variant
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sparse import Codes, Parameters

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_stability.config import Cell, UserError
+from sae_stability.config import Cell
+from sae_stability.errors import UserError
 from sae_stability.language.activations import Activations, Blocks
 from sae_stability.saes import variant
 from sae_stability.saes.ensemble import Ensemble

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from sae_stability.config import Cell, UserError
+from sae_stability.config import Cell
+from sae_stability.errors import UserError
 from sae_stability.language.activations import Blocks
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.store import TEMPORARY, drop, read_json, read_metadata, save_tensors, write_json
