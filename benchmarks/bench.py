@@ -24,13 +24,13 @@ import psutil
 import torch
 from bench_matching import compare_matching, raised_peak
 from data import TOKENS, open_activations
+from sae_stability.config import Cell, Variants
+from sae_stability.tables import on_target
 from tqdm import tqdm
 
-from sae_stability.config import ROOT, Cell, Variants
 from sae_stability.language.activations import Activations
 from sae_stability.saes import fastest_dtype
 from sae_stability.store import git_commit, read_json, write_json
-from sae_stability.tables import on_target
 from sae_stability.training import prepare, train
 from sae_stability.training.loop import Training
 from sae_stability.training.shuffling import ROUNDS, shuffled
@@ -334,7 +334,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="*", choices=PARTS, default=PARTS, help="what to measure; the rest of --out stays as it is"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results.json")
+    parser.add_argument("--out", type=Path, default=places.root() / "benchmarks" / "results.json")
     arguments = parser.parse_args()
     if "times" in arguments.parts and "topk" not in arguments.variants:
         parser.error("--variants: topk must be among them, since the ratios are its")

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from peers import start
 
-from sae_stability.config import Variants
 from sae_stability.saes import formats, variant
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sae import of_ensemble
+from sae_stability.study import Variants
 
 D_IN, D_SAE, K, BATCH = 24, 96, 8, 256
 COEFFICIENTS = {"relu": 0.5, "gated": 0.5, "jumprelu": 0.5}

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from peers import VARIANTS, forward, forward_variants
 
-from sae_stability.config import Variants
 from sae_stability.saes import variant
+from sae_stability.study import Variants
 
 D_IN, D_SAE, K = 24, 96, 8
 PAIRS = [(library, name) for library in VARIANTS for name in Variants.__args__ if name in forward_variants(library)]

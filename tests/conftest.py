@@ -5,14 +5,16 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["SAE_STABILITY_RESULTS"] = str(Path(__file__).parents[1] / ".pytest_cache" / "results")  # not the user's
 
 import pytest
 import torch
 
-from sae_stability import book, cli, pipeline
-from sae_stability.config import ROOT, Cell, load_study
+from sae_stability import cli, pipeline
+from sae_stability.book import build, page
 from sae_stability.language import pretraining
-from sae_stability.store import Store, locked
+from sae_stability.loading import load_study
+from sae_stability.study import Cell
 
 WORDS = [
     "the",
@@ -42,19 +44,18 @@ WORDS = [
 
 
 @pytest.fixture(scope="session")
-def quick():
-    """The quick study, computed and executed; what is there already is used."""
+def quick() -> page.Book:
+    """The quick study, computed; what an earlier run of the suite has computed is used."""
     study = load_study("quick")
-    with locked(Store(study).folder / ".lock"):
-        store = pipeline.compute(study)
-        book.execute(study)
-    return store
+    pipeline.compute(study)
+    return page.open_study(study.name)
 
 
 @pytest.fixture(scope="session")
 def site(quick, tmp_path_factory) -> Path:
     """The quick book, built beside the user's own."""
-    return book.build(quick.study, tmp_path_factory.mktemp("site") / "html").parent
+    build.execute(quick.study)
+    return build.build(quick.study, tmp_path_factory.mktemp("site") / "html").parent
 
 
 @pytest.fixture(scope="session")
@@ -118,18 +119,17 @@ def small(model_folders, text_file) -> list[str]:
         "ablation_tokens": 200,
         "batch": 64,
         "dead_after": 1000,
+        "nulls": "[surrogate]",
         "grid": "{}",
     }
     return [f"--set={key}={value}" for key, value in values.items()]
 
 
-@pytest.fixture(scope="session")
-def house(tmp_path_factory) -> Path:
-    """A root with results of its own over this checkout's source, studies and chapters."""
-    root = tmp_path_factory.mktemp("house")
-    for name in ("src", "studies", "book", "published", "benchmarks", "models", "_config.yml", "_toc.yml"):
-        (root / name).symlink_to(ROOT / name)
-    return root
+@pytest.fixture
+def house(tmp_path, monkeypatch) -> Path:
+    """Results of a test's own, for this process and those that it starts."""
+    monkeypatch.setenv("SAE_STABILITY_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
 
 
 @pytest.fixture

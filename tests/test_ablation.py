@@ -12,7 +12,6 @@ from sae_stability import ablation
 from sae_stability.ablation.controls import CURVE_SEEDS, ORDERS, SHARES
 from sae_stability.ablation.removal import _less
 from sae_stability.ablation.translation import FATES
-from sae_stability.config import Variants
 from sae_stability.evaluation import Encoded, fit, intervene
 from sae_stability.language import models
 from sae_stability.language.activations import Activations, forward
@@ -21,6 +20,7 @@ from sae_stability.matching import stability
 from sae_stability.saes import variant
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sparse import Parameters
+from sae_stability.study import Variants
 
 HOOK = "blocks.1.hook_resid_post"
 TOKENS = 400

@@ -3,13 +3,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_stability.config import HOOKS
 from sae_stability.errors import UserError
 from sae_stability.language import models
 from sae_stability.language.activations import Activations, collect, draw_surrogate
 from sae_stability.language.corpus import Contexts, load, pack
 from sae_stability.language.site import Site
 from sae_stability.matching.criteria import whitening, without_top_component
+from sae_stability.study import HOOKS
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama"])

@@ -8,8 +8,8 @@ from functools import partial
 import nbformat
 import pytest
 
-from sae_stability import book
-from sae_stability.config import ROOT
+from sae_stability import places
+from sae_stability.book import build, page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -70,13 +70,13 @@ def test_every_page_opens_without_a_fault(site, address, width):
 
 def test_building_again_changes_nothing(quick, site):
     before = {path: path.stat().st_mtime_ns for path in site.rglob("*")}
-    book.build(quick.study, site)
+    build.build(quick.study, site)
     assert {path: path.stat().st_mtime_ns for path in site.rglob("*")} == before
 
 
-@pytest.mark.parametrize("name", book.chapters())
+@pytest.mark.parametrize("name", build.chapters())
 def test_chapters_are_parameterized_and_carry_no_outputs(name):
-    notebook = nbformat.read(ROOT / "book" / f"{name}.ipynb", as_version=4)
+    notebook = nbformat.read(places.root() / "book" / f"{name}.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code)
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
@@ -89,17 +89,17 @@ def test_chapters_are_parameterized_and_carry_no_outputs(name):
 ALLOWED = re.compile(r"```.*?```|`[^`]*`|\$[^$]*\$|\{[a-z:]+\}`[^`]*`|\b0\.7\b|\b1 %|one to one|\(\d\)", re.S)
 
 
-@pytest.mark.parametrize("page", [*book.chapters(), "README.md"])
-def test_no_result_is_typed_by_hand(page):
-    if page == "README.md":
-        prose = [(ROOT / page).read_text(encoding="utf-8")]
+@pytest.mark.parametrize("name", [*build.chapters(), "README.md"])
+def test_no_result_is_typed_by_hand(name):
+    if name == "README.md":
+        prose = [(places.root() / name).read_text(encoding="utf-8")]
     else:
-        notebook = nbformat.read(ROOT / "book" / f"{page}.ipynb", as_version=4)
+        notebook = nbformat.read(places.root() / "book" / f"{name}.ipynb", as_version=4)
         prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     for text in prose:
         found = re.findall(r"\d+(?:\.\d+)?\s*%|\b\d+\.\d+\b", ALLOWED.sub(" ", text))
         found = [number for number in found if not re.fullmatch(r"3\.1\d|\d{4}\.\d{5}", number)]  # Python versions, arXiv numbers
-        assert not found, f"{page}: {found}"
+        assert not found, f"{name}: {found}"
 
 
 def test_staging_hides_injected_parameters_and_places_alt_texts():
@@ -107,7 +107,7 @@ def test_staging_hides_injected_parameters_and_places_alt_texts():
     described = {"alt": "what it shows", "caption": "in short", "name": "fig"}
     show.outputs = [nbformat.v4.new_output("display_data", {"image/png": "AA=="}, metadata={"image/png": described})]
     injected = nbformat.v4.new_code_cell("study = 'x'", metadata={"tags": ["injected-parameters"]})
-    staged = book.staged(nbformat.v4.new_notebook(cells=[injected, show]))
+    staged = build.staged(nbformat.v4.new_notebook(cells=[injected, show]))
     assert "remove-cell" in staged.cells[0].metadata.tags
     assert staged.cells[1].metadata.mystnb["image"]["alt"] == "what it shows"
     assert staged.cells[1].metadata.mystnb["figure"] == {"caption": "in short", "name": "fig"}
@@ -117,10 +117,10 @@ def test_code_in_a_table_is_no_markup():
     from markdown_it import MarkdownIt
 
     text = "nulls=_surrogate_ *a* `b` $c$ [d](e) a|b <i> \\* &amp;"
-    table = MarkdownIt().enable("table").render(f"| x |\n| --- |\n| {book.code(text)} |")
+    table = MarkdownIt().enable("table").render(f"| x |\n| --- |\n| {page.code(text)} |")
     (shown,) = re.findall(r"<td><code>(.*)</code></td>", table)
     assert html.unescape(shown) == text
-    assert html.unescape(book.code("a\nb")) == "<code>a↵b</code>"
+    assert html.unescape(page.code("a\nb")) == "<code>a↵b</code>"
 
 
 def test_the_gallery_escapes_what_the_corpus_says():
@@ -128,6 +128,6 @@ def test_the_gallery_escapes_what_the_corpus_says():
 
     rows = {"band": "stable", "feature": 1, "rank": 1, "offset": [0, 1], "token": ["<script>", "\n"], "activation": [2.0, 0.0]}
     table = pd.DataFrame(rows).assign(stability=1.0, matches=3, trials=3, frequency=0.1)
-    page = book.gallery(table)
-    assert "<script>" not in page
-    assert "&lt;script&gt;" in page
+    shown = page.gallery(table)
+    assert "<script>" not in shown
+    assert "&lt;script&gt;" in shown

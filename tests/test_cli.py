@@ -1,6 +1,11 @@
+import errno
+from inspect import signature
+from pathlib import Path
+
 import pytest
 
-from sae_stability.config import load_study
+from sae_stability import cli
+from sae_stability.loading import load_study
 
 
 @pytest.mark.parametrize(
@@ -74,41 +79,57 @@ def test_an_unreadable_study_file_is_said(call, tmp_path, content, named):
         ("corpus=/no/such/text.txt", "corpus: there is no /no/such/text.txt"),
     ],
 )
-def test_what_only_the_model_and_corpus_can_tell_is_checked_before_anything_is_computed(
-    call, small, override, named, monkeypatch, tmp_path
-):
-    from sae_stability import store
-
-    monkeypatch.setattr(store, "ROOT", tmp_path)
+def test_what_only_the_model_and_corpus_can_tell_is_checked_before_anything_is_computed(call, small, override, named, house):
     status, _, error = call("run", "embedded", *small, "--set", override, "--name", "other")
     assert (status, len(error)) == (2, 1)
     assert named in error[0]
-    assert not list((tmp_path / "results").rglob("*.bin"))
-    assert not list((tmp_path / "results").rglob("ensemble.safetensors"))
+    assert not list(house.rglob("*.bin"))
+    assert not list(house.rglob("ensemble.safetensors"))
 
 
-def test_a_dry_run_lists_what_is_missing_and_computes_nothing(call, small, monkeypatch, tmp_path):
-    from sae_stability import store
-
-    monkeypatch.setattr(store, "ROOT", tmp_path)
+def test_a_dry_run_lists_what_is_missing_and_computes_nothing(call, small, house):
     status, out, _ = call("run", "embedded", *small, "--name", "other", "--dry-run")
     assert status == 0
     assert all(line.startswith("missing") for line in out.splitlines())
-    assert "cells/main/surrogate" in out
-    assert not list(tmp_path.iterdir())
+    assert any("-surrogate-" in line and "ensembles" in line for line in out.splitlines())
+    assert not house.exists()
 
 
-def test_help_teaches(call):
-    for command in ((), ("run",), ("check",), ("train-model",)):
-        status, out, _ = call(*command, "--help")
-        assert status == 0
-        assert "Usage" in out
-    assert "--set" in call("run", "--help")[1]
+def test_a_stage_alone_says_what_it_needs(call, small, house):
+    status, _, error = call("stage", "embedded", "tables", *small, "--name", "other")
+    assert (status, len(error)) == (2, 1)
+    assert "/quality/report" in error[0]
+    status, _, error = call("stage", "embedded", "tabels", *small, "--name", "other")
+    assert (status, len(error)) == (2, 1)
+    assert "it has shared/texts/" in error[0]
 
 
-def test_overrides_reach_the_grid_and_name_the_cells():
+def test_what_may_not_be_written_is_said_in_one_line(call, small, monkeypatch, house):
+    def refused(self, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    status, _, error = call("run", "embedded", *small, "--name", "other")
+    assert (status, len(error)) == (2, 1)
+    assert str(house) in error[0]
+    assert "SAE_STABILITY_RESULTS" in error[0]
+
+
+@pytest.mark.parametrize("command", ["run", "check", "stage", "clean", "stability", "explain", "train-model"])
+def test_help_names_every_option_and_shows_how_to_call_it(call, command):
+    status, out, _ = call(command, "--help")
+    assert status == 0
+    for name in signature(getattr(cli, command.replace("-", "_"))).parameters:
+        shown = {"study": "study", "stage": "NAME", "paths": "PATH", "overrides": "--set"}.get(name, f"--{name.replace('_', '-')}")
+        assert shown in out or (command == "train-model" and name == "name")
+    if command in ("run", "stage", "stability", "explain"):
+        assert f"  sae-stability {command} " in out
+
+
+def test_overrides_reach_the_grid_and_each_cell_has_an_id_and_a_name():
     study = load_study("embedded", ["grid={}", "grid.d_sae=[512, 1024]", "grid.k=[16, 32]", "seeds=[3, 5]"], name="wide")
     assert study.name == "wide"
     assert study.seed_list == [3, 5]
-    assert list(study.cells) == ["main", "d_sae=512,k=16", "d_sae=512,k=32", "d_sae=1024,k=32"]  # 1024 and 16 are the main cell
-    assert study.cells["d_sae=512,k=32"].d_sae == 512
+    assert [(cell.d_sae, cell.k) for cell in study.cells.values()] == [(1024, 16), (512, 16), (512, 32), (1024, 32)]
+    assert list(study.cells) == [cell.id for cell in study.cells.values()]
+    assert list(study.names.values()) == ["d_sae=1024, k=16", "d_sae=512, k=16", "d_sae=512, k=32", "d_sae=1024, k=32"]

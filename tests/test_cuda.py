@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sae_stability.config import Variants
 from sae_stability.saes import fastest_dtype, plain, variant
 from sae_stability.saes.sparse import kernels
+from sae_stability.study import Variants
 from sae_stability.training import train
 from test_training import sparse_data
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from sae_stability.config import ROOT
+from sae_stability import places
 from sae_stability.errors import UserError
 from sae_stability.existing import ENOUGH, Site, compare
 from sae_stability.language import models
@@ -137,7 +137,7 @@ def test_mistakes_end_in_one_line(files, call, tmp_path, text_file, monkeypatch,
 
 
 def test_the_readme_s_lines_run(files):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (places.root() / "README.md").read_text(encoding="utf-8")
     start = readme.index("from sae_stability.existing import compare")
     lines = readme[start : readme.index("```", start)]
     scope: dict = {}

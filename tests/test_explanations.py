@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from sae_stability.config import Explainer
 from sae_stability.errors import UserError
 from sae_stability.explanations import BudgetSpent, LanguageModel, Rules, Window, explain, explain_messages, says_surface, tasks
 from sae_stability.explanations.language_model import LONGEST, SPENT, bound_on_tokens
 from sae_stability.explanations.windows import REACH, SCORED, SHOWN
+from sae_stability.files import read_json
 from sae_stability.language.corpus import Contexts
-from sae_stability.store import read_json
+from sae_stability.study import Explainer
 
 WORDS = ["<bos>", " array", " arrays", "(", ",", " the", " matrix", " compute", " computing", " 12", " NaN"]
 

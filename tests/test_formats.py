@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from sae_stability.config import Variants
 from sae_stability.errors import UserError
 from sae_stability.saes import formats, variant
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sae import SAE, of_ensemble
+from sae_stability.study import Variants
 
 D_IN, D_SAE, K = 12, 40, 5
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sae_stability import ablation, figures
-from sae_stability.claims import judge_c2, judge_c3, judge_c4
 from sae_stability.evaluation import Encoded
+from sae_stability.experiments.function import judge_c2, judge_c3, judge_c4, shares
 from sae_stability.figures.function import MEASURE_NAMES
 from sae_stability.language.activations import Activations
 from sae_stability.language.corpus import Contexts
@@ -21,7 +21,6 @@ from sae_stability.matching import BANDS, stability
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sparse import Parameters
 from sae_stability.statistics import bootstrap_ratio
-from sae_stability.tables.function import shares
 
 SHARED, SPANNED, SEEDS, VOCABULARY, D_IN = 12, 4, 11, 500, 24
 FEATURES = SHARED + 2 * SPANNED  # a direction of the subspace and its opposite are two features
@@ -179,10 +178,10 @@ def test_translations_and_transplants_show_what_was_planted(planted):
 
 
 def test_verdicts_are_those_of_what_was_planted(planted):
-    c3 = judge_c3(planted.effects, planted.sets, planted.effects, "cell")
-    c4 = judge_c4(planted.effects, planted.sets, planted.effects, planted.sets, "cell")
+    c3 = judge_c3(planted.effects, planted.sets, planted.effects)
+    c4 = judge_c4(planted.effects, planted.sets, planted.effects, planted.sets)
     assert (c3["verdict"], c4["verdict"]) == ("supported", "supported")
-    c2 = judge_c2(planted.effects, planted.effects, "cell")
+    c2 = judge_c2(planted.effects, planted.effects)
     assert c2["value"] == pytest.approx(ENERGY, abs=0.05)
     assert c2["conditions"][2]["value"] == pytest.approx(ENERGY - SHARED / FEATURES, abs=0.05)  # less as many random ones
     assert c2["verdict"] == "supported"
@@ -193,10 +192,10 @@ def test_a_claim_that_holds_raw_and_not_against_matches_says_so(planted):
     sums = dict(planted.effects.sums)
     sums["prediction/removed/matched/stable"] = sums["prediction/removed/paired/stable"] + 1.0
     changed = ablation.Effects(**{**vars(planted.effects), "sums": sums})
-    claim = judge_c3(changed, planted.sets, planted.effects, "cell")
+    claim = judge_c3(changed, planted.sets, planted.effects)
     assert claim["verdict"] == "not supported"
     assert "holds raw" in claim["scope"]
     lone = ablation.Sets(planted.sets.members, {band: np.full(SEEDS, 0.2) for band in BANDS})
-    claim = judge_c3(planted.effects, lone, planted.effects, "cell")
+    claim = judge_c3(planted.effects, lone, planted.effects)
     assert claim["verdict"] == "inconclusive"
     assert "20%" in claim["conditions"][-1]["what"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sae_stability import store
-from sae_stability.config import Cell
+from sae_stability.study import Cell
 from sae_stability.training import train
 
 KILLS = 50

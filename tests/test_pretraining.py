@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from sae_stability.errors import UserError
+from sae_stability.experiments import texts
 from sae_stability.language import models, pretraining
 from sae_stability.language.pretraining import BATCH, CONTEXT, RECIPES, Recipe
-from sae_stability.results import contexts_of, sources_of
 
 TINY = Recipe(layers=1, d_model=16, heads=2, epochs=2, rate=1e-3)
 
@@ -76,7 +76,7 @@ def test_counted_baselines_agree_with_a_loop():
 
 @pytest.mark.parametrize(("name", "most"), [("docstrings-2l", 3.5), ("docstrings-4l", 3.0)])
 def test_shipped_models_are_as_good_as_their_cards_say(quick, name, most):
-    folder = pretraining.ROOT / "models" / name
+    folder = pretraining.places.root() / "models" / name
     told = json.loads((folder / "training.json").read_text())
     nats = told["nats_per_token"]
     assert nats["model"] <= most < nats["bigram"] < nats["unigram"]
@@ -84,7 +84,7 @@ def test_shipped_models_are_as_good_as_their_cards_say(quick, name, most):
     assert Recipe(**recipe) == RECIPES[name]
     assert f"| model | {nats['model']:.3f} |" in (folder / "README.md").read_text()
 
-    held_out = contexts_of(quick, sources_of(quick.study)["main"], "evaluation").tokens[::40]  # both have the same tokenizer
+    held_out = texts.contexts(quick.main, "evaluation").tokens[::40]  # both have the same tokenizer
     tokens = torch.from_numpy(held_out).long()
     bridge = models.load(name)
     with torch.inference_mode():

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sae_stability.config import Variants
 from sae_stability.saes import files_of, variant
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.jumprelu import BANDWIDTH
 from sae_stability.saes.matryoshka import sizes
+from sae_stability.study import Variants
 
 D_IN, D_SAE, K, LAMBDA = 7, 40, 4, 0.3
 NAMES = Variants.__args__

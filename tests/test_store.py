@@ -1,26 +1,34 @@
 import json
+import os
 import threading
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+from sae_stability import files, pruning
 from sae_stability import store as module
-from sae_stability.config import load_study
-from sae_stability.results import Source
-from sae_stability.store import Store, fingerprint, key_of, locked, read_metadata, replacing, save_tensors, write_json, write_table
+from sae_stability.files import read_json, read_metadata, replacing, save_tensors, write_json, write_table
+from sae_stability.loading import load_study
+from sae_stability.store import Store, locked
 
 
 @pytest.fixture
-def store(tmp_path, monkeypatch) -> Store:
-    monkeypatch.setattr(module, "ROOT", tmp_path)
+def store(house, monkeypatch) -> Store:
     monkeypatch.setattr(module, "git_commit", lambda: "a commit")
     return Store(load_study("quick"))
 
 
-def test_a_finished_stage_is_done_for_its_key_only(store):
-    with store.computing("stage", "key") as folder:
-        write_json(folder / "result.json", 1)
+def compute(store: Store, entry: str = "stage", key: str = "key", value: object = 1) -> Path:
+    """Compute an entry with one result."""
+    with store.computing(entry, {entry: key}) as work:
+        write_json(work.folder / "result.json", value)
+    return work.folder
+
+
+def test_a_finished_entry_is_done_for_its_key_only(store):
+    compute(store)
     assert store.is_done("stage", "key")
     assert not store.is_done("stage", "another")
     provenance = store.provenance("stage")
@@ -29,43 +37,68 @@ def test_a_finished_stage_is_done_for_its_key_only(store):
     assert list(provenance["files"]) == ["result.json"]
 
 
+def test_several_entries_are_recorded_together_and_share_the_seconds(store):
+    entries = {"shared/ensembles/x/0": "key", "shared/ensembles/x/1": "key"}
+    with store.computing("shared/ensembles/x", entries) as work:
+        work.scratch.mkdir(parents=True)
+        (work.scratch / "checkpoint").write_text("half")
+        for folder in work.folders.values():
+            write_json(folder / "result.json", folder.name)
+    assert [store.is_done(entry, "key") for entry in entries] == [True, True]
+    assert [read_json(store.path(entry) / "result.json") for entry in entries] == ["0", "1"]
+    assert not work.scratch.exists()
+    assert store.path("shared/ensembles/x/0").parents[2].name == "_shared"
+
+
+def test_what_is_in_scratch_outlives_a_kill_for_the_same_work_only(store):
+    with pytest.raises(KeyboardInterrupt), store.computing("shared/x", {"shared/x/0": "key"}) as work:
+        work.scratch.mkdir(parents=True)
+        (work.scratch / "checkpoint").write_text("half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), store.computing("shared/x", {"shared/x/1": "key"}) as other:
+        raise KeyboardInterrupt
+    assert not other.scratch.exists()
+    with store.computing("shared/x", {"shared/x/0": "key"}) as again:
+        assert (again.scratch / "checkpoint").read_text() == "half"
+
+
 def test_a_stage_killed_while_its_provenance_is_written_keeps_its_files(store, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(Store, "_record", killed)
-        with pytest.raises(KeyboardInterrupt), store.computing("stage", "key") as folder:
-            write_json(folder / "result.json", 1)
-    with store.computing("stage", "key") as folder:
-        assert (folder / "result.json").exists()
+        with pytest.raises(KeyboardInterrupt):
+            compute(store)
+    with store.computing("stage", {"stage": "key"}) as work:
+        assert (work.folder / "result.json").exists()
     assert list(store.provenance("stage")["files"]) == ["result.json"]
-    assert not (folder / "begun.json").exists()
+    assert not (work.folder / "begun.json").exists()
 
 
 def test_an_interrupted_stage_is_not_done_and_keeps_what_it_has(store):
-    with pytest.raises(KeyboardInterrupt), store.computing("stage", "key") as folder:
-        write_json(folder / "half.json", 1)
+    with pytest.raises(KeyboardInterrupt), store.computing("stage", {"stage": "key"}) as work:
+        write_json(work.folder / "half.json", 1)
         raise KeyboardInterrupt
     assert not store.is_done("stage", "key")
-    (store.folder / "stage" / f"{module.TEMPORARY}killed.json").write_text("[")  # a SIGKILL in the middle of a write
-    with store.computing("stage", "key") as folder:
-        assert (folder / "half.json").exists()
+    (store.folder / "stage" / f"{files.TEMPORARY}killed.json").write_text("[")  # a SIGKILL in the middle of a write
+    with store.computing("stage", {"stage": "key"}) as work:
+        assert (work.folder / "half.json").exists()
     assert list(store.provenance("stage")["files"]) == ["half.json"]
 
 
 def test_what_was_begun_with_another_key_is_dropped(store):
-    with pytest.raises(KeyboardInterrupt), store.computing("stage", "old") as folder:
-        write_json(folder / "half.json", 1)
+    with pytest.raises(KeyboardInterrupt), store.computing("stage", {"stage": "old"}) as work:
+        write_json(work.folder / "half.json", 1)
         raise KeyboardInterrupt
-    with store.computing("stage", "new") as folder:
-        assert not (folder / "half.json").exists()
+    with store.computing("stage", {"stage": "new"}) as work:
+        assert not (work.folder / "half.json").exists()
 
 
 def test_files_are_computed_side_by_side_and_each_drops_what_a_kill_left_of_it(store):
     folder = store.folder / "chapters"
     folder.mkdir(parents=True)
-    leftovers = [folder / f"{module.TEMPORARY}{name}" for name in ("one.json-killed", "one.provenance.json-killed")]
+    leftovers = [folder / f"{files.TEMPORARY}{name}" for name in ("one.json-killed", "one.provenance.json-killed")]
     for leftover in leftovers:
         leftover.write_text("[")
     with store.computing_file("chapters/other.json", "key") as other:
@@ -77,18 +110,32 @@ def test_files_are_computed_side_by_side_and_each_drops_what_a_kill_left_of_it(s
         "one.json": "1",
         "other.json": "2",
     }
-    assert not list(folder.glob(f"{module.TEMPORARY}*"))
+    assert not list(folder.glob(f"{files.TEMPORARY}*"))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove"])
-def test_a_damaged_result_is_not_done(store, damage):
-    with store.computing("stage", "key") as folder:
-        write_json(folder / "result.json", list(range(100)))
+@pytest.mark.parametrize("damage", ["truncate", "remove", "flip"])
+def test_a_damaged_result_is_not_done_and_an_altered_one_is_named(store, damage, capfd):
+    path = compute(store, value=list(range(100))) / "result.json"
+    assert store.is_done("stage", "key")
     if damage == "truncate":
-        (folder / "result.json").write_text("[")
+        path.write_text("[")
+    elif damage == "flip":
+        content = bytearray(path.read_bytes())
+        content[50] ^= 1
+        path.write_bytes(content)
     else:
-        (folder / "result.json").unlink()
+        path.unlink()
     assert not store.is_done("stage", "key")
+    assert (str(path) in capfd.readouterr().err) == (damage != "remove")
+    compute(store, value=list(range(100)))
+    assert store.is_done("stage", "key")
+
+
+def test_damaged_provenance_counts_as_none(store):
+    folder = compute(store)
+    (folder / "provenance.json").write_text("{")
+    assert not store.is_done("stage", "key")
+    assert store.provenance("stage") is None
 
 
 def test_a_file_stage_appears_whole_or_not_at_all(store):
@@ -96,8 +143,8 @@ def test_a_file_stage_appears_whole_or_not_at_all(store):
         path.write_text("[")
         raise ZeroDivisionError
     assert not (store.folder / "claims.json").exists()
-    with store.computing_file("claims.json", "key") as path:
-        path.write_text("[]")
+    with store.computing("claims.json", {"claims.json": "key"}) as work:
+        work.folder.write_text("[]")
     assert store.is_done("claims.json", "key")
     assert store.claims() == []
     assert sorted(file.name for file in store.folder.iterdir()) == ["claims.json", "claims.provenance.json"]
@@ -125,37 +172,53 @@ def test_tensors_and_tables_come_back_and_have_the_same_bytes_every_time(tmp_pat
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
 
 
-def test_keys_follow_inputs_and_content(tmp_path):
-    assert key_of({"a": 1}) == key_of({"a": 1})
-    assert key_of({"a": 1}) != key_of({"a": 2})
-    assert key_of({"a": 1}) != key_of({"a": 1}, before=["x"])
-    assert key_of({}, ["results.py"]) != key_of({}, ["claims.py"])
-    (tmp_path / "f.txt").write_text("one")
-    before = fingerprint(str(tmp_path))
-    (tmp_path / "f.txt").write_text("two")
-    assert fingerprint(str(tmp_path)) != before
-    assert fingerprint("a/hub-id") == "a/hub-id"
-
-
-def test_a_second_run_waits_for_the_first(tmp_path, capsys):
-    held = threading.Event()
-    release = threading.Event()
+def test_a_second_run_waits_for_the_first_and_readers_for_nobody(store, capsys):
+    held, release = threading.Event(), threading.Event()
 
     def first():
-        with locked(tmp_path / ".lock"):
+        with store.locked("stage"):
             held.set()
             release.wait()
 
     thread = threading.Thread(target=first)
     thread.start()
     held.wait()
+    with store.locked("another"):  # only what is computed is locked
+        pass
+    assert not store.is_done("stage", "key")
+    assert "waiting" not in capsys.readouterr().out
     threading.Timer(0.2, release.set).start()
-    with locked(tmp_path / ".lock"):
+    with store.locked("stage"):
         assert release.is_set()
     assert "waiting" in capsys.readouterr().out
     thread.join()
 
 
-def test_models_of_the_same_name_have_folders_of_their_own():
-    sources = [Source(model, "docstrings", None, ("blocks.0.hook_resid_post",), 1, 1) for model in ("a/final", "b/final")]
-    assert sources[0].folder != sources[1].folder
+def test_cleaning_frees_what_no_plan_names_and_says_so_first(store, monkeypatch):
+    stale, kept = compute(store, "shared/matching/old-1"), compute(store, "shared/matching/new-2")
+    begun = store.path("shared/ensembles/x/.scratch/abc")
+    begun.mkdir(parents=True)
+    (begun / "checkpoint").write_text("half")
+    monkeypatch.setattr(pruning, "_named", lambda study: {kept})
+    said = list(pruning.clean(store.study, dry_run=True))
+    assert stale.exists()
+    assert len(said) == 3
+    assert "would be freed" in said[-1]
+    lines = pruning.clean(store.study)
+    assert "old-1" in next(lines) + next(lines)
+    assert stale.exists()  # it is said before it is done
+    list(lines)
+    assert not stale.exists()
+    assert not begun.exists()
+    assert kept.exists()
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    import subprocess
+    import sys
+
+    lines = ["import os", "from pathlib import Path", "from sae_stability.store import locked"]
+    held = "\n".join([*lines, f"with locked(Path({str(tmp_path)!r}) / 'l', Path('x')): os._exit(9)"])
+    subprocess.run([sys.executable, "-c", held], check=False, env=os.environ)
+    with locked(tmp_path / "l", tmp_path):
+        pass

@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from sae_stability import pipeline
-from sae_stability.config import load_study
 from sae_stability.errors import UserError
+from sae_stability.experiments import ensembles
 from sae_stability.language import corpus, models
 from sae_stability.language.activations import Activations, collect
 from sae_stability.language.streaming import Stream
-from sae_stability.results import ensemble_of
+from sae_stability.loading import load_study
 from sae_stability.training import train
 
 HOOK = "blocks.1.hook_resid_post"
@@ -96,7 +96,6 @@ def test_training_on_blocks_resumes_to_the_same_bits(cell, bridge, contexts, tmp
 
 
 def test_a_streamed_study_trains_all_cells_from_one_pass_over_the_text(house, small, monkeypatch):
-    monkeypatch.setattr("sae_stability.store.ROOT", house)
     keys = [override.removeprefix("--set=") for override in small]
     study = load_study("embedded", [*keys, "stream=true", "nulls=[surrogate,randomised]", "grid={d_sae: [32], k: [3]}"], "streamed")
     passes = []
@@ -107,11 +106,12 @@ def test_a_streamed_study_trains_all_cells_from_one_pass_over_the_text(house, sm
         return compute(self, index)
 
     monkeypatch.setattr(Stream, "_compute", counted)
-    store = pipeline.compute(study)
-    for name in study.cells:
-        for kind in ("real", "surrogate", "randomised"):
-            assert len(ensemble_of(store, name, kind).seeds) == 4
-    assert not list((store.folder / "activations").rglob("train.bin"))
+    pipeline.compute(study)
+    plan = pipeline.Plan(study)
+    for cell in study.cells.values():
+        for kind in cell.kinds:
+            assert len(ensembles.ensemble(plan.results(cell), kind).seeds) == 4
+    assert not list(house.rglob("train.bin"))
     assert sum(passes) == 2  # one block, of the model and of its copy with shuffled weights
 
 

@@ -1,4 +1,4 @@
-"""Whole studies through the command line: other models and corpora, kills, two clean runs."""
+"""Whole studies: other models and corpora, kills, what is shared, two at once, what is altered, and what the quick study holds."""
 
 import json
 import os
@@ -12,83 +12,219 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from sae_stability import pipeline
+from sae_stability.book import page
+from sae_stability.experiments import ensembles
+from sae_stability.loading import load_study
+from sae_stability.pipeline import Plan
+
 COMMAND = [sys.executable, "-c", "from sae_stability.cli import main; main()"]
-
-
-def run(house: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"SAE_STABILITY_ROOT": str(house)}
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], env=environment, capture_output=True, text=True, cwd=house.parent, check=False
-    )
-
-
-@pytest.mark.parametrize("architecture", ["neox", "llama"])
-def test_other_architectures_reach_their_claims(house, small, model_folders, architecture, monkeypatch):
-    from sae_stability import pipeline, store
-    from sae_stability.config import load_study
-
-    monkeypatch.setattr(store, "ROOT", house)
-    overrides = [override.removeprefix("--set=") for override in small] + [f"model={model_folders[architecture]}"]
-    found = pipeline.compute(load_study("embedded", overrides, name=architecture))
-    assert [claim["id"] for claim in found.claims()][:2] == ["C1", "C2"]
-    assert architecture in found.claims()[0]["cell"]
-    assert found.table("saes")["loss_spliced"].gt(0).all()
-
-
-def test_another_model_and_corpus_become_a_book_and_the_book_follows_the_study(house, small):
-    for name, seeds in (("other", 4), ("again", 3)):
-        done = run(house, "run", "embedded", *small, f"--set=seeds={seeds}", "--name", name)
-        assert done.returncode == 0, done.stderr
-        index = (house / "_build" / "html" / "index.html").read_text(encoding="utf-8")
-        assert f"trains {seeds} SAEs" in " ".join(index.split()).replace("<em>", "").replace("</em>", "")
-        assert (house / "results" / name / "chapters" / "stability.ipynb").exists()
-    second = run(house, "run", "embedded", *small, "--set=seeds=3", "--name", "again")
-    assert second.stdout.splitlines() == [str(house / "_build" / "html" / "index.html")]  # nothing was computed again
-
-
 COMPUTE = """
 import sys
 from sae_stability import pipeline
-from sae_stability.config import load_study
+from sae_stability.loading import load_study
 pipeline.compute(load_study("embedded", sys.argv[2:], name=sys.argv[1]))
 """
 
 
-def test_killed_at_any_moment_the_claims_are_those_of_an_undisturbed_run(house, small):
+def keys(small: list[str]) -> list[str]:
+    return [override.removeprefix("--set=") for override in small]
+
+
+def read(results: Path, name: str) -> bytes:
+    return (results / name / "claims.json").read_bytes()
+
+
+@pytest.mark.parametrize("architecture", ["neox", "llama"])
+def test_other_architectures_reach_their_claims(house, small, model_folders, architecture):
+    study = load_study("embedded", [*keys(small), f"model={model_folders[architecture]}", "seeds=3"], name=architecture)
+    store = pipeline.compute(study)
+    assert [claim["id"] for claim in store.claims()][:2] == ["C1", "C2"]
+    assert {claim["cell"] for claim in store.claims()} == {study.main.id}
+    assert architecture in store.table("cells")["label"][0]
+    assert store.table("saes")["loss_spliced"].gt(0).all()
+
+
+def test_another_model_and_corpus_become_a_book_and_the_book_follows_the_study(house, small, tmp_path):
+    site = tmp_path / "html"
+    for name, seeds in (("other", 3), ("again", 2)):
+        script = (
+            "import sys; from pathlib import Path; from sae_stability import pipeline; from sae_stability.book import build;"
+            "from sae_stability.loading import load_study; study = load_study('embedded', sys.argv[3:], sys.argv[2]);"
+            "pipeline.compute(study); build.execute(study); print(build.build(study, Path(sys.argv[1])))"
+        )
+        arguments = [sys.executable, "-c", script, str(site), name, *keys(small), f"seeds={seeds}"]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        text = " ".join((site / "index.html").read_text(encoding="utf-8").split()).replace("<em>", "").replace("</em>", "")
+        assert f"trains {seeds} SAEs" in text
+        assert "nan" not in text.lower().replace("nanda", "")
+        assert (house / name / "chapters" / "stability.ipynb").exists()
+    again = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert again.stdout.splitlines() == [str(site / "index.html")]  # nothing was computed again
+
+
+def test_killed_at_any_moment_the_claims_are_those_of_an_undisturbed_run(tmp_path, small):
     # More passes than the other tests take, so that kills fall into training too.
-    overrides = [*(override.removeprefix("--set=") for override in small), "passes=12"]
-    options = {"env": os.environ | {"SAE_STABILITY_ROOT": str(house)}, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    commands = {name: [sys.executable, "-c", COMPUTE, name, *overrides] for name in ("calm", "killed")}
+    overrides = [*keys(small), "passes=12"]
+
+    def start(name: str) -> subprocess.Popen:
+        environment = os.environ | {"SAE_STABILITY_RESULTS": str(tmp_path / name)}
+        command = [sys.executable, "-c", COMPUTE, "study", *overrides]
+        return subprocess.Popen(
+            command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
     started = time.monotonic()
-    subprocess.run(commands["calm"], check=True, **options)
+    assert start("calm").wait() == 0
     seconds = time.monotonic() - started
     generator = random.Random(0)
     for _ in range(4):
-        process = subprocess.Popen(commands["killed"], start_new_session=True, **options)
+        process = start("killed")
         time.sleep(generator.uniform(0.3, 0.95) * seconds)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    subprocess.run(commands["killed"], check=True, **options)
-    calm, killed = ((house / "results" / name / "claims.json").read_bytes() for name in ("calm", "killed"))
-    assert calm == killed
+    assert start("killed").wait() == 0
+    assert read(tmp_path / "calm", "study") == read(tmp_path / "killed", "study")
 
 
-def test_a_grid_gives_a_row_for_each_cell(house, small, monkeypatch):
-    from sae_stability import pipeline, store
-    from sae_stability.config import load_study
+def trained(house: Path) -> dict[Path, int]:
+    """When the files of trained SAEs were written."""
+    return {path: path.stat().st_mtime_ns for path in house.rglob("ensemble.safetensors")}
 
-    monkeypatch.setattr(store, "ROOT", house)
-    overrides = [override.removeprefix("--set=") for override in small]
+
+def test_what_is_asked_trains_nothing_and_seeds_serve_every_study(house, small, monkeypatch):
+    few = load_study("embedded", [*keys(small), "seeds=3", "grid={threshold: [0.5, 0.9]}"], name="few")
+    store = pipeline.compute(few)
+    before = trained(house)
+    assert len(before) == 3 + 3  # the model's and the surrogate's
+    stability = store.table("cells").set_index("threshold")["mean_stability"]
+    assert stability[0.5] > stability[0.7] > stability[0.9]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ensembles, "train_cached", lambda *_: pytest.fail("trained"))
+        pipeline.compute(load_study("embedded", [*keys(small), "seeds=3", "threshold=0.6"], name="asked"))
+    assert trained(house) == before
+
+    many = load_study("embedded", [*keys(small), "seeds=5", "surrogate_seeds=3"], name="many")
+    pipeline.compute(many)
+    assert len(trained(house)) == 5 + 3
+    assert {path: trained(house)[path] for path in before} == before
+    alone = house.parent / "alone"
+    monkeypatch.setenv("SAE_STABILITY_RESULTS", str(alone))
+    pipeline.compute(many)
+    assert read(alone, "many") == read(house, "many")  # in company or not
+
+
+def test_a_kill_and_another_threshold_go_on(house, small):
+    overrides = [*keys(small), "passes=30"]
+    process = subprocess.Popen([sys.executable, "-c", COMPUTE, "study", *overrides], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(house.rglob(".scratch/*/shards/*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    begun = list(house.rglob(".scratch/*"))
+    assert begun
+    study = load_study("embedded", [*overrides, "threshold=0.5", "seeds=4"], name="study")
+    plan = Plan(study)
+    plan.compute(
+        stage for stage in plan.stages if "/ensembles/" in stage.name or "/texts/" in stage.name or "activations" in stage.name
+    )
+    assert not list(house.rglob(".scratch"))
+    assert len(trained(house)) == 8
+
+
+def test_two_studies_at_once_share_what_they_have_in_common(house, small):
+    commands = [[sys.executable, "-c", COMPUTE, f"study-{seeds}", *keys(small), f"seeds={seeds}"] for seeds in (2, 3)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    said = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert len(trained(house)) == 3 + 3
+    for seeds in (2, 3):
+        assert len(json.loads(read(house, f"study-{seeds}"))) == 15
+
+
+def test_an_altered_result_is_named_and_computed_again_to_the_same_bytes(house, small, capfd):
+    study = load_study("embedded", [*keys(small), "seeds=2", "surrogate_seeds=2"], name="study")
+    store = pipeline.compute(study)
+    claims = read(house, "study")
+    files = [path for path in sorted(house.rglob("*")) if path.is_file() and "_locks" not in path.parts and path.stat().st_size]
+    kinds = {(path.name, path.parent.parent.name) for path in files}
+    assert len(kinds) > 20
+    for path in files[:: max(1, len(files) // 12)]:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0b10
+        path.write_bytes(content)
+        capfd.readouterr()
+        pipeline.compute(study)
+        named = "provenance" in path.name or path.name == "study.json" or str(path) in capfd.readouterr().err
+        assert named, path
+        assert read(house, "study") == claims, path
+    assert store.claims()
+
+
+def test_a_grid_gives_a_row_for_each_cell_and_each_has_its_own_claims(house, small):
     sites = "grid.hook_name=[blocks.0.hook_resid_post, blocks.1.hook_mlp_out]"
-    study = load_study("embedded", [*overrides, sites, "seeds=2", "surrogate_seeds=2"], name="grid")
-    table = pipeline.compute(study).table("cells")
-    assert table["cell"].tolist() == ["main", "hook_name=blocks.0.hook_resid_post", "hook_name=blocks.1.hook_mlp_out"]
-    assert table["label"].str.contains("hook_mlp_out").sum() == 1
-    assert len({path.parent.name for path in (house / "results" / "grid").rglob("train.bin")}) == 3
+    study = load_study("embedded", [*keys(small), sites, "seeds=2", "surrogate_seeds=2"], name="grid")
+    store = pipeline.compute(study)
+    table = store.table("cells")
+    assert table["cell"].tolist() == list(study.cells)
+    assert table["hook_name"].tolist() == [cell.hook_name for cell in study.cells.values()]
+    lines = store.claims()
+    by_cell = {cell: {line["id"]: line for line in lines if line["cell"] == cell} for cell in study.cells}
+    assert sum(map(len, by_cell.values())) == len(lines)
+    for row in table.itertuples():
+        (c1,) = [line for line in lines if line["id"] == "C1" and line["cell"] == row.cell]
+        assert c1["conditions"][1]["value"] == pytest.approx(row.mean_stability - row.surrogate_mean_stability, abs=1e-5)
+    book = page.open_study("grid")
+    assert book.claim("C2")["cell"] == study.main.id
+    assert book.claim("C2", list(study.cells)[1]) == by_cell[list(study.cells)[1]]["C2"]
+
+
+def test_one_stage_computes_nothing_else(house, small, call):
+    study = load_study("embedded", keys(small), name="embedded")
+    plan = Plan(study)
+    first, second, *_ = plan.stages
+    for stage in (first, second):
+        status, out, _ = call("stage", "embedded", stage.name, *small)
+        assert (status, out.splitlines()) == (0, [f"embedded: {stage.name}"])
+    assert [plan.is_done(stage) for stage in plan.stages[:3]] == [True, True, False]
+    status, out, _ = call("stage", "embedded", first.name, *small)
+    assert (status, out) == (0, "")
+
+
+@pytest.mark.parametrize("null", ["randomised", "whitened", "token-conditional"])
+def test_every_null_reaches_the_tables(house, small, null):
+    study = load_study("embedded", [*keys(small), "seeds=2", "surrogate_seeds=2", f"nulls=[surrogate, {null}]"], name="nulls")
+    store = pipeline.compute(study)
+    assert set(store.table("features")["kind"]) == {"real", "surrogate", null}
+    (c1,) = [line for line in store.claims() if line["id"] == "C1"]
+    assert [each["null"] for each in c1["nulls"]] == ["surrogate", null]
+
+
+def test_tokens_that_stand_far_out_are_left_out_everywhere(house, small):
+    from sae_stability.experiments import texts
+
+    study = load_study("embedded", [*keys(small), "seeds=2", "surrogate_seeds=2", "norm_cutoff=1.05", "tokens=2000"], name="cut")
+    pipeline.compute(study)
+    results = Plan(study).results(study.main)
+    for split in ("train", "evaluation"):
+        activations, contexts = texts.activations(results, split), texts.contexts(results, split)
+        assert contexts.is_text.sum() >= len(activations)
+        norms = activations.data.float().norm(dim=1)
+        assert norms.max() <= 1.05 * norms.median() * 1.5
+    whole = load_study("embedded", [*keys(small), "seeds=2", "surrogate_seeds=2", "tokens=2000"], name="whole")
+    plan = Plan(whole)
+    plan.compute(stage for stage in plan.stages if "texts" in stage.name or stage.name.startswith("activations"))
+    uncut = texts.activations(plan.results(whole.main), "train").data.float().norm(dim=1)
+    cut = texts.activations(results, "train").data.float().norm(dim=1)
+    assert cut.max() < uncut.max()
+    assert len(cut) == 2000
 
 
 def test_the_quick_study_is_consistent(quick):
-    features, saes = (quick.table(name).query("cell == 'main'") for name in ("features", "saes"))
+    features, saes = quick.table("features"), quick.table("saes")
     real = features[features["kind"] == "real"]
     assert len(real) == quick.study.d_sae * len(quick.study.seed_list)
     assert (real["alive"] == (real["frequency"] > 0)).all()
@@ -104,39 +240,39 @@ def test_the_quick_study_is_consistent(quick):
     assert set(examples["feature"]) <= set(live.loc[live["seed"] == 0, "feature"])
 
 
+def test_every_line_of_the_ledger_names_a_cell_and_each_cell_its_own_numbers(quick):
+    cells = quick.table("cells", every_cell=True).set_index("cell")
+    assert set(cells.index) == set(quick.study.cells)
+    for line in quick.ledger:
+        assert line["cell"] in quick.study.cells
+    for cell in quick.study.cells:
+        separation = quick.claim("C1", cell)
+        assert separation["value"] == pytest.approx(cells.loc[cell, "separation"], abs=1e-6)
+    assert {line["id"] for line in quick.ledger if line["cell"] == quick.cell.id} >= {
+        "C1",
+        "C2",
+        "C3",
+        "C4",
+        "C5",
+        "C6",
+        "C7",
+        "B5",
+    }
+
+
 def test_cells_are_compared_at_equal_l0_and_at_equal_quality(quick):
-    cells = quick.table("cells").set_index("variant", drop=False)
+    cells = quick.table("cells", every_cell=True)
     assert set(cells["variant"]) == {"topk", "batchtopk", "gated"}
     assert ((cells["l0"] - cells["k"]).abs() <= 0.05 * cells["k"]).eq(cells["l0_on_target"]).all()
-    main = cells[cells["cell"] == "main"].iloc[0]
+    main, others = cells.iloc[0], cells.iloc[1:]
     assert main["l0_at_equal_quality"] == pytest.approx(main["l0"])  # the main cell sets the quality
-    for _, other in cells[cells["cell"] != "main"].dropna(subset="l0_at_equal_quality").iterrows():
+    for _, other in others.dropna(subset="l0_at_equal_quality").iterrows():
         # Whoever explains more at its own L0 needs fewer features for the same.
         assert (other["explained_variance"] > main["explained_variance"]) == (other["l0_at_equal_quality"] < other["l0"])
     for name in ("features", "saes", "curve", "growth", "thresholds"):
-        flagged = quick.table(name).set_index("cell")["cell_on_target"]
+        flagged = quick.table(name, every_cell=True).set_index("cell")["cell_on_target"]
         assert (flagged == flagged.index.map(cells.set_index("cell")["l0_on_target"])).all()
     assert (cells["coefficient"] > 0).eq(cells["variant"] == "gated").all()
-
-
-def test_a_stage_is_computed_again_when_what_it_depends_on_changes():
-    from sae_stability import pipeline
-    from sae_stability.config import load_study
-
-    def keys(*overrides: str) -> dict[str, str]:
-        return {stage.name: stage.key for stage in pipeline.plan(load_study("quick", ["grid={}", *overrides]))}
-
-    def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
-        return {name for name in before if before[name] != after.get(name)}
-
-    cached, streamed = keys(), keys("stream=true")
-    trained = {name for name in cached if name.startswith("cells/")}
-    assert trained <= changed(cached, keys("device=cuda"))
-    judged = {*(f"cells/main/{stage}" for stage in ("matching", "triggers", "explanations", "ablation")), "tables"}
-    assert changed(cached, keys("surrogate_seeds=3")) == {"cells/main/surrogate", "cells/main/evaluation", *judged}
-    assert changed(cached, keys("threshold=0.6")) == judged
-    stream = next(name for name in streamed if name.startswith("streams/"))
-    assert {stream, "cells/main/evaluation", "tables"} <= changed(streamed, keys("stream=true", "dtype=float32"))
 
 
 def test_tables_read_anywhere(quick):

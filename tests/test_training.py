@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.stats import chisquare
 
-from sae_stability.config import Cell, Variants
 from sae_stability.errors import UserError
+from sae_stability.files import TEMPORARY, read_json
 from sae_stability.language.activations import Activations
 from sae_stability.matching import stability
 from sae_stability.saes import variant
 from sae_stability.saes.sparse import Parameters
 from sae_stability.saes.topk import TopK
-from sae_stability.store import TEMPORARY, read_json
+from sae_stability.study import Cell, Variants
 from sae_stability.training import loop, steering, train, train_all
 from sae_stability.training.loop import schedule
 from sae_stability.training.shards import Job, _groups

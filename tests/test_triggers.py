@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from sae_stability.claims import judge_c5
+from sae_stability.experiments.triggers import judge_c5
 from sae_stability.language.corpus import Contexts
 from sae_stability.triggers import CLASSES, Text, at_equal_frequency, classify, cliffs_delta, compare, explained, triggers
 
@@ -122,9 +122,9 @@ def test_what_only_frequency_brings_about_is_gone_at_equal_frequency():
 
 
 def test_c5_holds_where_it_is_planted_and_says_where_only_raw():
-    assert judge_c5(bands(told=0.4), "cell")["verdict"] == "supported"
-    raw = judge_c5(bands(told=-0.0, seed=3).assign(trigger="single token"), "cell")
+    assert judge_c5(bands(told=0.4))["verdict"] == "supported"
+    raw = judge_c5(bands(told=-0.0, seed=3).assign(trigger="single token"))
     assert raw["verdict"] != "supported"
     assert "holds raw" in raw["scope"]
     nothing = bands().assign(band="stable")
-    assert judge_c5(nothing, "cell")["verdict"] == "inconclusive"
+    assert judge_c5(nothing)["verdict"] == "inconclusive"

@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
-from sae_stability.config import load_study
 from sae_stability.errors import UserError
+from sae_stability.loading import load_study
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 USAGE_ERROR = typer.BadParameter.__base__.__base__  # ClickException: typer bundles its own click in newer releases
+
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 STUDY = Annotated[str, typer.Argument(help="A name in studies/, or the path of a .yaml file.")]
 SET = Annotated[
@@ -48,18 +50,56 @@ def run(
     """
     chosen = load_study(study, overrides or (), name)
     _no_widgets()
-    from sae_stability import book, pipeline
-    from sae_stability.store import Store, locked
+    from sae_stability import pipeline
+    from sae_stability.book import build
 
     if dry_run:
-        for stage in pipeline.plan(chosen):
-            print("done   " if Store(chosen).is_done(stage.name, stage.key) else "missing", stage.name)
+        plan = pipeline.Plan(chosen)
+        for stage in plan.stages:
+            print("done   " if plan.is_done(stage) else "missing", stage.name)
         return
-    with locked(Store(chosen).folder / ".lock"):
-        pipeline.compute(chosen)
-        book.execute(chosen)
-        with locked(book.SITE.parent / ".lock"):
-            print(book.build(chosen))
+    pipeline.compute(chosen)
+    build.execute(chosen)
+    print(build.build(chosen))
+
+
+@app.command()
+def stage(
+    study: STUDY,
+    stage: Annotated[str, typer.Argument(metavar="NAME", help="As run --dry-run lists it.")],
+    overrides: SET = None,
+    name: NAME = None,
+) -> None:
+    """Compute one stage of a study, if what it needs is there. Examples:
+
+    sae-stability run quick --dry-run
+
+    sae-stability stage quick tables
+    """
+    chosen = load_study(study, overrides or (), name)
+    _no_widgets()
+    from sae_stability import pipeline
+
+    pipeline.compute_stage(chosen, stage)
+
+
+@app.command()
+def clean(
+    study: STUDY,
+    overrides: SET = None,
+    name: NAME = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be freed, and free nothing.")] = False,
+) -> None:
+    """Free what the results of a study hold of earlier versions of it: what its plan no longer names, nor that of any other study.
+
+    It says what it frees first.
+    """
+    chosen = load_study(study, overrides or (), name)
+    _no_widgets()
+    from sae_stability import pruning
+
+    for line in pruning.clean(chosen, dry_run):
+        print(line)
 
 
 @app.command()
@@ -102,7 +142,7 @@ def stability(
         raise UserError("--model, --corpus and --hook-name: give all three, or none")
     _no_widgets()
     from sae_stability import existing
-    from sae_stability.store import replacing
+    from sae_stability.files import replacing
 
     site = existing.Site(model, corpus, hook_name, tokens) if model is not None else None
     compared = existing.compare(paths, threshold, site)
@@ -131,15 +171,13 @@ def explain(
     chosen = load_study(study, overrides or (), name)
     _no_widgets()
     from sae_stability import pipeline
-    from sae_stability.store import Store, locked
 
-    with locked(Store(chosen).folder / ".lock"):
-        if dry_run:
-            for prompt in pipeline.prompts(chosen):
-                print(prompt, end="\n\n\n")
-            return
-        pipeline.compute(chosen)
-    print(f"{chosen.name}: {Store(chosen).folder / 'tables' / 'explanations.parquet'} holds one row per explanation")
+    if dry_run:
+        for prompt in pipeline.prompts(chosen):
+            print(prompt, end="\n\n\n")
+        return
+    store = pipeline.compute(chosen)
+    print(f"{chosen.name}: {store.folder / 'tables' / 'explanations.parquet'} holds one row per explanation")
 
 
 @app.command("train-model")
@@ -163,9 +201,11 @@ def main() -> None:
     except USAGE_ERROR as error:
         _fail(f"{error.format_message().rstrip('.')}; sae-stability --help lists what there is", 2)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        _fail("the disk is full; what was computed is kept: free some space and call the same command again", 1)
+        if error.errno == errno.ENOSPC:
+            _fail("the disk is full; what was computed is kept: free some space and call the same command again", 1)
+        if error.errno in UNWRITABLE and error.filename is not None:
+            _fail(f"{error.filename} may not be written; make it writable, or set SAE_STABILITY_RESULTS to a folder that is", 2)
+        raise
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; what was computed is kept, call the same command again to go on", 130)
     sys.exit(outcome if isinstance(outcome, int) else 0)

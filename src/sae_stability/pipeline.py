@@ -1,209 +1,272 @@
-"""The stages of a study, from text to claims: the order in which they run, and what is computed again when something changes.
+"""The plan of a study: its stages in the order in which they run, each of which can run alone.
 
-`plan` gives each stage a key that chains the keys before it, so a change recomputes what stands behind it and nothing else.
+First texts, activations and ensembles, which studies share; then, for each cell, what each experiment computes and what it reports;
+then the tables and the ledger of the study, put together from the reports.
 """
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 
-from sae_stability import claims, explanations, stages, tables
-from sae_stability.config import Cell, Study
-from sae_stability.language import corpus, models
-from sae_stability.results import (
-    Source,
-    effects_of,
-    explanations_of,
-    kinds_of,
-    sources_of,
-    stability_of,
-    triggers_of,
-)
-from sae_stability.saes import fastest_dtype, files_of
-from sae_stability.store import Store, fingerprint, key_of, versions, write_json
-
-TEXT = ("language/corpus.py", "language/models.py")
-ACTIVATIONS = ("language/activations.py",)
-TRAINING = (
-    *("training/__init__.py", "training/loop.py", "training/shards.py", "training/shuffling.py", "training/steering.py"),
-    *("saes/__init__.py", "saes/ensemble.py", "saes/sparse.py", "saes/plain.py", "saes/compiled.py", "threads.py"),
-)
-STREAMING = ("language/activations.py", "language/streaming.py")
-EVALUATION = ("evaluation.py", "language/site.py", "statistics.py")
-MATCHING = (
-    *("matching/__init__.py", "matching/reappearance.py", "matching/pairs.py", "matching/criteria.py", "matching/assignment.py"),
-    *("matching/families.py", "threads.py", *EVALUATION),
-)
-ABLATION = tuple(f"ablation/{name}.py" for name in ("__init__", "impact", "controls", "removal", "effects", "translation"))
-TRIGGERS = ("triggers.py", "threads.py", *EVALUATION)
-EXPLANATIONS = (
-    *(f"explanations/{name}.py" for name in ("__init__", "windows", "rules", "language_model", "scoring")),
-    *("evaluation.py", "matching/reappearance.py"),
-)
-TABLES = tuple(f"tables/{name}.py" for name in ("__init__", "columns", "stability", "function", "triggers"))
-ANALYSIS = (*TABLES, *MATCHING, *ABLATION, *TRIGGERS, *EXPLANATIONS, "results.py")
+from sae_stability import ledger, sources
+from sae_stability.errors import UserError
+from sae_stability.experiments import Experiment, Results, Stage, ensembles, experiments, explanations, texts
+from sae_stability.experiments.experiment import IS_MAIN
+from sae_stability.files import read_json, write_json, write_table
+from sae_stability.keys import key_of
+from sae_stability.language import models
+from sae_stability.saes import variant
+from sae_stability.store import SHARED, Store, Work
+from sae_stability.study import Cell, Study
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One result of a study: where it stands, what it depends on and what computes it."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What there is to compute of a study, and where it stands."""
 
-    name: str
-    key: str
-    compute: Callable[[Path], None]
+    study: Study
 
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.study)
 
-def plan(study: Study) -> list[Stage]:
-    """All stages of `study` in the order in which they run: what a user can get wrong is checked by the first ones."""
-    planned: list[Stage] = []
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """In the order in which they run: what a user can get wrong is checked by the first ones."""
+        shared = [*texts.stages(self.study), *ensembles.stages(self.study)]
+        asked = [stage for cell in self.study.cells.values() for stage in self._cell_stages(cell)]
+        return [*shared, *asked, *self._whole_stages]
 
-    def add(name: str, compute: partial, inputs, modules: tuple[str, ...], before: list[str]) -> str:
-        body = [inspect.getsource(part) for part in (compute.func, *stages.SHARED, _training_inputs)]
-        key = key_of({"inputs": inputs, "compute": body, "threads": study.threads}, modules, before)
-        planned.append(Stage(name, key, compute))
-        return key
+    def results(self, cell: Cell) -> Results:
+        """What is computed for a cell, for whoever reads it."""
+        return Results(self.store, cell, self.study, self._entries[cell.id])
 
-    sources = sources_of(study)
-    of_text = {
-        source: add(f"text/{source.folder}", partial(stages.read_text, source), _text_inputs(source), TEXT, [])
-        for source in sources.values()
-    }
-    cached = {"dtype": study.dtype, "stream": study.stream}
-    of_site = {
-        source: add(f"activations/{source.folder}", partial(stages.run_model, study, source), cached, ACTIVATIONS, [key])
-        for source, key in of_text.items()
-    }
-    of_random = {
-        source: add(
-            f"randomised/{source.folder}", partial(stages.run_randomised, study, source), cached, ACTIVATIONS, [of_text[source]]
-        )
-        for source in {sources[name]: None for name, cell in study.cells.items() if "randomised" in cell.nulls}
-    }
-    trained: dict[tuple[str, str], str] = {}
-    if study.stream:
-        for source in of_text:
-            cells = {name: cell for name, cell in study.cells.items() if sources[name] == source}
-            pairs = [(name, cell, kind) for name, cell in cells.items() for kind in kinds_of(cell)]
-            inputs = {f"{name}/{kind}": _training_inputs(study, cell, kind) for name, cell, kind in pairs}
-            modules = {module for cell in cells.values() for module in (*TRAINING, *STREAMING, *files_of(cell.variant))}
-            before = [of_text[source]]
-            key = add(
-                f"streams/{source.folder}", partial(stages.train_streamed, study, source, cells), inputs, tuple(modules), before
-            )
-            trained |= {(name, kind): key for name, cell in cells.items() for kind in kinds_of(cell)}
-    else:
-        for name, cell in study.cells.items():
-            for kind in kinds_of(cell):
-                before = [of_random[sources[name]] if kind == "randomised" else of_site[sources[name]]]
-                compute = partial(stages.train_cached, study, sources[name], cell, kind)
-                modules = (*TRAINING, *files_of(cell.variant))
-                trained[name, kind] = add(f"cells/{name}/{kind}", compute, _training_inputs(study, cell, kind), modules, before)
-    evaluated = []
-    several = len({cell.variant for cell in study.cells.values()}) > 1
-    for name, cell in study.cells.items():
-        held_out = [of[sources[name]] for of in (of_site, of_random) if sources[name] in of]
-        before = [*(trained[name, kind] for kind in kinds_of(cell)), *held_out]
-        compute = partial(stages.evaluate, study, sources[name], name, cell)
-        key = add(f"cells/{name}/evaluation", compute, study.loss_tokens, EVALUATION, before)
-        compute = partial(stages.match, study, sources[name], name, cell)
-        matched = add(f"cells/{name}/matching", compute, [cell.threshold, stages.CODE_TOKENS], MATCHING, [key])
-        evaluated += [key, matched]
-        compute = partial(stages.find_triggers, study, sources[name], name, cell)
-        evaluated.append(add(f"cells/{name}/triggers", compute, stages.TRIGGER_TOKENS, TRIGGERS, [matched]))
-        if name == "main":
-            asked = {
-                "explainer": study.explainer and study.explainer.model_dump(),
-                "of": [stages.TRIGGER_TOKENS, stages.EXPLAINED_SEEDS, stages.EXPLAINED],
-            }
-            compute = partial(stages.explain_features, study, sources[name])
-            evaluated.append(add("cells/main/explanations", compute, asked, EXPLANATIONS, [matched]))
-        compute = partial(stages.ablate, study, sources[name], name, cell)
-        inputs = [study.ablation_tokens, study.loss_tokens, stages.CODE_TOKENS, stages.SAMPLED]
-        evaluated.append(add(f"cells/{name}/ablation", compute, inputs, (*MATCHING, *ABLATION), [matched]))
-        if several:
-            compute = partial(stages.trace_frontier, study, sources[name], name, cell)
-            before = [trained[name, "real"], of_site[sources[name]]]
-            evaluated.append(add(f"cells/{name}/frontier", compute, {}, (*EVALUATION, *STREAMING), before))
-    add("tables", partial(tables.write, study), study.model_dump(), ANALYSIS, evaluated)
-    return planned
+    @cached_property
+    def _entries(self) -> dict[str, dict[str, tuple[str, ...]]]:
+        """Of each cell, where what its experiments read and write stands."""
+        entries: dict[str, dict[str, tuple[str, ...]]] = {}
+        for cell in self.study.cells.values():
+            found: dict[str, tuple[str, ...]] = {"text": (texts.text_entry(cell.recipe)[0],)}
+            for kind in cell.kinds:
+                found[f"activations/{kind}"] = (texts.activations_entry(self.study, cell, kind)[0],)
+                found[f"ensembles/{kind}"] = tuple(ensembles.entries(self.study, cell, kind))
+            for experiment in self._asked(cell):
+                for part in ("", "report/"):
+                    found[f"{part}{experiment.name}"] = (self._entry(cell, experiment, part),)
+            entries[cell.id] = found
+        return entries
+
+    def _asked(self, cell: Cell) -> list[Experiment]:
+        return [experiment for experiment in experiments().values() if experiment.asked(self.study, cell)]
+
+    @cached_property
+    def _keys(self) -> dict[tuple[str, str], str]:
+        """The keys of what experiments compute (by cell and name) and report (`report/NAME`)."""
+        keys: dict[tuple[str, str], str] = {}
+        for cell in self.study.cells.values():
+            ensembles_before = [next(iter(ensembles.entries(self.study, cell, kind).values())) for kind in cell.kinds]
+            seeds = {kind: cell.seeds_of(kind) for kind in cell.kinds}
+            roots = [variant(cell.variant), *(sources.source(kind) for kind in cell.kinds)]
+            for experiment in self._asked(cell):
+                before = [keys[cell.id, name] for name in experiment.after]
+                inputs = {"seeds": seeds, **self._inputs(cell, experiment.reads)}
+                compute = [experiment.compute] if experiment.compute else []
+                keys[cell.id, experiment.name] = key_of(inputs, [*compute, *roots], [*ensembles_before, *before])
+                before = [keys[cell.id, name] for name in (experiment.name, *experiment.report_after)]
+                inputs = self._inputs(cell, experiment.report_reads)
+                reported = [*experiment.tables.values(), *([experiment.claims] if experiment.claims else [])]
+                keys[cell.id, f"report/{experiment.name}"] = key_of(inputs, [report, *reported], before)
+        return keys
+
+    def _inputs(self, cell: Cell, reads: Iterable[str]) -> dict:
+        values = {**self.study.model_dump(mode="json"), **cell.model_dump(mode="json"), IS_MAIN: cell.id == self.study.main.id}
+        return {key: values[key] for key in reads}
+
+    def _entry(self, cell: Cell, experiment: Experiment, part: str) -> str:
+        key = self._keys[cell.id, f"{part}{experiment.name}"]
+        return f"{SHARED}/{part}{experiment.name}/{cell.variant}-{cell.d_sae}-{key[:12]}"
+
+    def _readable(self, experiment: Experiment, reports: bool) -> frozenset[str]:
+        """The keys of the study that an experiment may read: those that it declares, and those of the experiments behind it."""
+        behind = (*experiment.after, *(experiment.report_after if reports else ()))
+        own = (*experiment.reads, *(experiment.report_reads if reports else ()))
+        return frozenset(own).union(*(self._readable(experiments()[name], reports) for name in behind))
+
+    def _cell_stages(self, cell: Cell) -> Iterator[Stage]:
+        results = self.results(cell)
+        for experiment in self._asked(cell):
+            name = f"{cell.id}/{experiment.name}"
+            before = tuple(f"{cell.id}/{other}" for other in experiment.after)
+            if experiment.compute is not None:
+                reading = results.reading(self._readable(experiment, reports=False))
+                entry, key = self._entry(cell, experiment, ""), self._keys[cell.id, experiment.name]
+                yield Stage(name, {entry: key}, partial(_compute, experiment.compute, reading), entry, before)
+                before = (name,)
+            if experiment.tables or experiment.claims:
+                reading = results.reading(self._readable(experiment, reports=True))
+                entry, key = self._entry(cell, experiment, "report/"), self._keys[cell.id, f"report/{experiment.name}"]
+                after = (*before, *(f"{cell.id}/{other}" for other in experiment.report_after))
+                yield Stage(f"{name}/report", {entry: key}, partial(report, experiment, reading), entry, after)
+
+    @property
+    def _whole_stages(self) -> Iterator[Stage]:
+        """The tables and the ledger of the study, from what its cells report."""
+        reports = [
+            (cell.id, f"{cell.id}/{experiment.name}/report", self._entry(cell, experiment, "report/"))
+            for cell in self.study.cells.values()
+            for experiment in self._asked(cell)
+            if experiment.tables or experiment.claims
+        ]
+        across = [experiment.across for experiment in experiments().values() if experiment.across]
+        after, entries = tuple(name for _, name, _ in reports), [(cell, entry) for cell, _, entry in reports]
+        for name, put_together, roots in (("tables", write_tables, across), ("claims.json", write_ledger, [])):
+            key = key_of({"reports": entries}, [put_together, *roots])
+            compute = partial(put_together, self.store, entries)
+            yield Stage(name, {name: key}, compute, name, after)
+
+    def stage(self, name: str) -> Stage:
+        """Raises `UserError` where the study has no such stage."""
+        stages = {stage.name: stage for stage in self.stages}
+        if name not in stages:
+            raise UserError(f"stage: {self.study.name} has no {name}; it has {', '.join(stages)}")
+        return stages[name]
+
+    def is_done(self, stage: Stage) -> bool:
+        return all(self.store.is_done(entry, key) for entry, key in stage.entries.items())
+
+    def compute(self, stages: Iterable[Stage]) -> None:
+        """Compute what is missing of some stages, in their order."""
+        for stage in stages:
+            if not self.is_done(stage):
+                with self.store.locked(stage.group):  # somebody else may have computed it in the meantime
+                    missing = {entry: key for entry, key in stage.entries.items() if not self.store.is_done(entry, key)}
+                    if missing:
+                        print(f"{self.study.name}: {stage.name}{_some(missing, stage)}", flush=True)
+                        with self.store.computing(stage.group, missing) as work:
+                            stage.compute(work)
 
 
 def compute(study: Study) -> Store:
     """Compute what is missing of `study`, up to its claims."""
-    store = Store(study)
-    if study.threads is not None:
-        torch.set_num_threads(study.threads)
-    write_json(store.folder / "study.json", study.model_dump(mode="json"))
-    _compute_missing(store, plan(study))
-    judge(study, store)
-    return store
+    plan = Plan(study)
+    _use_threads(study)
+    plan.store.write_study()
+    plan.compute(plan.stages)
+    return plan.store
+
+
+def compute_stage(study: Study, name: str) -> None:
+    """Compute one stage. Raises `UserError` that names what it needs, where that is not there."""
+    plan = Plan(study)
+    stage = plan.stage(name)
+    missing = [before for before in stage.after if not plan.is_done(plan.stage(before))]
+    if missing:
+        raise UserError(f"stage: {name} needs {', '.join(missing)}; compute that first, or call sae-stability run {study.name}")
+    _use_threads(study)
+    plan.store.write_study()
+    plan.compute([stage])
 
 
 def check(study: Study) -> None:
     """Raise `UserError` for what the schema can't see: hook points and tokens. What is tokenised is kept for `compute`."""
-    _compute_missing(Store(study), [stage for stage in plan(study) if stage.name.startswith("text/")])
+    plan = Plan(study)
+    _use_threads(study)
+    plan.compute([stage for stage in plan.stages if stage.name.startswith(f"{SHARED}/texts/")])
+    for cell in study.cells.values():
+        texts.check_tokens(study, cell, texts.facts(plan.results(cell)))
+    for model in {cell.model for cell in study.cells.values()}:
+        bridge = models.load(model)
+        for hook_name in sorted({cell.hook_name for cell in study.cells.values() if cell.model == model}):
+            models.check_hook(bridge, hook_name)
 
 
-def compute_activations(study: Study) -> None:
-    """Compute what is missing of the text and the cached activations of `study`, and nothing behind them."""
-    _compute_missing(Store(study), [stage for stage in plan(study) if stage.name.startswith(("text/", "activations/"))])
-
-
-def _compute_missing(store: Store, planned: list[Stage]) -> None:
-    for stage in planned:
-        if not store.is_done(stage.name, stage.key):
-            print(f"{store.study.name}: {stage.name}", flush=True)
-            with store.computing(stage.name, stage.key) as folder:
-                stage.compute(folder)
-
-
-def judge(study: Study, store: Store) -> None:
-    """Write the ledger of claims: all on the main cell, and those that are tested per cell on the others."""
-    key = key_of({}, ("claims.py", *ANALYSIS), [store.provenance("tables")["key"]])
-    if store.is_done("claims.json", key):
-        return
-    ledger = []
-    for name, cell in study.cells.items():
-        nulls = {kind: stability_of(store, name, kind) for kind in cell.nulls}
-        (effects, sets), (surrogate, surrogate_sets) = (effects_of(store, name, kind) for kind in ("real", "surrogate"))
-        ledger += [
-            claims.judge_c1(stability_of(store, name, "real"), nulls, cell.label),
-            claims.judge_c2(effects, surrogate, cell.label),
-            claims.judge_c3(effects, sets, surrogate, cell.label),
-            claims.judge_c4(effects, sets, surrogate, surrogate_sets, cell.label),
-            claims.judge_c5(triggers_of(store, name), cell.label),
-        ]
-    main = study.cells["main"].label
-    ledger += claims.judge_c6(explanations_of(store), main)
-    tested = {line["id"] for line in ledger}
-    ledger += [claims.not_tested(claim, main) for claim in claims.CLAIMS if claim not in tested]
-    with store.computing_file("claims.json", key) as path:
-        write_json(path, ledger)
+def compute_activations(study: Study) -> Results:
+    """Compute what is missing of the text and the activations of `study`, and nothing behind them; the main cell's results."""
+    plan = Plan(study)
+    _use_threads(study)
+    plan.compute(stage for stage in plan.stages if stage.name.startswith((f"{SHARED}/texts/", "activations/")))
+    return plan.results(study.main)
 
 
 def prompts(study: Study) -> Iterator[str]:
     """What the language model would be asked to explain, without asking it; what must be computed for that is kept."""
-    behind = ("triggers", "explanations", "ablation", "frontier")
-    first = ("text/", "activations/", "randomised/", "streams/", "cells/main/")
-    needed = [stage for stage in plan(study) if stage.name.startswith(first) and not stage.name.endswith(behind)]
-    _compute_missing(Store(study), needed)
-    for _, given in stages.explanation_tasks(study, sources_of(study)["main"]):
-        for task in given:
-            yield "\n\n".join(message["content"] for message in explanations.explain_messages(task.shown))
+    plan = Plan(study)
+    _use_threads(study)
+    wanted = _behind(plan, f"{study.main.id}/explanations")
+    plan.compute(stage for stage in plan.stages if stage.name in wanted)
+    yield from explanations.prompts(plan.results(study.main))
 
 
-def _training_inputs(study: Study, cell: Cell, kind: str) -> dict:
-    """What an ensemble depends on: how it is evaluated, and other nulls, are not among it."""
-    left_out = {"threshold", "evaluation_tokens", "nulls", "surrogate_seeds", "seeds"}
-    machine = {"device": study.device, "fastest": str(fastest_dtype(torch.device(study.device))), "dtype": study.dtype}
-    return {**cell.model_dump(exclude=left_out), "seeds": cell.seeds_of(kind), **machine}
+def _behind(plan: Plan, name: str) -> set[str]:
+    """The names of the stages that one reads, all the way down."""
+    kinds = plan.study.main.kinds
+    roots = {entry for kind in kinds for entry in plan.results(plan.study.main).entries[f"ensembles/{kind}"]}
+    waiting = [*plan.stage(name).after, *(stage.name for stage in plan.stages if roots & set(stage.entries))]
+    wanted: set[str] = set()
+    while waiting:
+        stage = plan.stage(waiting.pop())
+        if stage.name not in wanted:
+            wanted.add(stage.name)
+            waiting += stage.after
+    return wanted
 
 
-def _text_inputs(source: Source) -> dict:
-    """The source with what its paths hold now; the embedded corpus is what the installed packages hold."""
-    packages = versions(corpus.EMBEDDED_PACKAGES) if source.corpus == corpus.EMBEDDED else fingerprint(source.corpus)
-    return {"source": vars(source), "model": fingerprint(models.locate(source.model)), "corpus": packages}
+def report(experiment: Experiment, results: Results, work: Work) -> None:
+    """Make the rows that a cell adds to the tables of a study, and the lines that it adds to the ledger."""
+    for name, table in experiment.tables.items():
+        write_table(work.folder / f"{name}.parquet", table(results))
+    if experiment.claims is not None:
+        write_json(work.folder / "claims.json", experiment.claims(results))
+
+
+def write_tables(store: Store, reports: list[tuple[str, str]], work: Work) -> None:
+    """The tables of a study: the rows of all its cells, and what is seen across them."""
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for cell, entry in reports:
+        for file in sorted(store.path(entry).glob("*.parquet")):
+            rows = pd.read_parquet(file)
+            rows.insert(0, "cell", cell)
+            parts.setdefault(file.stem, []).append(rows)
+    # An empty part has no types, and would take those of the others away.
+    tables = {
+        name: pd.concat([part for part in all_parts if len(part)] or all_parts[:1], ignore_index=True)
+        for name, all_parts in parts.items()
+    }
+    for experiment in experiments().values():
+        if experiment.across is not None:
+            tables = experiment.across(tables)
+    for name, table in tables.items():
+        write_table(work.folder / f"{name}.parquet", table)
+
+
+def write_ledger(store: Store, reports: list[tuple[str, str]], work: Work) -> None:
+    """The ledger of a study: the lines of its cells, main cell first, and one for each claim that none of them tests."""
+    lines = []
+    for cell, entry in reports:
+        judged = store.path(entry) / "claims.json"
+        lines += [{**line, "cell": cell} for line in (read_json(judged) if judged.is_file() else [])]
+    tested = {line["id"] for line in lines}
+    untested = [{**ledger.not_tested(claim), "cell": store.study.main.id} for claim in ledger.CLAIMS if claim not in tested]
+    order = list(ledger.CLAIMS)
+    main = sorted(
+        [line for line in lines if line["cell"] == store.study.main.id] + untested, key=lambda line: order.index(line["id"])
+    )
+    write_json(work.folder, main + [line for line in lines if line["cell"] != store.study.main.id])
+
+
+def _compute(compute: Callable[[Results, Path], None], results: Results, work: Work) -> None:
+    compute(results, work.folder)
+
+
+def _some(missing: dict[str, str], stage: Stage) -> str:
+    """How many of several are missing, such as seeds."""
+    return f" ({len(missing)} of {len(stage.entries)})" if len(stage.entries) > 1 else ""
+
+
+def _use_threads(study: Study) -> None:
+    if study.threads is not None:
+        torch.set_num_threads(study.threads)

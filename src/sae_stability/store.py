@@ -1,223 +1,253 @@
-"""Where results live: atomic writes, checksums, provenance. Nothing half-written is ever read.
+"""Where results live: locks, checksums, provenance. Nothing half-written or altered is ever taken for a result.
 
-Results of a study stand in `results/STUDY/`, one folder or file a stage. A stage is done when the provenance beside it
-holds the hash of everything that the result depends on: the study's fields, the stages before it, the source of the
-modules that compute it and the versions of the libraries. Anything else is computed again.
+Results of a study stand in `results/STUDY/`, one folder an entry. What several studies can use (texts, activations, trained SAEs)
+stands in `results/_shared/`, under names that hold their keys. An entry is done when the provenance beside it holds its key, and
+its files are, byte for byte, those that the provenance names. Anything else is computed again.
+
+Readers take no lock. Whoever computes holds that of the entry's group, and looks again once it has it.
 """
 
-import errno
 import fcntl
 import hashlib
-import importlib.metadata
-import json
 import os
 import platform
 import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from sae_stability.config import ROOT, Study
+from sae_stability import places
+from sae_stability.files import TEMPORARY, drop, read_json, replacing, sha256, write_json
+from sae_stability.keys import versions
+from sae_stability.study import Study
 
 COMPUTING = ("torch", "numpy", "numba", "scipy", "pandas", "pyarrow", "transformers", "transformer-lens", "tokenizers", "datasets")
 DRAWING = ("matplotlib", "seaborn", "papermill", "jupyter-book")
+SHARED = "shared"
+"""First part of the names of entries that all studies share."""
+FILES = (".json", ".ipynb")
+"""Endings of entries that are a single file; all others are folders."""
+PROVENANCE, BEGUN, SCRATCH = "provenance.json", "begun.json", ".scratch"
 
-PACKAGE = Path(__file__).parent
-TEMPORARY = ".writing-"
+
+@dataclass(frozen=True)
+class Work:
+    """Where a stage writes."""
+
+    folders: dict[str, Path]
+    """Of each entry that is missing, by its name; the path itself of an entry that is a file."""
+    scratch: Path
+    """For what outlives a kill and is no result; not made yet, and gone once the entries are recorded."""
+
+    @property
+    def folder(self) -> Path:
+        """That of the only entry."""
+        (folder,) = self.folders.values()
+        return folder
 
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """The results of one study."""
+    """The results of one study, and those that it shares with others."""
 
     study: Study
 
     @property
     def folder(self) -> Path:
-        return ROOT / "results" / self.study.name
+        return places.results() / self.study.name
 
-    def is_done(self, stage: str, key: str) -> bool:
-        """Whether `stage`, a folder or a file, was computed with `key` and is still there in full length."""
-        provenance = self.provenance(stage)
+    def path(self, entry: str) -> Path:
+        """The folder, or the file, of an entry."""
+        first, _, rest = entry.partition("/")
+        return places.results() / "_shared" / rest if first == SHARED else self.folder / entry
+
+    def is_done(self, entry: str, key: str) -> bool:
+        """Whether `entry` was computed with `key`, and its files are what they were then. One that was altered is named."""
+        provenance = self.provenance(entry)
         if provenance is None or provenance["key"] != key:
             return False
-        folder = self._provenance_path(stage).parent
-        files = ((folder / name, file["bytes"]) for name, file in provenance["files"].items())
-        return all(path.is_file() and path.stat().st_size == size for path, size in files)
+        return not self._altered(entry, provenance, told=True)
+
+    def _altered(self, entry: str, provenance: dict, told: bool = False) -> bool:
+        """Whether a file of an entry is missing or has other bytes than when it was computed."""
+        folder = _provenance_path(self.path(entry)).parent
+
+        def differs(name: str) -> bool:
+            path, wanted = folder / name, provenance["files"][name]
+            if not path.is_file():
+                return True
+            status = path.stat()
+            if status.st_size == wanted["bytes"] and _sha256_at(path, status.st_size, status.st_mtime_ns) == wanted["sha256"]:
+                return False
+            if told:
+                print(f"{path} was altered since it was computed; it is computed again", file=sys.stderr, flush=True)
+            return True
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter
+            return any(list(pool.map(differs, provenance["files"])))
 
     @contextmanager
-    def computing(self, stage: str, key: str) -> Iterator[Path]:
-        """Yield the folder that `stage` fills; its provenance is written last, when the block has ended well.
+    def computing(self, group: str, entries: dict[str, str]) -> Iterator[Work]:
+        """Yield where some entries of a group (by name, with their keys) are written: folders, or a temporary path for a file.
 
-        Files that an interrupted run with the same key left behind stay, so that the stage can resume.
+        Their provenance is written last, when the block has ended well. Files that an interrupted run with the same keys left
+        behind stay, so that a computation can resume. Whoever computes holds the lock (`locked`).
         """
-        folder = self.folder / stage
-        begun = folder / "begun.json"
-        if not begun.is_file() or read_json(begun) != {"key": key}:
+        purpose = hashlib.sha256(repr(sorted(entries.items())).encode()).hexdigest()[:12]
+        scratch = self.path(group) / SCRATCH / purpose
+        if len(entries) == 1 and (entry := next(iter(entries))).endswith(FILES):
+            with self.computing_file(entry, entries[entry]) as path:
+                yield Work({entry: path}, scratch)
+            return
+        started = time.monotonic()
+        work = Work({entry: self._begun(entry, key) for entry, key in entries.items()}, scratch)
+        yield work
+        seconds = (time.monotonic() - started) / len(entries)
+        for entry, key in entries.items():
+            folder = work.folders[entry]
+            files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (BEGUN, PROVENANCE)]
+            self._record(entry, key, seconds, files)
+            (folder / BEGUN).unlink(missing_ok=True)  # last: a run that is killed while files are hashed keeps them
+        shutil.rmtree(scratch.parent, ignore_errors=True)
+
+    def _begun(self, entry: str, key: str) -> Path:
+        folder = self.path(entry)
+        begun = folder / BEGUN
+        if not begun.is_file() or _read(begun) != {"key": key}:
             shutil.rmtree(folder, ignore_errors=True)
             write_json(begun, {"key": key})
         drop(folder.rglob(f"{TEMPORARY}*"))
-        started = time.monotonic()
-        yield folder
-        self._record(stage, key, started, [file for file in sorted(folder.rglob("*")) if file.is_file() and file != begun])
-        begun.unlink()  # last: a run that is killed while files are hashed keeps them
+        return folder
 
     @contextmanager
-    def computing_file(self, stage: str, key: str) -> Iterator[Path]:
-        """Yield a temporary path for the one file of `stage`, which takes its place when the block has ended well."""
-        path = self.folder / stage
+    def computing_file(self, entry: str, key: str) -> Iterator[Path]:
+        """Yield a temporary path for the one file of `entry`, which takes its place when the block has ended well."""
+        path = self.path(entry)
         drop(path.parent.glob(f"{TEMPORARY}{path.stem}.*"))  # its own: others may be at work beside it
         started = time.monotonic()
         with replacing(path) as temporary:
             yield temporary
-        self._record(stage, key, started, [path])
+        self._record(entry, key, time.monotonic() - started, [path])
 
-    def provenance(self, stage: str) -> dict | None:
-        path = self._provenance_path(stage)
-        return read_json(path) if path.is_file() else None
+    def provenance(self, entry: str) -> dict | None:
+        path = _provenance_path(self.path(entry))
+        return _read(path) if path.is_file() else None
 
-    def _provenance_path(self, stage: str) -> Path:
-        path = self.folder / stage
-        return path.with_suffix(".provenance.json") if path.suffix in {".json", ".ipynb"} else path / "provenance.json"
-
-    def _record(self, stage: str, key: str, started: float, files: list[Path]) -> None:
-        path = self._provenance_path(stage)
+    def _record(self, entry: str, key: str, seconds: float, files: list[Path]) -> None:
+        path = _provenance_path(self.path(entry))
         provenance = {
+            "entry": entry,
             "key": key,
             "study": self.study.model_dump(mode="json"),
             "study_sha256": self.study.sha256,
             "commit": git_commit(),
             "versions": {"python": platform.python_version(), **versions(COMPUTING + DRAWING)},
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "processor": processor(),
             "device": self.study.device,
-            "seconds": round(time.monotonic() - started, 1),
+            "threads": self.study.threads or os.cpu_count(),
+            "seconds": round(seconds, 1),
             "peak_memory_gb": round(peak_memory_gb(), 2),
             "files": {str(file.relative_to(path.parent)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files},
         }
         write_json(path, provenance)
 
+    @contextmanager
+    def locked(self, group: str) -> Iterator[None]:
+        """Hold the lock of a group of entries, so that two runs never compute one of them; wait where another run holds it."""
+        path = self.path(group)
+        name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+        with locked(places.results() / "_locks" / name, path):
+            yield
+
     def table(self, name: str) -> pd.DataFrame:
+        """A table of the study: all cells, one below the other."""
         return pd.read_parquet(self.folder / "tables" / f"{name}.parquet")
 
     def claims(self) -> list[dict]:
         return read_json(self.folder / "claims.json")
 
+    def write_study(self) -> None:
+        """Write the study down, for whoever opens its results by name."""
+        path, fields = self.folder / "study.json", self.study.model_dump(mode="json")
+        if not path.is_file() or _read(path) != fields:
+            write_json(path, fields)
+
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, so that two runs never write to one place; wait where another run holds it."""
+def locked(path: Path, described: Path) -> Iterator[None]:
+    """Hold the lock file `path`; say what is waited for where another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{path.parent} is in use by another run; waiting for it", flush=True)
+            print(f"{described} is in use by another run; waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def drop(leftovers: Iterable[Path]) -> None:
-    """Remove temporary files that a killed run left behind."""
-    for leftover in list(leftovers):
-        leftover.unlink()
+def owned(folder: Path) -> list[Path]:
+    """The entries below a folder, finished or begun: each is pruned as a whole."""
+    marks = [*folder.rglob(PROVENANCE), *folder.rglob(BEGUN), *folder.rglob("*.provenance.json"), *folder.rglob(SCRATCH)]
+    return sorted({mark.parent if mark.name in (PROVENANCE, BEGUN) else mark for mark in marks})
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place once the block has ended well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+def size(paths: Sequence[Path]) -> int:
+    """Bytes of files and folders."""
+    files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    return sum(file.stat().st_size for file in files)
+
+
+def _provenance_path(path: Path) -> Path:
+    return path.with_suffix(f".{PROVENANCE}") if path.name.endswith(FILES) else path / PROVENANCE
+
+
+def _read(path: Path) -> dict | None:
+    """A JSON file of the store's own; None where it was damaged, so that its entry counts as not computed."""
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return read_json(path)
+    except ValueError:
+        print(f"{path} is damaged; what it stands beside is computed again", file=sys.stderr, flush=True)
+        return None
 
 
-def write_json(path: Path, value) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    with replacing(path) as temporary:
-        table.to_parquet(temporary, index=False)
-
-
-def save_tensors(path: Path, tensors: dict, metadata: dict) -> None:
-    """Write tensors with `metadata` (JSON values) in one safetensors file."""
-    with replacing(path) as temporary:
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        # One entry: safetensors writes several in an order that changes from run to run.
-        try:
-            save_file(contiguous, temporary, {"metadata": json.dumps(metadata)})
-        except SafetensorError as error:  # its own kind, also where the disk is full
-            if f"os error {errno.ENOSPC}" in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-            raise
-
-
-def read_metadata(path: Path) -> dict:
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["metadata"])
-
-
-def key_of(inputs: dict, modules: Iterable[str] = (), before: Iterable[str] = ()) -> str:
-    """The hash of what a result depends on: inputs, source files of `modules`, keys of the stages `before`, versions."""
-    source = {module: sha256(PACKAGE / module) for module in sorted(modules)}
-    parts = {"inputs": inputs, "source": source, "before": list(before), "versions": versions()}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprint(name: str) -> str | dict[str, str]:
-    """What a path holds now, file by file; a name that is no path stands for itself."""
-    path = Path(name)
-    if path.is_file():
-        return sha256(path)
-    if path.is_dir():
-        return {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
-    return name
-
-
-def versions(packages: Iterable[str] = COMPUTING) -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in packages}
+@cache
+def _sha256_at(path: Path, _size: int, _changed: int) -> str:
+    return sha256(path)
 
 
 def git_commit() -> str:
     """The commit of the checkout, with `+changes` where the working tree differs from it."""
+    root = places.root()
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+changes" if changed else "")
+
+
+@cache
+def processor() -> str:
+    """The processor's model, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def peak_memory_gb() -> float:
     """Largest resident size of this process so far, in GB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def read_json(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))

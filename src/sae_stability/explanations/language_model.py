@@ -16,10 +16,10 @@ from pathlib import Path
 import httpx
 from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from sae_stability.config import Explainer
 from sae_stability.errors import UserError
 from sae_stability.explanations.windows import Window
-from sae_stability.store import read_json, write_json
+from sae_stability.files import read_json, write_json
+from sae_stability.study import Explainer
 
 ATTEMPTS = 5  # of a question that an endpoint fails to answer
 TIMEOUT = 60  # seconds for an answer

@@ -1,9 +1,9 @@
-"""Activations at hook points: cached on disk once, memory-mapped by everyone; and Gaussian surrogates of them.
+"""Activations at hook points: cached on disk once, memory-mapped by everyone.
 
 One forward pass feeds every site that a study asks for, and stops at the last layer needed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,16 +12,18 @@ from typing import Protocol
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from sae_stability import threads
+from sae_stability.files import read_metadata, save_tensors, telling_of_a_full_disk
 from sae_stability.language.corpus import Contexts
-from sae_stability.store import read_metadata, save_tensors
 
 BATCH = 16  # contexts a forward pass
 CHUNK = 1 << 16  # surrogate tokens drawn at a time
+MEDIAN_TOKENS = 1 << 16  # whose norms say what is long
 BLOCK = 1 << 12  # tokens whose moments are summed at a time
 
 
@@ -65,6 +67,14 @@ class Activations:
         """The first `rows` tokens, under the same normalisation."""
         return replace(self, data=self.data[:rows])
 
+    def normalised_by_first(self, rows: int) -> "Activations":
+        """The first `rows` tokens, under the normalisation of these alone: what else is cached plays no part."""
+        return self if rows == len(self) else Activations.of(self.data[:rows])
+
+    def with_moments(self, mean: Float[Tensor, "d_in"], covariance: Float[Tensor, "d_in d_in"]) -> "Activations":
+        """The same tokens, said to have another mean and covariance."""
+        return replace(self, mean=mean, covariance=covariance)
+
     def with_data(self, data: Float[Tensor, "token d_in"]) -> "Activations":
         """Other tokens, under the same normalisation."""
         return replace(self, data=data)
@@ -86,7 +96,7 @@ class Activations:
 
     @classmethod
     def open(cls, path: Path) -> "Activations":
-        """Memory-map what `collect` or `draw_surrogate` wrote at `path`."""
+        """Memory-map what `collect` or `sources.write_drawn` wrote at `path`."""
         moments = load_file(path.with_suffix(".safetensors"))
         shape = read_metadata(path.with_suffix(".safetensors"))
         dtype = getattr(torch, shape["dtype"])
@@ -101,14 +111,47 @@ def collect(
     tokens: int,
     dtype: torch.dtype = torch.bfloat16,
     described: str = "activations",
+    longest: dict[str, float] | None = None,
 ) -> None:
-    """Write the activations of the first `tokens` text tokens at each hook point of `paths` to its file."""
-    count = contexts.holding(tokens)
+    """Write the activations of the first `tokens` text tokens at each hook point of `paths` to its file.
+
+    Tokens whose activation is longer than `longest` of the hook point are left out, and others read in their place; which ones were
+    kept stands beside the file (`kept`).
+    """
+    longest = longest or {}
+    count = len(contexts.tokens) if longest else contexts.holding(tokens)
     with ExitStack() as stack:
-        writers = {hook: stack.enter_context(_Writer(path, bridge.cfg.d_model, dtype)) for hook, path in paths.items()}
-        for start in tqdm(range(0, count, BATCH), described, unit="batch", disable=None):
-            for hook, x in forward(bridge, contexts, slice(start, min(start + BATCH, count)), list(paths)).items():
-                writers[hook].write(x[: tokens - writers[hook].rows])
+        writers = {hook: stack.enter_context(Writer(path, bridge.cfg.d_model, dtype)) for hook, path in paths.items()}
+        with tqdm(total=tokens, desc=described, unit="tok", unit_scale=True, disable=None) as bar:
+            for start in range(0, count, BATCH):
+                for hook, x in forward(bridge, contexts, slice(start, min(start + BATCH, count)), list(paths)).items():
+                    writers[hook].write_kept(x, tokens, longest.get(hook))
+                done = min(writer.rows for writer in writers.values())
+                bar.update(done - bar.n)
+                if done == tokens:
+                    break
+
+
+def longest_norms(bridge, contexts: Contexts, hook_names: list[str], cutoff: float) -> dict[str, float]:
+    """At each hook point, `cutoff` times the median norm of the activations of the first `MEDIAN_TOKENS` text tokens."""
+    norms: dict[str, list[Tensor]] = {hook: [] for hook in hook_names}
+    count = contexts.holding(MEDIAN_TOKENS)
+    for start in range(0, count, BATCH):
+        for hook, x in forward(bridge, contexts, slice(start, min(start + BATCH, count)), hook_names).items():
+            norms[hook].append(x.float().norm(dim=1))
+    return {hook: cutoff * torch.cat(parts).median().item() for hook, parts in norms.items()}
+
+
+def kept(path: Path, contexts: Contexts) -> Contexts:
+    """The contexts of which `collect` wrote the activations at `path`, with the tokens that it left out no longer text."""
+    with safe_open(path.with_suffix(".safetensors"), "pt") as file:
+        if "kept" not in file.keys():  # noqa: SIM118, no mapping
+            return contexts
+        chosen = file.get_tensor("kept").numpy()
+    is_text = contexts.is_text.copy()
+    places = np.flatnonzero(is_text)[: len(chosen)]
+    is_text.flat[places[~chosen]] = False
+    return replace(contexts, is_text=is_text)
 
 
 def forward(
@@ -122,14 +165,6 @@ def forward(
     return {hook: cache[hook][text].clone() for hook in hook_names}
 
 
-def draw_surrogate(real: Activations, path: Path, rows: int, seed: int = 0, described: str = "surrogate") -> None:
-    """Write `rows` Gaussian tokens with the mean and covariance of `real`: data with no features to find (PAPER, nulls)."""
-    draw, generator = gaussian(real), torch.Generator().manual_seed(seed)
-    with _Writer(path, real.d_in, real.data.dtype) as writer:
-        for start in tqdm(range(0, rows, CHUNK), described, unit="chunk", disable=None):
-            writer.write(draw(min(CHUNK, rows - start), generator))
-
-
 def gaussian(real: Activations) -> Callable[[int, torch.Generator], Float[Tensor, "token d_in"]]:
     """Draws Gaussian tokens with the mean and covariance of `real`."""
     with threads.single():
@@ -141,6 +176,16 @@ def gaussian(real: Activations) -> Callable[[int, torch.Generator], Float[Tensor
             return torch.randn(rows, real.d_in, generator=generator) @ root + real.mean
 
     return draw
+
+
+def whitening(covariance: Float[Tensor, "d_in d_in"], smallest: float) -> Float[Tensor, "d_in d_in"]:
+    """The symmetric map under which activations have the identity as covariance.
+
+    Variances below `smallest` of the mean one are raised to it: whitening would blow up their noise.
+    """
+    with threads.single():
+        variances, axes = torch.linalg.eigh(covariance.double())
+        return ((axes / variances.clamp(min=smallest * variances.mean()).sqrt()) @ axes.T).float()
 
 
 def layer_of(hook_name: str) -> int:
@@ -171,14 +216,15 @@ class _Moments:
         return {"mean": mean.float(), "scale": scale, "covariance": covariance.float()}
 
 
-class _Writer:
+class Writer:
     """Appends rows to a raw file; its shape and moments go beside it when it closes well."""
 
     def __init__(self, path: Path, d_in: int, dtype: torch.dtype):
         self.path, self.dtype, self.rows = path, dtype, 0
         self.moments = _Moments(d_in)
+        self.kept: list[Tensor] = []
 
-    def __enter__(self) -> "_Writer":
+    def __enter__(self) -> "Writer":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "wb")
         return self
@@ -188,13 +234,26 @@ class _Writer:
             return
         x = x.to(self.dtype)
         self.moments.add(x)
-        x.contiguous().view(torch.uint8).numpy().tofile(self.file)
+        with telling_of_a_full_disk(self.path):
+            self.file.write(x.contiguous().view(torch.uint8).numpy().data)
         self.rows += len(x)
 
-    def __exit__(self, kind: type | None, *_: Sequence) -> None:
-        self.file.close()
+    def write_kept(self, x: Float[Tensor, "token d_in"], most: int, longest: float | None) -> None:
+        """Append the rows that are at most `longest`, as long as there are fewer than `most` in all."""
+        if longest is not None:
+            kept = x.float().norm(dim=1) <= longest
+            kept &= kept.cumsum(0) <= most - self.rows
+            self.kept.append(kept)
+            x = x[kept]
+        self.write(x[: most - self.rows])
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with telling_of_a_full_disk(self.path):
+            self.file.close()
         if kind is None:
             moments = self.moments.result()
             shape = {"rows": self.rows, "d_in": len(moments["mean"]), "dtype": str(self.dtype).removeprefix("torch.")}
             tensors = {"mean": moments["mean"], "covariance": moments["covariance"]}
+            if self.kept:
+                tensors["kept"] = torch.cat(self.kept)
             save_tensors(self.path.with_suffix(".safetensors"), tensors, {**shape, "scale": moments["scale"]})

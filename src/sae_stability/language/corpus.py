@@ -18,11 +18,12 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tqdm import tqdm
 
+from sae_stability import places
 from sae_stability.errors import UserError
 
-EMBEDDED = "docstrings"
 EMBEDDED_PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "sympy", "networkx", "torch", "transformers")
 EMBEDDED_SHA256 = "b9163110618962da8f7a188601e117ce7cfcabc06ec7749dae8d2d059ea0948d"
+DATASET_FILES = (".json", ".jsonl", ".parquet", ".csv")
 SHORTEST_DOCSTRING = 80  # characters; below that a docstring is a label, not prose
 EVALUATION_SHARE = 0.12  # of the documents: one million tokens of the embedded corpus
 CHARACTERS_A_TOKEN = 8  # more than tokenizers pack on average: how much of a large dataset is read
@@ -66,14 +67,14 @@ def load(name: str, characters: int | None = None) -> Corpus:
     Raises `UserError` where there is no such text or it can't be split.
     """
     path = Path(name).expanduser()
-    if name == EMBEDDED:
+    if name == places.CORPUS:
         documents = docstrings()
-    elif path.is_file() and path.suffix not in {".json", ".jsonl", ".parquet", ".csv"}:
+    elif path.is_file() and path.suffix not in DATASET_FILES:
         documents = _passages(path)
     elif path.is_dir() and any(path.rglob("*.txt")):
         documents = [_read(file) for file in sorted(path.rglob("*.txt"))]
     elif not path.exists() and (path.is_absolute() or name.count("/") > 1 or name.startswith(".") or path.suffix == ".txt"):
-        raise UserError(f"corpus: there is no {name}; give '{EMBEDDED}', a text file or folder, or the id of a dataset")
+        raise UserError(f"corpus: there is no {name}; give '{places.CORPUS}', a text file or folder, or the id of a dataset")
     else:
         documents = _dataset(name, path, characters)
     documents = sorted({document.strip() for document in documents} - {""})
@@ -83,7 +84,7 @@ def load(name: str, characters: int | None = None) -> Corpus:
             "separate documents by blank lines, or give a folder of .txt files"
         )
     sha256 = hashlib.sha256("\0".join(documents).encode()).hexdigest()
-    if name == EMBEDDED and sha256 != EMBEDDED_SHA256:
+    if name == places.CORPUS and sha256 != EMBEDDED_SHA256:
         warnings.warn(
             f"corpus: the docstrings installed here have SHA-256 {sha256}, the published ones {EMBEDDED_SHA256}; "
             "numbers will differ a little; install requirements.lock to get the published corpus",
@@ -93,6 +94,13 @@ def load(name: str, characters: int | None = None) -> Corpus:
     documents.sort(key=lambda document: hashlib.sha256(document.encode()).digest())
     held_out = max(1, round(EVALUATION_SHARE * len(documents)))
     return Corpus(name, train=documents[held_out:], evaluation=documents[:held_out], sha256=sha256)
+
+
+def is_bounded(name: str) -> bool:
+    """Whether no more of a corpus is read than is needed: of datasets, which may be larger than the disk."""
+    path = Path(name).expanduser()
+    plain = path.is_file() and path.suffix not in DATASET_FILES
+    return not (name == places.CORPUS or plain or (path.is_dir() and any(path.rglob("*.txt"))))
 
 
 def docstrings() -> list[str]:
@@ -156,7 +164,7 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
 def _package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"corpus: {EMBEDDED} needs the package {package}; install requirements.lock")
+        raise UserError(f"corpus: {places.CORPUS} needs the package {package}; install requirements.lock")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

@@ -7,24 +7,23 @@ from pathlib import Path
 
 import torch
 
-from sae_stability.config import ROOT
+from sae_stability import places
 from sae_stability.errors import UserError
 
-EMBEDDED = ("docstrings-2l", "docstrings-4l")
 LONGEST_CONTEXT = 256  # tokens; longer contexts cost more than they tell about features
 
 
 def locate(name: str) -> str:
     """The folder or hub id behind a model's name. Raises `UserError` for a folder that can't be a model."""
-    folder = ROOT / "models" / name if name in EMBEDDED else Path(name).expanduser()
-    if name not in EMBEDDED and not folder.exists():
+    folder = places.root() / "models" / name if name in places.MODELS else Path(name).expanduser()
+    if name not in places.MODELS and not folder.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise UserError(
-                f"model: there is no folder {name}; give a Hugging Face folder, a hub id or one of {', '.join(EMBEDDED)}"
+                f"model: there is no folder {name}; give a Hugging Face folder, a hub id or one of {', '.join(places.MODELS)}"
             )
         return name
     if not (folder / "config.json").is_file():
-        mend = f"run sae-stability train-model {name}" if name in EMBEDDED else "give a folder saved with save_pretrained"
+        mend = f"run sae-stability train-model {name}" if name in places.MODELS else "give a folder saved with save_pretrained"
         raise UserError(f"model: {folder} holds no config.json; {mend}")
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"model: {folder} holds no tokenizer; save one there with tokenizer.save_pretrained")

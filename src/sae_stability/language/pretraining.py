@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from sae_stability.config import ROOT
+from sae_stability import places
 from sae_stability.errors import UserError
+from sae_stability.files import read_metadata, save_tensors, write_json
 from sae_stability.language.corpus import Contexts, Corpus, load, pack
-from sae_stability.store import read_metadata, save_tensors, write_json
 
 VOCABULARY = 4096
 CONTEXT = 256
@@ -55,7 +55,7 @@ def train_model(name: str, out: Path | None = None, epochs: float | None = None,
     """
     if name not in RECIPES:
         raise UserError(f"train-model: there is no recipe {name}; take {' or '.join(RECIPES)}")
-    out = out or ROOT / "models" / name
+    out = out or places.root() / "models" / name
     if out.exists() and any(out.iterdir()):
         raise UserError(f"train-model: {out} holds something already; give another folder with --out, or remove it")
     recipe = RECIPES[name] if epochs is None else replace(RECIPES[name], epochs=epochs)

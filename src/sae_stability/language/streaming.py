@@ -14,11 +14,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_stability.language.activations import BATCH, Activations, forward, gaussian
+from sae_stability.language.activations import BATCH, Activations, forward
 from sae_stability.language.corpus import Contexts
 
-SURROGATE_SEEDS = 1 << 32  # beyond those of surrogates that are cached
+DRAWN_SEEDS = 1 << 32  # beyond those of null sources that are cached
 BLOCK = 1 << 18  # tokens: the size of the shuffle buffer
+
+Fit = Callable[[Activations, Int[Tensor, "token"]], Callable]
+"""Makes of real activations, whose rows have the given ids, what draws tokens of a null source."""
 
 
 @dataclass(eq=False)
@@ -34,6 +37,9 @@ class Stream:
     held: tuple[int, dict[str, Float[Tensor, "token d_in"]]] | None = None
     """The last block computed, and its index."""
     first_blocks: dict[str, Activations] = field(default_factory=dict)
+    """Of each hook point, empty: its moments are those of the site."""
+    null_sources: dict[tuple[str, Fit], tuple[Callable, Activations]] = field(default_factory=dict)
+    """Of each hook point and null source, what draws its tokens, and the moments of its first block."""
 
     def __post_init__(self):
         order = np.random.default_rng(0).permutation(len(self.contexts.tokens))
@@ -47,9 +53,9 @@ class Stream:
         """The activations at one hook point, under the normalisation of its first block."""
         return Streamed(self.bridge.cfg.d_model, self.sizes, partial(self._block, hook_name))
 
-    def surrogate(self, hook_name: str) -> "Streamed":
-        """Gaussian tokens with the mean and covariance of the site's first block."""
-        return Streamed(self.bridge.cfg.d_model, self.sizes, partial(self._surrogate, hook_name))
+    def drawn(self, hook_name: str, fit: Fit) -> "Streamed":
+        """Tokens of a null source, fitted to the site's first block (`sources.Source.fit`)."""
+        return Streamed(self.bridge.cfg.d_model, self.sizes, partial(self._drawn, hook_name, fit))
 
     def _block(self, hook_name: str, index: int) -> Activations:
         if hook_name not in self.first_blocks:
@@ -58,12 +64,22 @@ class Stream:
             self.first_blocks = {hook: Activations.of(x).with_data(x.new_empty(0, x.shape[1])) for hook, x in computed.items()}
         return self.first_blocks[hook_name].with_data(self._compute(index)[hook_name])
 
-    def _surrogate(self, hook_name: str, index: int) -> Activations:
-        if hook_name not in self.first_blocks:
-            self._block(hook_name, 0)
-        real = self.first_blocks[hook_name]
-        drawn = gaussian(real)(self.sizes[index], torch.Generator().manual_seed(SURROGATE_SEEDS + index))
-        return real.with_data(drawn.to(self.dtype))
+    def _drawn(self, hook_name: str, fit: Fit, index: int) -> Activations:
+        if (hook_name, fit) not in self.null_sources:
+            draw = fit(self._block(hook_name, 0), self.ids(0))
+            first = Activations.of(self._draw(draw, hook_name, 0))
+            self.null_sources[hook_name, fit] = (draw, first.with_data(first.data[:0]))
+        draw, moments = self.null_sources[hook_name, fit]
+        return moments.with_data(self._draw(draw, hook_name, index))
+
+    def _draw(self, draw: Callable, hook_name: str, index: int) -> Float[Tensor, "token d_in"]:
+        generator = torch.Generator().manual_seed(DRAWN_SEEDS + index)
+        return draw(self._compute(index)[hook_name], self.ids(index), generator).to(self.dtype)
+
+    def ids(self, index: int) -> Int[Tensor, "token"]:
+        """The tokens of a block."""
+        rows = self.rows[index]
+        return torch.from_numpy(self.contexts.tokens[rows][self.contexts.is_text[rows]]).long()
 
     def _compute(self, index: int) -> dict[str, Float[Tensor, "token d_in"]]:
         if self.held is None or self.held[0] != index:

@@ -5,6 +5,7 @@ None is swapped in silently. A cosine of 0.7 does not mean the same under each, 
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -12,6 +13,7 @@ from scipy import sparse
 from torch import Tensor
 
 from sae_stability import threads
+from sae_stability.language.activations import whitening
 from sae_stability.matching.assignment import assign
 from sae_stability.matching.pairs import correlations, cosines, weaker
 from sae_stability.matching.reappearance import Stability, reappear, stability
@@ -46,7 +48,7 @@ def by_every_criterion(
         "encoder": stability(W_enc.mT, threshold, alive),
         "decoder and encoder": with_encoder(W_dec, W_enc, threshold, alive),
         "activations": by_activation(codes, threshold, alive),
-        "whitened": stability(W_dec @ whitening(covariance), threshold, alive),
+        "whitened": stability(W_dec @ whitening(covariance, SMALLEST_VARIANCE), threshold, alive),
         "without top component": stability(W_dec @ without_top_component(covariance), threshold, alive),
     }
     return {name: found[name] for name in CRITERIA}
@@ -90,16 +92,23 @@ def by_activation(codes: Sequence[sparse.csr_array], threshold: float, alive: Bo
     return reappear(lambda s, t: correlations(codes[s], codes[t]), alive, threshold)
 
 
-def whitening(covariance: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
-    """The symmetric map under which activations have the identity as covariance: directions times it are whitened."""
-    with threads.single():
-        variances, axes = torch.linalg.eigh(covariance.double())
-        floor = SMALLEST_VARIANCE * variances.mean()
-        return ((axes / variances.clamp(min=floor).sqrt()) @ axes.T).float()
-
-
 def without_top_component(covariance: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
     """The projection that removes the first principal component of the activations."""
     with threads.single():
         first = torch.linalg.eigh(covariance.double()).eigenvectors[:, -1:]
         return (torch.eye(len(covariance), dtype=torch.float64) - first @ first.T).float()
+
+
+def mean_mcc(paired: Stability) -> float:
+    """The mean cosine of one-to-one partners (Song et al., arXiv:2505.20254), over all pairs of seeds and their live features.
+
+    `paired` is what `one_to_one` gave. Pairs of unequal numbers of live features leave some without a partner, which do not count.
+    """
+    cosines = torch.where(paired.partner >= 0, paired.best_cosine, torch.nan)
+    return float(cosines.nanmean(2).nanmean())
+
+
+def adjusted_threshold(surrogate: Stability, share: float) -> float:
+    """The threshold that `share` of (surrogate feature, other seed) pairs reach: what chance and covariance give."""
+    pairs = surrogate.alive[:, None] & ~torch.eye(len(surrogate.alive), dtype=torch.bool)[:, :, None]
+    return float(np.quantile(surrogate.best_cosine[pairs].numpy(), 1 - share))

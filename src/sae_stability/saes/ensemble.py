@@ -9,9 +9,9 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sae_stability.files import read_metadata, save_tensors
 from sae_stability.saes import variant
 from sae_stability.saes.sparse import Codes, Parameters
-from sae_stability.store import read_metadata, save_tensors
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_stability.errors import UserError
+from sae_stability.files import save_tensors, write_json
 from sae_stability.saes.batchtopk import BatchTopKParameters
 from sae_stability.saes.gated import GatedParameters
 from sae_stability.saes.jumprelu import JumpReLUParameters
 from sae_stability.saes.sae import SAE
 from sae_stability.saes.sparse import Parameters
-from sae_stability.store import save_tensors, write_json
 
 SAELENS, SPARSIFY, DICTIONARY_LEARNING = "sae_weights.safetensors", "sae.safetensors", "ae.pt"
 FORMATS = ("saelens", "sparsify")

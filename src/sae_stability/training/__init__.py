@@ -1,4 +1,4 @@
-"""Trains all seeds of a cell together: `loop.py` takes the steps, `shards.py` makes ensembles of them, `steering.py` finds the
+"""Trains all seeds of a recipe together: `loop.py` takes the steps, `shards.py` makes ensembles of them, `steering.py` finds the
 penalty of variants that have one.
 """
 
@@ -9,19 +9,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_stability.config import Cell
 from sae_stability.errors import UserError
 from sae_stability.language.activations import Activations, Blocks
 from sae_stability.saes import variant
 from sae_stability.saes.ensemble import Ensemble
-from sae_stability.training.shards import CHECKPOINT_SECONDS, Job, train_all
+from sae_stability.study import Recipe
+from sae_stability.training.loop import SNAPSHOTS
+from sae_stability.training.shards import CHECKPOINT_SECONDS, CURVE, DIVERGED, ENSEMBLE, Job, train_all
 from sae_stability.training.steering import sparser_and_denser, steer
 
-__all__ = ["Job", "prepare", "sparser_and_denser", "steer", "train", "train_all"]
+__all__ = ["CURVE", "DIVERGED", "ENSEMBLE", "SNAPSHOTS", "Job", "prepare", "sparser_and_denser", "steer", "train", "train_all"]
 
 
 def train(
-    cell: Cell,
+    recipe: Recipe,
     activations: Activations | Float[Tensor, "token d_in"],
     seeds: Sequence[int],
     folder: Path | None = None,
@@ -30,32 +31,32 @@ def train(
     at_once: int | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> Ensemble:
-    """Train one SAE of `cell` for each of `seeds` on `activations`; the ensemble lacks seeds that diverged.
+    """Train one SAE of `recipe` for each of `seeds` on `activations`; the ensemble lacks seeds that diverged.
 
-    A variant with a sparsity penalty is steered to L0 = k first, unless the cell names the coefficient. With a `folder`, the
+    A variant with a sparsity penalty is steered to L0 = k first, unless the recipe names the coefficient. With a `folder`, the
     run can be killed at any moment and resumes to the same bits. Adam's rate rises linearly, stays, and falls linearly to zero.
 
-    Raises `UserError` where there are fewer activations than the cell's tokens, or where every seed diverges.
+    Raises `UserError` where there are fewer activations than the recipe's tokens, or where every seed diverges.
     """
     if isinstance(activations, Tensor):
         activations = Activations.of(activations)
-    job = prepare(cell, activations, seeds, folder, device)
+    job = prepare(recipe, activations, seeds, folder, device)
     (ensemble,) = train_all([job], described, torch.device(device), at_once, checkpoint_seconds)
     if not ensemble.seeds:
-        raise UserError(f"rate: every seed of {cell.label} diverged; lower rate")
+        raise UserError(f"rate: every seed of {recipe.label} diverged; lower rate")
     return ensemble
 
 
-def prepare(cell: Cell, blocks: Blocks, seeds: Sequence[int], folder: Path | None = None, device: str = "cpu") -> Job:
-    """The job that trains one SAE of `cell` for each of `seeds`, its penalty steered to L0 = k where there is one to steer.
+def prepare(recipe: Recipe, blocks: Blocks, seeds: Sequence[int], folder: Path | None = None, device: str = "cpu") -> Job:
+    """The job that trains one SAE of `recipe` for each of `seeds`, its penalty steered to L0 = k where there is one to steer.
 
-    Raises `UserError` where there are fewer activations than the cell's tokens, or no such device.
+    Raises `UserError` where there are fewer activations than the recipe's tokens, or no such device.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: PyTorch finds no CUDA device; set device to cpu")
-    if len(blocks) < cell.tokens:
-        raise UserError(f"tokens: {cell.tokens:,} wanted and {len(blocks):,} there; lower tokens (and raise passes)")
-    coefficient = cell.coefficient or 0.0
-    if variant(cell.variant).steered and cell.coefficient is None:
-        coefficient = steer(cell, blocks, folder and folder / "pilots", torch.device(device))
-    return Job(cell, blocks.first(cell.tokens), list(seeds), folder, [coefficient] * len(seeds))
+    if len(blocks) < recipe.tokens:
+        raise UserError(f"tokens: {recipe.tokens:,} wanted and {len(blocks):,} there; lower tokens (and raise passes)")
+    coefficient = recipe.coefficient or 0.0
+    if variant(recipe.variant).steered and recipe.coefficient is None:
+        coefficient = steer(recipe, blocks, folder and folder / "pilots", torch.device(device))
+    return Job(recipe, blocks.first(recipe.tokens), list(seeds), folder, [coefficient] * len(seeds))

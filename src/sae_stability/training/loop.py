@@ -1,4 +1,4 @@
-"""The training loop: some seeds of a cell, step by step, over one block of activations after another.
+"""The training loop: some seeds of a recipe, step by step, over one block of activations after another.
 
 A seed sets the initialisation and the order of the data, each of which can be held fixed on its own. Seeds share nothing
 but the activations: a seed trained alone and the same seed trained in company give the same SAE, on a CPU bit for bit.
@@ -21,13 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_stability import threads
-from sae_stability.config import Cell
+from sae_stability.files import read_metadata, save_tensors
 from sae_stability.language.activations import Activations
 from sae_stability.saes import fastest_dtype, variant
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sparse import Parameters
 from sae_stability.saes.variant import Variant
-from sae_stability.store import read_metadata, save_tensors
+from sae_stability.study import Recipe
 from sae_stability.training.shuffling import ROUNDS, shuffled
 
 CURVE_POINTS = 100  # the training curve's resolution
@@ -59,11 +59,11 @@ class Trainee:
 
 
 class Training:
-    """Seeds of one cell under training. `visits` holds how many steps each visit to a block of activations takes."""
+    """Seeds of one recipe under training. `visits` holds how many steps each visit to a block of activations takes."""
 
     def __init__(
         self,
-        cell: Cell,
+        recipe: Recipe,
         seeds: Sequence[int],
         coefficients: Sequence[float],
         visits: Sequence[int],
@@ -73,7 +73,7 @@ class Training:
         checkpoint_seconds: float,
         bar: tqdm,
     ):
-        self.cell, self.visits, self.folder, self.device, self.bar = cell, visits, folder, device, bar
+        self.recipe, self.visits, self.folder, self.device, self.bar = recipe, visits, folder, device, bar
         self.checkpoint_seconds, self.saved_at = checkpoint_seconds, time.monotonic()
         self.steps = sum(visits)
         self.records = {max(1, round(self.steps * point / CURVE_POINTS)) for point in range(1, CURVE_POINTS + 1)}
@@ -81,10 +81,10 @@ class Training:
         self.events = self.records | self.snapshots
         self.step, self.since, self.curve = 0, 0, []
 
-        kind, dtype = variant(cell.variant), fastest_dtype(device) if cell.encoder == "fastest" else torch.float32
-        methods = [kind(cell.k, coefficient, dtype) for coefficient in coefficients]
+        kind, dtype = variant(recipe.variant), fastest_dtype(device) if recipe.encoder == "fastest" else torch.float32
+        methods = [kind(recipe.k, coefficient, dtype) for coefficient in coefficients]
         for position, (method, seed) in enumerate(zip(methods, seeds, strict=True)):
-            begun = method.initialise(d_in, cell.d_sae, _generator(cell, seed))
+            begun = method.initialise(d_in, recipe.d_sae, _generator(recipe, seed))
             if position == 0:
                 self.parameters = kind.parameters(*(torch.empty(len(seeds), *tensor.shape, device=device) for tensor in begun))
             for stacked, tensor in zip(self.parameters, begun, strict=True):
@@ -96,7 +96,7 @@ class Training:
             self.gradients.put(kind.parameters(*(torch.zeros_like(tensor[0]) for tensor in self.parameters)))
         if folder is not None and (folder / CHECKPOINT).exists():
             self._resume()
-        bar.update(self.step * cell.batch * len(self.trainees))
+        bar.update(self.step * recipe.batch * len(self.trainees))
 
     @property
     def running(self) -> list[Trainee]:
@@ -116,13 +116,13 @@ class Training:
                 steps = range(self.step, stop)
                 list(pool.map(partial(self._advance, steps=steps, visit=visit, first=first, block=block), self.running))
                 self.step = stop
-                self.bar.update(self.cell.batch * len(steps) * len(self.trainees))
+                self.bar.update(self.recipe.batch * len(steps) * len(self.trainees))
                 self._mark()
 
     def _mark(self) -> None:
         """Keep what is due at this step: a snapshot, a point of the curve, a checkpoint."""
         if self.step in self.snapshots and self.folder is not None:
-            metadata = {"tokens": self.step * self.cell.batch, "seeds": [trainee.seed for trainee in self.trainees]}
+            metadata = {"tokens": self.step * self.recipe.batch, "seeds": [trainee.seed for trainee in self.trainees]}
             save_tensors(self.folder / SNAPSHOTS / f"{self.step}.safetensors", {"W_dec": self.parameters.W_dec}, metadata)
         if self.step in self.records and self.running:
             self._record()
@@ -147,17 +147,17 @@ class Training:
         parameters = type(parameters)(*(tensor.cpu() for tensor in parameters))
         seeds = [self.trainees[position].seed for position in kept]
         coefficient = self.trainees[0].method.coefficient
-        return Ensemble(self.cell.variant, self.cell.k, seeds, parameters, block.mean, block.scale, coefficient)
+        return Ensemble(self.recipe.variant, self.recipe.k, seeds, parameters, block.mean, block.scale, coefficient)
 
     def _trainee(self, position: int, seed: int, method: Variant) -> Trainee:
         sae = type(self.parameters)(*(tensor[position] for tensor in self.parameters))
-        optimizer = torch.optim.Adam(list(sae), lr=self.cell.rate, fused=True)
-        return Trainee(seed, method, sae, optimizer, torch.zeros(self.cell.d_sae, dtype=torch.int64, device=self.device))
+        optimizer = torch.optim.Adam(list(sae), lr=self.recipe.rate, fused=True)
+        return Trainee(seed, method, sae, optimizer, torch.zeros(self.recipe.d_sae, dtype=torch.int64, device=self.device))
 
     def _batch(self, trainee: Trainee, visit: int, place: int, block: Activations) -> Float[Tensor, "batch d_in"]:
-        cell = self.cell
-        keys = _random(0 if cell.fixed_order else trainee.seed, ORDER, visit).generate_state(ROUNDS, np.uint64)
-        rows = shuffled(len(block), keys, place * cell.batch, (place + 1) * cell.batch)
+        recipe = self.recipe
+        keys = _random(0 if recipe.fixed_order else trainee.seed, ORDER, visit).generate_state(ROUNDS, np.uint64)
+        rows = shuffled(len(block), keys, place * recipe.batch, (place + 1) * recipe.batch)
         return block.normalised(torch.from_numpy(rows)).to(self.device)
 
     def _advance(self, trainee: Trainee, steps: range, visit: int, first: int, block: Activations) -> None:
@@ -172,24 +172,24 @@ class Training:
 
     def _step(self, trainee: Trainee, gradient: Parameters, x: Float[Tensor, "batch d_in"], step: int) -> None:
         """One step of Adam. A seed that diverges takes no more."""
-        cell, sae = self.cell, trainee.sae
+        recipe, sae = self.recipe, trainee.sae
         error, codes = trainee.method.gradients(sae, gradient, x)
         squared_error, squared_norm = _mean_square(error), _mean_square(x)
         if not squared_error <= DIVERGED * squared_norm:  # NaN compares as false
             trainee.diverged = step
             self.bar.write(f"seed {trainee.seed} diverged at step {step} and stops; the others go on")
             return
-        dead = (step - trainee.last_fired) * cell.batch > cell.dead_after
+        dead = (step - trainee.last_fired) * recipe.batch > recipe.dead_after
         if dead.any():
             _revive(sae, gradient, x - sae.b_dec, error, dead)
         if trainee.method.unit_decoder:
             # A direction has no length to learn: the gradient along it would only fight the normalisation below.
             gradient.W_dec.addcmul_(sae.W_dec, torch.linalg.vecdot(gradient.W_dec, sae.W_dec)[:, None], value=-1)
-        if cell.clip is not None:
-            _clip(gradient, cell.clip)
+        if recipe.clip is not None:
+            _clip(gradient, recipe.clip)
         for parameter, its in zip(sae, gradient, strict=True):
             parameter.grad = its
-        trainee.optimizer.param_groups[0]["lr"] = cell.rate * schedule(step / self.steps, cell.warmup, cell.decay)
+        trainee.optimizer.param_groups[0]["lr"] = recipe.rate * schedule(step / self.steps, recipe.warmup, recipe.decay)
         trainee.optimizer.step()
         if trainee.method.unit_decoder:
             F.normalize(sae.W_dec, dim=1, out=sae.W_dec)
@@ -200,11 +200,11 @@ class Training:
 
     def _record(self) -> None:
         """Add a point to the curve, and show the mean over seeds."""
-        dead_steps = self.cell.dead_after / self.cell.batch
+        dead_steps = self.recipe.dead_after / self.recipe.batch
         rows = [
             {
                 "seed": trainee.seed,
-                "tokens": self.step * self.cell.batch,
+                "tokens": self.step * self.recipe.batch,
                 "explained_variance": 1 - trainee.sums[0] / trainee.sums[1],
                 "l0": trainee.sums[2] / (self.step - self.since),
                 "dead": int((self.step - 1 - trainee.last_fired > dead_steps).sum()),
@@ -301,8 +301,8 @@ def _total(values: Float[Tensor, "row"]) -> float:
     return float(values.cpu().numpy().sum(dtype=np.float64))
 
 
-def _generator(cell: Cell, seed: int) -> torch.Generator:
-    state = _random(0 if cell.fixed_initialisation else seed, INITIALISATION).generate_state(1, np.uint64)
+def _generator(recipe: Recipe, seed: int) -> torch.Generator:
+    state = _random(0 if recipe.fixed_initialisation else seed, INITIALISATION).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> 1))
 
 

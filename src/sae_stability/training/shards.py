@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from sae_stability.config import Cell
 from sae_stability.errors import UserError
+from sae_stability.files import TEMPORARY, drop, read_json, read_metadata, save_tensors, write_json
 from sae_stability.language.activations import Blocks
 from sae_stability.saes.ensemble import Ensemble
-from sae_stability.store import TEMPORARY, drop, read_json, read_metadata, save_tensors, write_json
+from sae_stability.study import Recipe
 from sae_stability.training.loop import CHECKPOINT, SNAPSHOTS, Training
 
 JOB, ENSEMBLE, CURVE, DIVERGED, SHARDS = "job.json", "ensemble.safetensors", "curve.json", "diverged.json", "shards"
@@ -24,9 +24,9 @@ MEMORY_SHARE = 0.5  # of the machine's, that the seeds under training may take
 
 @dataclass(frozen=True)
 class Job:
-    """An ensemble to train: seeds of a cell on blocks of activations, into a folder."""
+    """An ensemble to train: seeds of a recipe on blocks of activations, into a folder."""
 
-    cell: Cell
+    recipe: Recipe
     blocks: Blocks
     seeds: Sequence[int]
     folder: Path | None
@@ -36,7 +36,7 @@ class Job:
     @property
     def visits(self) -> list[int]:
         """How many steps each visit to a block takes. What does not fill a batch is left out."""
-        return [size // self.cell.batch for size in self.blocks.sizes] * self.cell.passes
+        return [size // self.recipe.batch for size in self.blocks.sizes] * self.recipe.passes
 
     def part(self, positions: Sequence[int]) -> "Job":
         """A shard of the seeds, with a folder of its own."""
@@ -69,7 +69,7 @@ def train_all(
         if job.folder and (job.folder / ENSEMBLE).exists()
     }
     parts: list[list[tuple[Job, Ensemble]]] = [[] for _ in jobs]
-    total = sum(sum(job.visits) * job.cell.batch * len(job.seeds) for index, job in enumerate(jobs) if index not in done)
+    total = sum(sum(job.visits) * job.recipe.batch * len(job.seeds) for index, job in enumerate(jobs) if index not in done)
     with tqdm(desc=described, total=total, unit="tok", unit_scale=True, disable=None) as bar:
         for group in _groups(jobs, done, device, at_once):
             shards = {index: jobs[index].part(positions) for index, positions in group.items()}
@@ -82,11 +82,11 @@ def train_all(
 def _claim(job: Job) -> None:
     """Mark the job's folder as its own, and clear what an interrupted run left half-written."""
     if sum(job.visits) == 0:
-        raise UserError(f"batch: {job.cell.batch:,} tokens are more than any block of activations has; lower batch")
+        raise UserError(f"batch: {job.recipe.batch:,} tokens are more than any block of activations has; lower batch")
     if job.folder is None:
         return
     described = {
-        "cell": job.cell.model_dump(mode="json"),
+        "recipe": job.recipe.recipe.model_dump(mode="json"),  # of a cell, what is trained only
         "seeds": list(job.seeds),
         "coefficients": list(job.coefficients),
         "blocks": list(job.blocks.sizes),
@@ -108,8 +108,8 @@ def _groups(jobs: Sequence[Job], done: Container[int], device: torch.device, at_
     for index, job in enumerate(jobs):
         if index in done:
             continue
-        parameters = 2 * job.cell.d_sae * job.blocks.d_in
-        each = 4 * (3 * parameters + job.cell.batch * job.blocks.d_in)  # with Adam's two moments, and a batch
+        parameters = 2 * job.recipe.d_sae * job.blocks.d_in
+        each = 4 * (3 * parameters + job.recipe.batch * job.blocks.d_in)  # with Adam's two moments, and a batch
         for position in range(len(job.seeds)):
             if groups[-1] and (seeds == at_once or memory + each > free):
                 groups.append({})
@@ -125,7 +125,7 @@ def _train(shards: list[Job], device: torch.device, checkpoint_seconds: float, b
     trainings = {}
     for index, shard in enumerate(shards):
         if not finished[index]:
-            inputs = (shard.cell, shard.seeds, shard.coefficients, shard.visits, shard.blocks.d_in, shard.folder)
+            inputs = (shard.recipe, shard.seeds, shard.coefficients, shard.visits, shard.blocks.d_in, shard.folder)
             trainings[index] = Training(*inputs, device, checkpoint_seconds, bar)
     for visit in range(max(len(shard.visits) for shard in shards)):
         for index, training in trainings.items():
@@ -134,7 +134,7 @@ def _train(shards: list[Job], device: torch.device, checkpoint_seconds: float, b
     ensembles = []
     for index, shard in enumerate(shards):
         if finished[index]:
-            bar.update(sum(shard.visits) * shard.cell.batch * len(shard.seeds))
+            bar.update(sum(shard.visits) * shard.recipe.batch * len(shard.seeds))
             ensembles.append(Ensemble.open(shard.folder / ENSEMBLE))
             continue
         training = trainings.pop(index)

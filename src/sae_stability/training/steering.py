@@ -1,7 +1,7 @@
 """Finds the coefficient of a sparsity penalty that brings a variant to the wanted L0, on pilot seeds that no ensemble uses.
 
 A controller that moves the coefficient while an SAE trains would give every seed an objective of its own. So pilots train at
-coefficients that stay, and the one read off between them is then frozen for all seeds of the cell.
+coefficients that stay, and the one read off between them is then frozen for all seeds of the recipe.
 """
 
 import math
@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sae_stability.config import Cell
+from sae_stability.files import read_json, write_json
 from sae_stability.language.activations import Activations, Blocks
 from sae_stability.saes import variant
 from sae_stability.saes.ensemble import Ensemble
-from sae_stability.store import read_json, write_json
+from sae_stability.study import Recipe
 from sae_stability.training.shards import Job, train_all
 from sae_stability.training.shuffling import ROUNDS, shuffled
 
@@ -28,25 +28,25 @@ ATTEMPTS = 8  # of the latter; more than two where the first guess was far off
 BEYOND = 2.0  # times the last coefficient tried, where all L0 lie on one side of the target
 NEAR = 1.1  # a pilot's L0 must come as near to the target as this factor
 PILOTS = "pilots.json"
-ASIDE = 1.4  # how many times more or fewer features fire beside a cell
+ASIDE = 1.4  # how many times more or fewer features fire beside a recipe
 MEASURED = 32_768  # training tokens on which a pilot's L0 is measured, at inference
 
 
-def steer(cell: Cell, blocks: Blocks, folder: Path | None, device: torch.device) -> float:
-    """The coefficient at which SAEs of `cell` have L0 = k on `blocks`.
+def steer(recipe: Recipe, blocks: Blocks, folder: Path | None, device: torch.device) -> float:
+    """The coefficient at which SAEs of `recipe` have L0 = k on `blocks`.
 
     Short pilots find the order of magnitude, those that read all tokens the rest. Between two pilots, the logarithm
     of L0 is taken to be linear in that of the coefficient.
     """
     if folder is not None and (folder / PILOTS).exists():
         return read_json(folder / PILOTS)["coefficient"]
-    few = cell.model_copy(update={"tokens": max(cell.batch, cell.tokens // SHORT), "passes": 1})
-    guess = crossing(LADDER, _l0(few, blocks, LADDER, folder and folder / "ladder", device), cell.k)
+    few = recipe.model_copy(update={"tokens": max(recipe.batch, recipe.tokens // SHORT), "passes": 1})
+    guess = crossing(LADDER, _l0(few, blocks, LADDER, folder and folder / "ladder", device), recipe.k)
 
     def l0_at(around: Sequence[float]) -> list[float]:
-        return _l0(cell, blocks, around, folder and folder / f"around-{around[0]}", device)
+        return _l0(recipe, blocks, around, folder and folder / f"around-{around[0]}", device)
 
-    guess, tried, found = search(l0_at, guess, cell.k)
+    guess, tried, found = search(l0_at, guess, recipe.k)
     if folder is not None:
         rows = zip(tried, [l0 if math.isfinite(l0) else None for l0 in found], strict=True)  # None: the pilot diverged
         write_json(folder / PILOTS, {"coefficient": guess, "pilots": [{"coefficient": c, "l0": l0} for c, l0 in rows]})
@@ -74,23 +74,25 @@ def search(l0_at: Callable[[Sequence[float]], Sequence[float]], guess: float, k:
     return guess, tried, found
 
 
-def sparser_and_denser(cell: Cell, blocks: Blocks, coefficient: float, folder: Path | None, device: torch.device) -> list[Ensemble]:
-    """Two pilots beside a cell, each an ensemble of one seed, with about `ASIDE` times fewer and more features a token.
+def sparser_and_denser(
+    recipe: Recipe, blocks: Blocks, coefficient: float, folder: Path | None, device: torch.device
+) -> list[Ensemble]:
+    """Two pilots beside a recipe, each an ensemble of one seed, with about `ASIDE` times fewer and more features a token.
 
     A pilot that diverges is left out.
     """
     jobs = []
     for name, factor in (("sparser", 1 / ASIDE), ("denser", ASIDE)):
-        k = cell.k if variant(cell.variant).steered else min(cell.d_sae, max(1, round(cell.k * factor)))
-        aside = cell.model_copy(update={"k": k})
-        jobs.append(Job(aside, blocks.first(cell.tokens), [PILOT_SEEDS], folder and folder / name, [coefficient / factor]))
+        k = recipe.k if variant(recipe.variant).steered else min(recipe.d_sae, max(1, round(recipe.k * factor)))
+        aside = recipe.model_copy(update={"k": k})
+        jobs.append(Job(aside, blocks.first(recipe.tokens), [PILOT_SEEDS], folder and folder / name, [coefficient / factor]))
     return [pilot for pilot in train_all(jobs, "pilots", device) if pilot.seeds]
 
 
-def _l0(cell: Cell, blocks: Blocks, coefficients: Sequence[float], folder: Path | None, device: torch.device) -> list[float]:
+def _l0(recipe: Recipe, blocks: Blocks, coefficients: Sequence[float], folder: Path | None, device: torch.device) -> list[float]:
     """The L0 at inference of one pilot seed for each coefficient; infinite where it diverged."""
     seeds = list(range(PILOT_SEEDS, PILOT_SEEDS + len(coefficients)))
-    (pilots,) = train_all([Job(cell, blocks.first(cell.tokens), seeds, folder, coefficients)], "pilots", device)
+    (pilots,) = train_all([Job(recipe, blocks.first(recipe.tokens), seeds, folder, coefficients)], "pilots", device)
     return [l0(pilots, pilots.seeds.index(seed), blocks.block(0)) if seed in pilots.seeds else math.inf for seed in seeds]
 
 

@@ -1,0 +1,172 @@
+"""Builds the book: papermill executes the chapters for a study, jupyter-book turns the executed copies into pages.
+
+jupyter-book never executes anything. It builds into an empty folder that is renamed into place, since a build on top of
+an older one keeps pages of another study, and one that was killed keeps holes.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+import yaml
+
+from sae_stability import places
+from sae_stability.book import page
+from sae_stability.files import read_json, replacing, sha256, write_json
+from sae_stability.keys import key_of, key_of_script, versions
+from sae_stability.pipeline import Plan
+from sae_stability.store import DRAWING, Store, git_commit, locked
+from sae_stability.study import Study
+
+AT_ONCE = 2  # chapters under execution: most of their time goes by on one thread, a quarter of it in imports
+
+
+def chapters() -> list[str]:
+    """Names of the chapters, as the table of contents orders them."""
+    contents = yaml.safe_load((places.root() / "_toc.yml").read_text(encoding="utf-8"))
+    listed = [contents["root"], *(entry["file"] for entry in contents.get("chapters", []))]
+    return [name for name in listed if notebook(name).exists()]
+
+
+def notebook(name: str) -> Path:
+    """A chapter as it is written, without outputs."""
+    return places.root() / "book" / f"{name}.ipynb"
+
+
+def execute(study: Study) -> None:
+    """Execute the chapters that are not up to date into `results/STUDY/chapters/`."""
+    plan = Plan(study)
+    results = [key for stage in plan.stages for key in stage.entries.values()]
+
+    def run(name: str) -> None:
+        key, entry = chapter_key(study, name, results), f"chapters/{name}.ipynb"
+        if not plan.store.is_done(entry, key):
+            with plan.store.locked(entry):
+                if not plan.store.is_done(entry, key):
+                    print(f"{study.name}: {entry}", flush=True)
+                    with plan.store.computing_file(entry, key) as path:
+                        _papermill(notebook(name), path, plan.store)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(run, chapters()))
+
+
+def chapter_key(study: Study, name: str, results: list[str]) -> str:
+    """A chapter depends on its own code and what of the package that reaches, on its text, and on the study's results."""
+    cells = nbformat.read(notebook(name), as_version=4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    published = sorted(path for path in (places.root() / "published").rglob("*.*") if path.is_file())
+    inputs = {
+        "cells": [cell.source if cell.cell_type != "code" else dict(cell.metadata) for cell in cells],
+        "drawing": versions(DRAWING),
+        "study": study.sha256,
+        "benchmarks": sha256(page.benchmarks_file()),
+        "published": {str(path.relative_to(places.root())): sha256(path) for path in published},
+    }
+    return key_of_script(code, inputs, results)
+
+
+def site_folder() -> Path:
+    return places.root() / "_build" / "html"
+
+
+def build(study: Study, site: Path | None = None) -> Path:
+    """Build the book of a study whose chapters are executed; give its first page."""
+    site = site or site_folder()
+    site.parent.mkdir(parents=True, exist_ok=True)
+    with locked(site.parent / ".lock", site):
+        return _build(study, site)
+
+
+def _build(study: Study, site: Path) -> Path:
+    store, root = Store(study), places.root()
+    executed = {name: store.folder / "chapters" / f"{name}.ipynb" for name in chapters()}
+    static = sorted(file for file in [*(root / "book").rglob("*"), root / "_config.yml", root / "_toc.yml"] if file.is_file())
+    content = {str(file): sha256(file) for file in [*executed.values(), *static]}
+    key = key_of({"content": content, "drawing": versions(DRAWING)}, [_build])
+    stamp = site / "provenance.json"
+    if stamp.is_file() and read_json(stamp)["key"] == key:
+        return site / "index.html"
+    print(f"{study.name}: book", flush=True)
+    for leftover in site.parent.glob(".book-*"):  # of a build that was killed
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(dir=site.parent, prefix=".book-") as scratch:
+        stage, out = Path(scratch) / "stage", Path(scratch) / "out"
+        shutil.copytree(root / "book", stage, ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))
+        for name, path in executed.items():
+            nbformat.write(staged(nbformat.read(path, as_version=4)), stage / f"{name}.ipynb")
+        _jupyter_book(stage, out)
+        built = out / "_build" / "html"
+        write_json(built / "provenance.json", {"key": key, "study": study.name, "commit": git_commit()})
+        old = Path(scratch) / "old"
+        if site.exists():
+            site.rename(old)
+        built.rename(site)
+    return site / "index.html"
+
+
+def staged(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """An executed notebook as the book shows it: injected parameters hidden, alt texts and captions where MyST-NB reads them."""
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        tags = cell.metadata.setdefault("tags", [])
+        if "injected-parameters" in tags:
+            tags.append("remove-cell")
+        for output in cell.outputs:
+            described = output.get("metadata", {}).get("image/png", {})
+            if "alt" in described:
+                cell.metadata["mystnb"] = {
+                    "image": {"alt": described["alt"]},
+                    "figure": {"caption": described["caption"], "name": described["name"]},
+                }
+    return notebook
+
+
+def _papermill(notebook: Path, into: Path, store: Store) -> None:
+    import papermill
+
+    # No progress widgets: pages would ask another host for their scripts.
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["SAE_STABILITY_ROOT"] = str(places.root())
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(into),
+            parameters={"study": store.study.name},
+            kernel_name="python3",
+            progress_bar=False,
+            extra_arguments=["--log-level=40"],
+            cwd=str(places.root()),
+        )
+    except papermill.PapermillExecutionError as error:
+        kept = store.folder / "chapters" / f"{notebook.stem}.failed.ipynb"
+        shutil.copy(into, kept)
+        raise RuntimeError(
+            f"{notebook.name} failed in cell {error.exec_count}: {error.ename}: {error.evalue}; see {kept}"
+        ) from None
+
+
+def _jupyter_book(stage: Path, out: Path) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from jupyter_book.cli.main import main; main()",
+        "build",
+        str(stage),
+        "--config",
+        str(places.root() / "_config.yml"),
+    ]
+    command += ["--toc", str(places.root() / "_toc.yml"), "--path-output", str(out), "-W", "--keep-going"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=stage)
+    if done.returncode:
+        log = places.root() / "_build" / "book.log"
+        with replacing(log) as temporary:
+            temporary.write_text(done.stdout + done.stderr, encoding="utf-8")
+        complaints = [line for line in done.stderr.splitlines() if "WARNING" in line or "ERROR" in line]
+        raise RuntimeError(f"jupyter-book failed; {log} holds its output. " + " ".join(complaints[:3]))

@@ -1,0 +1,254 @@
+"""What chapters call: a study's results, tables and verdicts as text, figures with their alt texts.
+
+page = book.open(study)        # the results of a study, computed where they are missing
+book.table("cells")            # a table of all cells
+book.claim("C2")               # the main cell's line of the ledger
+say(f"... {interval(row, 'mean_stability', '.0%')} ...")
+"""
+
+import html
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from sae_stability import places
+from sae_stability.experiments import Results, texts
+from sae_stability.figures import COLOURS
+from sae_stability.files import read_json
+from sae_stability.loading import load_study, read_study
+from sae_stability.matching import BANDS
+from sae_stability.pipeline import Plan, compute
+from sae_stability.study import Cell, Study
+
+SIGNS = {"supported": "✓", "not supported": "✗", "inconclusive": "~", "not tested": "–"}
+Column = str | Callable[[pd.Series], str]
+"""How a column of a printed table is made of a row: a format string over its columns (`"{l0:.1f}"`), or a function."""
+
+
+@dataclass(frozen=True, eq=False)
+class Book:
+    """The results of a study, as chapters read them."""
+
+    plan: Plan
+
+    @property
+    def study(self) -> Study:
+        return self.plan.study
+
+    @property
+    def cell(self) -> Cell:
+        """The main cell."""
+        return self.study.main
+
+    @cached_property
+    def main(self) -> Results:
+        """What was computed for the main cell, for what no table holds."""
+        return self.plan.results(self.cell)
+
+    @property
+    def folder(self) -> Path:
+        return self.plan.store.folder
+
+    def table(self, name: str, every_cell: bool = False) -> pd.DataFrame:
+        """The main cell's rows of a table, or those of every cell; empty where the study has no such table."""
+        try:
+            rows = self.plan.store.table(name)
+        except FileNotFoundError:
+            return pd.DataFrame(columns=["cell"])
+        return rows if every_cell else rows[rows["cell"] == self.cell.id].reset_index(drop=True)
+
+    @cached_property
+    def row(self) -> pd.Series:
+        """The main cell's row of `cells`."""
+        return self.table("cells").iloc[0]
+
+    @cached_property
+    def ledger(self) -> list[dict]:
+        """Every line of every cell."""
+        return self.plan.store.claims()
+
+    def claim(self, claim: str, cell: str | None = None) -> dict:
+        """The line of a claim on a cell, by default the main one."""
+        wanted = cell or self.cell.id
+        return next(line for line in self.ledger if line["id"] == claim and line["cell"] == wanted)
+
+    @property
+    def facts(self) -> dict:
+        """Sizes and hashes of the text and the model behind the main cell."""
+        return texts.facts(self.main)
+
+    def others(self, name: str = "cells") -> pd.DataFrame:
+        """The rows of the cells of the grid, with what tells each apart in the column `name`; its † says that it misses its L0."""
+        rows = self.table(name, every_cell=True)
+        rows = rows[rows["cell"] != self.cell.id].reset_index(drop=True)
+        named = [self.study.names[cell] for cell in rows["cell"]]
+        missed = ["" if hit else " †" for hit in rows["cell_on_target"]]
+        return rows.assign(name=[name + sign for name, sign in zip(named, missed, strict=True)])
+
+    def stages(self) -> pd.DataFrame:
+        """What each stage took: name, seconds (of its last part, where it was interrupted), peak_memory_gb, machine."""
+        rows = []
+        for stage in self.plan.stages:
+            taken = [self.plan.store.provenance(entry) for entry in stage.entries]
+            known = [each for each in taken if each is not None]
+            if known:
+                seconds, memory = sum(each["seconds"] for each in known), max(each["peak_memory_gb"] for each in known)
+                rows.append({"name": stage.name, "seconds": seconds, "peak_memory_gb": memory, "machine": known[0]["machine"]})
+        return pd.DataFrame(rows)
+
+
+def open_study(name: str) -> Book:
+    """What a chapter calls first: the study's results, computed where they are missing."""
+    path = places.results() / name / "study.json"
+    book = Book(Plan(read_study(path) if path.is_file() else load_study(name)))
+    if not all(book.plan.is_done(book.plan.stage(stage)) for stage in ("tables", "claims.json")):
+        compute(book.study)
+    return book
+
+
+def markdown_table(rows: pd.DataFrame, columns: Mapping[str, Column]) -> str:
+    """Rows as a Markdown table; `columns` says under which heading stands what of a row."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for _, row in rows.iterrows():
+        cells = (column(row) if callable(column) else column.format(**row) for column in columns.values())
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def interval(row: Mapping, name: str, spec: str = ".3f") -> str:
+    """An estimate and its interval, from the columns NAME, NAME_low and NAME_high of a row; alone where it has none."""
+    value, low, high = (row[column] for column in (name, f"{name}_low", f"{name}_high"))
+    return _interval(value, low, high, spec)
+
+
+def line_interval(line: Mapping, spec: str = ".3f") -> str:
+    """The same of a line of the ledger, or of one of its conditions."""
+    return _interval(line["value"], line["ci_low"], line["ci_high"], spec)
+
+
+def _interval(value: float | None, low: float | None, high: float | None, spec: str) -> str:
+    if value is None or math.isnan(value):
+        return "not defined"
+    ends = "" if low is None or math.isnan(low) else f" [{low:{spec}}, {high:{spec}}]"
+    return f"{value:{spec}}{ends}"
+
+
+def verdict(line: Mapping) -> str:
+    """A verdict in a word or two, with a note where the claim holds before features are matched only."""
+    return line["verdict"] + (", raw only" if "holds raw" in line.get("scope", "") else "")
+
+
+def benchmarks_file() -> Path:
+    return places.root() / "benchmarks" / "results.json"
+
+
+def benchmarks() -> dict:
+    """What `make bench` measured last."""
+    return read_json(benchmarks_file())
+
+
+def short(commit: str) -> str:
+    """A commit as pages print it; what was changed since is not hidden."""
+    return commit[:10] + ("+changes" if commit.endswith("+changes") else "")
+
+
+def show(figure: Figure, name: str, alt: str, caption: str) -> None:
+    """Display a figure with its alt text, caption and the name by which pages refer to it."""
+    from IPython.display import display
+
+    display(figure, metadata={"image/png": {"alt": alt, "caption": caption, "name": name}})
+
+
+def say(markdown: str) -> None:
+    """Display prose that is filled from results."""
+    from IPython.display import Markdown, display
+
+    display(Markdown(markdown))
+
+
+def box(title: str, text: str) -> None:
+    """Display a short aside, beside the line of argument; `text` is HTML."""
+    from IPython.display import HTML, display
+
+    display(HTML(f'<div class="admonition note"><p class="admonition-title">{title}</p><p>{text}</p></div>'))
+
+
+def published(name: str) -> tuple[dict[str, pd.DataFrame], dict]:
+    """The tables of a study that takes long to compute, as they are published, and the provenance that came with them."""
+    folder = places.root() / "published" / name
+    return {path.stem: pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}, read_json(folder / "provenance.json")
+
+
+def code(text: str) -> str:
+    """Text as code in a cell of a Markdown table: nothing in it is markup."""
+    shown = re.sub(r"[^\w\s]|_", lambda sign: f"&#{ord(sign[0])};", text.replace("\n", "↵"))
+    return f"<code>{shown}</code>"
+
+
+def scoreboard(lines: list[dict]) -> str:
+    """The ledger of a cell as a table: what is claimed, what is found."""
+    rows = []
+    for line in lines:
+        found = f"{SIGNS[line['verdict']]} {line['verdict']}"
+        if line["value"] is not None:
+            found += f"<br>{line_interval(line, '.2f')}"
+        rows.append({"id": line["id"], "claim": line["claim"], "found": found})
+    return markdown_table(pd.DataFrame(rows), {"": "{id}", "claim or question": "{claim}", "verdict here": "{found}"})
+
+
+def judged(line: dict, note: str = "") -> str:
+    """A verdict with its conditions, as Markdown. Every rule is spelled out on the first page."""
+    signs = {True: "met", False: "failed", None: "open"}
+    columns: dict[str, Column] = {
+        "condition": "{what}",
+        "value, 95 % interval": line_interval,
+        "bound": lambda part: f"{'below' if part['below'] else 'above'} {part['bound']:g}",
+        " ": lambda part: signs[part["met"]],
+    }
+    conditions = pd.DataFrame(line["conditions"]).astype(object)
+    conditions = conditions.where(conditions.notna(), None)
+    return f"**{line['id']} is {line['verdict']}** {line['scope']}{note}.\n\n{markdown_table(conditions, columns)}"
+
+
+def by_cell(book: Book, claim: str, headings: list[str]) -> str:
+    """The verdict of a claim on every cell of the grid, with its conditions under the given headings."""
+    rows = book.others()
+    if rows.empty:
+        return "This study has one cell; `grid: {variant: [relu, gated]}` in its file adds others."
+    columns: dict[str, Column] = {"cell": "{name}", claim: lambda row: verdict(book.claim(claim, row["cell"]))}
+    for place, heading in enumerate(headings):
+        columns[heading] = lambda row, place=place: line_interval(book.claim(claim, row["cell"])["conditions"][place], ".2f")
+    return markdown_table(rows, columns)
+
+
+def gallery(examples: pd.DataFrame) -> str:
+    """Example features of each band as HTML: the stronger a token fires its feature, the darker its mark."""
+    parts = []
+    for band in BANDS:
+        chosen = examples[examples["band"] == band]
+        parts += [f"<h4>{band}</h4>", *(_feature(part) for _, part in chosen.groupby("feature"))]
+    return f'<div class="gallery">{"".join(parts)}</div>'
+
+
+def _feature(tokens: pd.DataFrame) -> str:
+    first, strongest = tokens.iloc[0], tokens["activation"].max()
+    lines = []
+    for _, context in tokens.groupby("rank"):
+        spans = []
+        for token, activation in zip(context["token"], context["activation"], strict=True):
+            text = html.escape(token).replace("\n", "↵")
+            style = f"background: rgba(230, 159, 0, {activation / strongest:.2f}); color: inherit"
+            spans.append(f'<mark style="{style}">{text}</mark>' if activation > 0 else text)
+        lines.append(f"<code>{''.join(spans)}</code>")
+    told = (
+        f"Feature {first['feature']} comes back in {first['matches']} of {first['trials']} other seeds "
+        f"and fires on {first['frequency']:.2%} of the tokens"
+    )
+    told += f"; trigger: {first['trigger']}" if "trigger" in first else ""
+    return f'<div class="bar" style="border-color: {COLOURS[first["band"]]}"><p>{told}</p>{"".join(lines)}</div>'

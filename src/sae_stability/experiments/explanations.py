@@ -1,0 +1,110 @@
+"""What features fire on, in words (C6): features of the main cell, explained by rules and by a language model if there is one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from sae_stability import explanations
+from sae_stability.evaluation import sparse_codes
+from sae_stability.experiments import ensembles, matching, texts
+from sae_stability.experiments.experiment import Experiment, Results, is_main
+from sae_stability.experiments.triggers import TRIGGER_TOKENS
+from sae_stability.explanations import Rules
+from sae_stability.files import write_table
+from sae_stability.language import models
+from sae_stability.ledger import MOST, Condition, Rule, judged
+from sae_stability.matching import BANDS
+from sae_stability.statistics import mean_interval
+
+EXPLAINED_SEEDS, EXPLAINED = 4, 15  # seeds of the cell, and features of each band of each, that are explained
+
+C6 = Rule(
+    "C6",
+    "share of the unstable features whose explanation by a language model is of surface form, by a written rule",
+    f"supported in this model if the 95 % intervals over seeds lie above their bounds: the statistic above {MOST:g}, and above the "
+    "same share of stable features; not supported if one lies below; inconclusive otherwise; not tested unless a language model "
+    "that does not see the band wrote the explanations",
+)
+
+
+def tasks(results: Results) -> Iterator[tuple[int, list[explanations.Task]]]:
+    """For some seeds of the cell, what engines are given: features of every band, in an order that does not tell which."""
+    tokenizer, contexts = models.load_tokenizer(results.cell.model), texts.contexts(results, "evaluation")
+    held_out = texts.activations(results, "evaluation").first(TRIGGER_TOKENS)
+    words = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    ensemble, matched = ensembles.ensemble(results), matching.stability(results)
+    for position, seed in enumerate(ensemble.seeds[:EXPLAINED_SEEDS]):
+        rng = np.random.default_rng(seed)
+        bands = [np.flatnonzero(matched.band[position] == band) for band in range(len(BANDS))]
+        chosen = np.concatenate([rng.permutation(features)[:EXPLAINED] for features in bands])
+        (codes,) = sparse_codes(ensemble.of(position), held_out)
+        yield seed, explanations.tasks(codes.tocsc(), rng.permutation(chosen), contexts, words)
+
+
+def prompts(results: Results) -> Iterator[str]:
+    """What a language model would be asked to explain, without asking it."""
+    for _, given in tasks(results):
+        for task in given:
+            yield "\n\n".join(message["content"] for message in explanations.explain_messages(task.shown))
+
+
+def compute(results: Results, folder: Path) -> None:
+    """Explain some features by rules, and by the study's language model where it has one.
+
+    A budget that is spent ends the explanations of the language model, and keeps those that there are.
+    """
+    engines: list[explanations.Engine] = [Rules()]
+    if results.study.explainer is not None:
+        engines.append(explanations.LanguageModel(results.study.explainer, results.store.folder / "answers"))
+    rows: list[dict] = []
+    for seed, given in tasks(results):
+        for engine in list(engines):
+            progress = tqdm(given, f"explanations by {engine.name}, seed {seed}", unit="feature", disable=None)
+            try:
+                for explained in explanations.explain(engine, progress):  # each is kept, whatever happens to the next
+                    rows.append({"seed": seed, "engine": engine.name, **explained.row})
+            except explanations.BudgetSpent as reason:
+                print(f"{results.study.name}: explainer.budget: {reason}; raise it to explain more features", flush=True)
+                engines.remove(engine)
+    write_table(folder / "explanations.parquet", pd.DataFrame(rows))
+
+
+def by_band(results: Results) -> pd.DataFrame:
+    """One row per engine and explained feature, with its band: engines do not know it."""
+    table = pd.read_parquet(results.folder("explanations") / "explanations.parquet")
+    matched, seeds = matching.stability(results), ensembles.ensemble(results).seeds
+    position = table["seed"].map({seed: place for place, seed in enumerate(seeds)}).to_numpy()
+    return table.assign(band=np.array(BANDS)[matched.band[position, table["feature"].to_numpy()]])
+
+
+def judge(results: Results) -> list[dict]:
+    return judge_c6(by_band(results))
+
+
+def judge_c6(explained: pd.DataFrame) -> list[dict]:
+    """C6 on one cell, by what language models wrote; no line where none did. The null's value is that of stable features."""
+    by_model = explained[explained["engine"] != Rules.name]
+    if by_model.empty:
+        return []
+    shares = by_model.groupby(["seed", "band"])["surface"].mean().unstack().reindex(columns=list(BANDS))
+    unstable, stable = (mean_interval(shares[band].dropna()) for band in ("unstable", "stable"))
+    apart = mean_interval((shares["unstable"] - shares["stable"]).dropna())
+    conditions = [
+        Condition("explanations of unstable features of surface form", unstable, MOST),
+        Condition("the same, less that of stable features", apart, 0.0),
+    ]
+    return [judged(C6, unstable, stable, conditions)]
+
+
+EXPERIMENT = Experiment(
+    "explanations",
+    compute,
+    after=("matching",),
+    reads=("threshold", "evaluation_tokens", "explainer"),
+    tables={"explanations": by_band},
+    claims=judge,
+    asked=is_main,
+)

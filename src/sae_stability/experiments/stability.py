@@ -1,0 +1,254 @@
+"""Do features come back under another seed (C1)? Stability feature by feature, its bands, and what it depends on."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+
+from sae_stability.experiments import ensembles, families, matching, quality, texts
+from sae_stability.experiments.columns import each_kind, interval_columns
+from sae_stability.experiments.experiment import Experiment, Results
+from sae_stability.language.activations import gaussian
+from sae_stability.ledger import Condition, Rule, judged, named_interval, number
+from sae_stability.matching import BANDS, Stability, adjusted_threshold, band_of, mean_mcc
+from sae_stability.matching import stability as compare
+from sae_stability.saes import variant
+from sae_stability.statistics import difference
+
+NULL_SHARE = 0.01  # the adjusted threshold is where this share of surrogate features match
+REFERENCE_SEEDS = 3  # of random directions and untrained SAEs
+SUBSETS = 8  # of seeds, that stand for smaller studies
+THRESHOLDS = np.round(np.arange(0.3, 1.0, 0.02), 2)
+
+SMALLEST_SEPARATION = 0.5
+SMALLEST_BAND = 0.05
+C1 = Rule(
+    "C1",
+    "reappearance rate of stable less that of unstable features, in a seed that had no say in the bands",
+    f"supported in this model if the 95 % intervals over seeds lie above their bounds: the statistic above {SMALLEST_SEPARATION}, "
+    "the mean stability above the surrogate ensemble's, "
+    f"and the share of features in the stable and in the unstable band above {SMALLEST_BAND:.0%} each; "
+    "not supported if one lies below; inconclusive otherwise",
+)
+
+
+def features(results: Results) -> pd.DataFrame:
+    """One row per feature: how often it fires, and in how many of the other seeds it comes back."""
+    return each_kind(results.cell.kinds, lambda kind: features_at(results, kind, results.cell.threshold))
+
+
+def features_at(results: Results, kind: str, threshold: float) -> pd.DataFrame:
+    """The features of the ensemble, or of one of its nulls, at a threshold."""
+    matched, seeds = matching.stability(results, kind).at(threshold), ensembles.ensemble(results, kind).seeds
+    low, high = matched.interval
+    count, d_sae = matched.alive.shape
+    columns = {
+        "alive": matched.alive.numpy(),
+        "frequency": quality.fit(results, kind).frequency.numpy(),
+        "matches": matched.counts.numpy(),
+        "stability": matched.probability.numpy(),
+        "stability_low": low,
+        "stability_high": high,
+        "band": np.array([*BANDS, "dead"])[matched.band],
+        "mean_best_cosine": matched.best_cosine.nanmean(1).numpy(),
+        "ambiguous": matched.ambiguous.sum(1).numpy(),
+        "nearest_within": matching.nearest(results, kind).numpy(),
+        "family": families.families(results, kind).family,
+    }
+    table = pd.DataFrame({name: values.ravel() for name, values in columns.items()})
+    table.insert(0, "seed", np.repeat(seeds, d_sae))
+    table.insert(1, "feature", np.tile(np.arange(d_sae), count))
+    table.insert(5, "trials", matched.trials)
+    return table
+
+
+def criteria(results: Results) -> pd.DataFrame:
+    """One row per criterion and kind: what reappears by it, and how far it agrees with the default."""
+    rows = []
+    surrogate = matching.by_criterion(results, "surrogate")
+    for kind in results.cell.kinds:
+        default = matching.stability(results, kind)
+        for criterion, matched in matching.by_criterion(results, kind).items():
+            shares, adjusted = matched.shares(), adjusted_threshold(surrogate[criterion], NULL_SHARE)
+            ours, theirs = (each.probability[each.alive].numpy() for each in (default, matched))
+            row = {"kind": kind, "criterion": criterion, "threshold": matched.threshold}
+            row |= interval_columns("mean_stability", matched.mean())
+            row |= interval_columns("stable_share", shares["stable"]) | interval_columns("unstable_share", shares["unstable"])
+            row |= {"adjusted_threshold": adjusted, **interval_columns("mean_stability_adjusted", matched.at(adjusted).mean())}
+            rows.append(row | {"same_band": float((band_of(ours) == band_of(theirs)).mean())})
+    return pd.DataFrame(rows)
+
+
+def by_seeds(results: Results) -> pd.DataFrame:
+    """What smaller studies would have found: shares of the bands against the number of seeds.
+
+    One row per number of seeds, averaged over `SUBSETS` random choices of them; intervals are averages too.
+    """
+    matched, generator = matching.stability(results), np.random.default_rng(0)
+    rows = []
+    for seeds in range(min(3, len(matched.alive)), len(matched.alive) + 1):
+        chosen = {tuple(sorted(generator.permutation(len(matched.alive))[:seeds].tolist())) for _ in range(SUBSETS)}
+        subsets = []
+        for positions in sorted(chosen):
+            subset, row = matched.among(list(positions)), {}
+            for band, interval in subset.shares().items():
+                row |= interval_columns(f"{band}_share", interval)
+            for band, interval in subset.latent_shares().items():
+                row |= interval_columns(f"latent_{band}_share", interval)
+            subsets.append(row)
+        rows.append({"seeds": seeds, **pd.DataFrame(subsets).mean()})
+    return pd.DataFrame(rows)
+
+
+def at_equal_seeds(results: Results, threshold: float) -> pd.DataFrame:
+    """Matches of each live feature, of the model and its nulls, in a study of as many seeds as the smallest ensemble has."""
+    matched = {kind: matching.stability(results, kind).at(threshold) for kind in results.cell.kinds}
+    seeds = list(range(min(len(each.alive) for each in matched.values())))
+    parts = [(kind, each.among(seeds)) for kind, each in matched.items()]
+    return pd.concat(
+        [pd.DataFrame({"kind": kind, "matches": part.counts[part.alive].numpy(), "trials": part.trials}) for kind, part in parts],
+        ignore_index=True,
+    )
+
+
+def cells(results: Results) -> pd.DataFrame:
+    """One row: what was trained, how good it is, its stability and that of its null, with jackknife intervals over seeds."""
+    cell, real, surrogate = results.cell, matching.stability(results), matching.stability(results, "surrogate")
+    equal, measured = min(len(real.alive), len(surrogate.alive)), quality.fit(results)
+    l0 = measured.l0.mean().item()
+    adjusted = adjusted_threshold(surrogate, NULL_SHARE)
+    row = {
+        "label": cell.label,
+        "model": cell.model,
+        "hook_name": cell.hook_name,
+        "variant": cell.variant,
+        "d_sae": cell.d_sae,
+        "k": cell.k,
+        "tokens": cell.tokens * cell.passes,
+        "l0": l0,
+        "l0_on_target": quality.on_target(l0, cell.k),
+        "coefficient": ensembles.ensemble(results).coefficient,
+        "explained_variance": quality.mean_explained(measured),
+        "seeds": len(real.alive),
+        "diverged": len(cell.seed_list) - len(real.alive),
+        "surrogate_seeds": len(surrogate.alive),
+        "threshold": cell.threshold,
+        "adjusted_threshold": adjusted,
+        **interval_columns("mean_stability", real.mean()),
+        **interval_columns("surrogate_mean_stability", surrogate.mean()),
+        **interval_columns("mean_stability_adjusted", real.at(adjusted).mean()),
+        **interval_columns("separation", real.separation()),
+        **interval_columns("area", real.area()),
+        "surrogate_area": surrogate.area().value,
+        **interval_columns("ambiguous_share", real.ambiguous_share()),
+        "mcc": mean_mcc(matching.stability(results, "real", "one-to-one")),
+        "surrogate_mcc": mean_mcc(matching.stability(results, "surrogate", "one-to-one")),
+        "alpha": real.latent().alpha,
+        "beta": real.latent().beta,
+    }
+    for band, interval in real.shares().items():
+        row |= interval_columns(f"{band}_share", interval)
+    for band, interval in real.latent_shares().items():
+        row |= interval_columns(f"latent_{band}_share", interval)
+    for kind, matched in (("real", real), ("surrogate", surrogate)):
+        for band, interval in matched.among(list(range(equal))).shares().items():
+            row |= interval_columns(f"{kind}_{band}_share_at_{equal}_seeds", interval)
+    return pd.DataFrame([row])
+
+
+def growth(results: Results) -> pd.DataFrame:
+    """Stability as training goes: one row per snapshot. Features that are dead in the end are left out all along."""
+
+    def rows(kind: str) -> pd.DataFrame:
+        end, cell = matching.stability(results, kind), results.cell
+        decoders = ensembles.snapshots(results, kind)
+        matched = {tokens: compare(W_dec, end.threshold, end.alive) for tokens, W_dec in decoders.items()}
+        matched[cell.tokens * cell.passes] = end
+        return pd.DataFrame(
+            [
+                {
+                    "tokens": tokens,
+                    **interval_columns("mean_stability", each.mean()),
+                    **{f"{band}_share": interval.value for band, interval in each.shares().items()},
+                }
+                for tokens, each in matched.items()
+            ]
+        )
+
+    return each_kind(results.cell.kinds, rows)
+
+
+def thresholds(results: Results) -> pd.DataFrame:
+    """Mean stability against the threshold, for the ensemble, its nulls, and two reference lines.
+
+    Those are random directions with the covariance of the activations, and SAEs as they are before training.
+    """
+    cell, held_out = results.cell, texts.activations(results, "evaluation")
+    generator = torch.Generator().manual_seed(0)
+    draw = gaussian(replace(held_out, mean=torch.zeros(held_out.d_in)))
+    start = variant(cell.variant)(cell.k)
+    begun = [start.initialise(held_out.d_in, cell.d_sae, generator).W_dec for _ in range(REFERENCE_SEEDS)]
+    kinds = {kind: matching.stability(results, kind) for kind in cell.kinds}
+    kinds["random directions"] = compare(torch.stack([draw(cell.d_sae, generator) for _ in range(REFERENCE_SEEDS)]))
+    kinds["untrained SAE"] = compare(torch.stack(begun))
+    return pd.DataFrame(
+        [
+            {"kind": kind, "threshold": threshold, **interval_columns("mean_stability", matched.at(float(threshold)).mean())}
+            for kind, matched in kinds.items()
+            for threshold in THRESHOLDS
+        ]
+    )
+
+
+def judge(results: Results) -> list[dict]:
+    nulls = {kind: matching.stability(results, kind) for kind in results.cell.nulls}
+    return [judge_c1(matching.stability(results), nulls)]
+
+
+def judge_c1(real: Stability, nulls: dict[str, Stability]) -> dict:
+    """C1 on one cell. The mean over pairs does not depend on the number of seeds, so the means compare at unequal S.
+
+    The surrogate has no features to find, so the rule asks for more than it has. Other nulls have some: what reappears in a model
+    with shuffled weights is not noise, so it stands beside the verdict and not in the rule.
+    """
+    separation, shares, surrogate = real.separation(), real.shares(), nulls["surrogate"]
+    conditions = [
+        Condition("separation", separation, SMALLEST_SEPARATION),
+        Condition("mean stability less the surrogate's", difference(real.mean(), surrogate.mean()), 0.0),
+        Condition("share of stable features", shares["stable"], SMALLEST_BAND),
+        Condition("share of unstable features", shares["unstable"], SMALLEST_BAND),
+    ]
+    equal = list(range(min(len(real.alive), len(surrogate.alive))))
+    beside = {
+        "value_at_null_seeds": number(real.among(equal).separation().value),
+        "seeds": len(real.alive),
+        "null_seeds": len(surrogate.alive),
+        "nulls": [
+            {
+                "null": kind,
+                "seeds": len(null.alive),
+                **named_interval("mean_stability", null.mean()),
+                **named_interval("above", difference(real.mean(), null.mean())),
+            }
+            for kind, null in nulls.items()
+        ],
+    }
+    return judged(C1, separation, surrogate.separation(), conditions) | beside
+
+
+EXPERIMENT = Experiment(
+    "stability",
+    None,
+    report_after=("matching", "families", "quality"),
+    report_reads=("threshold", "evaluation_tokens"),
+    tables={
+        "cells": cells,
+        "features": features,
+        "criteria": criteria,
+        "seeds": by_seeds,
+        "growth": growth,
+        "thresholds": thresholds,
+    },
+    claims=judge,
+)

@@ -1,0 +1,220 @@
+"""Text and activations: what a model reads, and what SAEs are trained and judged on. Studies share them."""
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from sae_stability import places, sources
+from sae_stability.errors import UserError
+from sae_stability.experiments.experiment import Results, Stage
+from sae_stability.files import read_json, save_arrays, write_json
+from sae_stability.keys import fingerprint, key_of, versions
+from sae_stability.language import corpus, models
+from sae_stability.language.activations import Activations, collect, kept, longest_norms
+from sae_stability.language.corpus import Contexts
+from sae_stability.store import SHARED, Store, Work
+from sae_stability.study import Cell, Recipe, Study
+
+SPLITS = ("train", "evaluation")
+
+
+def text_entry(recipe: Recipe) -> tuple[str, str]:
+    """Where the text of a recipe stands, and its key: a model's tokens of a corpus."""
+    packages = versions(corpus.EMBEDDED_PACKAGES) if recipe.corpus == places.CORPUS else fingerprint(recipe.corpus)
+    inputs = {"model": fingerprint(models.locate(recipe.model)), "corpus": packages, "context": recipe.context}
+    if corpus.is_bounded(recipe.corpus):  # of a dataset no more is read than is needed
+        inputs["tokens"] = recipe.tokens
+    key = key_of(inputs, [read_text])
+    return f"{SHARED}/texts/{_slug(recipe.model, recipe.corpus)}-{key[:12]}", key
+
+
+def data_key(study: Study, recipe: Recipe, kind: str) -> str:
+    """The key of what an ensemble is trained on, the activations of a site or a null source, whatever else of it is cached."""
+    kept_apart = {"hook_name", "dtype", "model_dtype", "norm_cutoff"}
+    inputs = {**recipe.model_dump(include=kept_apart), "device": study.device, "threads": study.threads}
+    source = sources.source(kind)
+    if source.drawn:
+        inputs["tokens"] = recipe.tokens  # that it is fitted to
+    return key_of({"kind": kind, **inputs}, [source, run_model, draw_null], [text_entry(recipe)[1]])
+
+
+def activations_entry(study: Study, cell: Cell, kind: str) -> tuple[str, str]:
+    """Where the activations of a cell stand, or those of one of its nulls, and their key."""
+    tokens = _cached_tokens(study, cell)
+    source, recipe = sources.source(kind), cell.recipe
+    if source.drawn:
+        tokens = {"train": recipe.tokens, "evaluation": tokens["evaluation"]}
+    key = key_of({"tokens": tokens, "stream": study.stream}, [], [data_key(study, recipe, kind)])
+    return f"{SHARED}/activations/{_slug(recipe.model, recipe.corpus)}-{recipe.hook_name}-{kind}-{key[:12]}", key
+
+
+def stages(study: Study) -> Iterable[Stage]:
+    """The texts of a study, the activations of its models, and the null sources that are drawn from them."""
+    for group in _grouped(study, _text):
+        entry, key = text_entry(group[0].recipe)
+        hooks = sorted({cell.hook_name for cell in group})
+        yield Stage(entry, {entry: key}, partial(read_text, _widest(group), hooks, study.device), entry)
+    for kind in _kinds(study, drawn=False):
+        cells = [cell for cell in study.cells.values() if kind in cell.kinds]
+        for group in _grouped(study, _pass, cells):
+            entries = dict(activations_entry(study, cell, kind) for cell in group)
+            cells_of = {activations_entry(study, cell, kind)[0]: cell for cell in group}
+            text = text_entry(group[0].recipe)[0]
+            name = f"activations/{kind}/{text.rpartition('/')[2]}"
+            yield Stage(name, entries, partial(run_model, study, kind, cells_of), f"{SHARED}/{name}", (text,))
+    for kind in _kinds(study, drawn=True):
+        done = set()
+        for cell in study.cells.values():
+            entry, key = activations_entry(study, cell, kind) if kind in cell.kinds else ("", "")
+            if entry and entry not in done:
+                done.add(entry)
+                text = text_entry(cell.recipe)[0]
+                behind = f"activations/real/{text.rpartition('/')[2]}"
+                yield Stage(entry, {entry: key}, partial(draw_null, study, kind, cell), entry, (behind,))
+
+
+def read_text(cell: Cell, hook_names: list[str], device: str, work: Work) -> None:
+    """Check the model's hook points, then split, tokenise and pack the corpus.
+
+    Raises `UserError` for a hook that the model lacks and for text that fills no context.
+    """
+    bridge = models.load(cell.model)
+    for hook_name in hook_names:
+        models.check_hook(bridge, hook_name)
+    context = models.context_length(bridge, cell.context)
+    text = corpus.load(cell.corpus, characters=corpus.CHARACTERS_A_TOKEN * (cell.tokens + cell.evaluation_tokens))
+    packed = {
+        split: corpus.pack(documents, bridge.tokenizer, context)
+        for split, documents in zip(SPLITS, (text.train, text.evaluation), strict=True)
+    }
+    if not packed["evaluation"].is_text.any():
+        raise UserError(f"corpus: the held-out documents of {cell.corpus} fill no context of {context} tokens; give more text")
+    for split, contexts in packed.items():
+        arrays = {"tokens": contexts.tokens, "document": contexts.document, "is_text": contexts.is_text}
+        save_arrays(work.folder / f"{split}.safetensors", arrays)
+    facts = {
+        "corpus": cell.corpus,
+        "corpus_sha256": text.sha256,
+        "train_documents": len(text.train),
+        "evaluation_documents": len(text.evaluation),
+        "train_tokens": int(packed["train"].is_text.sum()),
+        "evaluation_tokens": int(packed["evaluation"].is_text.sum()),
+        "context": context,
+        "layers": bridge.cfg.n_layers,
+        "d_model": bridge.cfg.d_model,
+        "vocabulary": bridge.cfg.d_vocab,
+    }
+    write_json(work.folder / "facts.json", facts)
+
+
+def run_model(study: Study, kind: str, cells: dict[str, Cell], work: Work) -> None:
+    """Cache the activations of some sites of a model in one pass; where training streams, those of held-out text only."""
+    first = next(iter(cells.values()))
+    text = Store(study).path(text_entry(first.recipe)[0])
+    check_tokens(study, first, read_json(text / "facts.json"))
+    contexts = {split: Contexts(**load_file(text / f"{split}.safetensors")) for split in SPLITS}
+    bridge = models.load(first.model, sources.source(kind).shuffled_weights)
+    folders = {cells[entry].hook_name: folder for entry, folder in work.folders.items()}
+    longest = None
+    if first.norm_cutoff is not None:
+        longest = longest_norms(bridge, contexts["train"], list(folders), first.norm_cutoff)
+    for split, tokens in _cached_tokens(study, first).items():
+        paths = {hook: folder / f"{split}.bin" for hook, folder in folders.items()}
+        described = f"activations, {split}" if kind == "real" else f"{kind}, {split}"
+        collect(bridge, contexts[split], paths, tokens, getattr(torch, first.dtype), described, longest)
+
+
+def draw_null(study: Study, kind: str, cell: Cell, work: Work) -> None:
+    """Cache a null source that is drawn from the activations of a site."""
+    store, recipe = Store(study), cell.recipe
+    folder, text = store.path(activations_entry(study, cell, "real")[0]), store.path(text_entry(recipe)[0])
+    real = {split: Activations.open(folder / f"{split}.bin") for split in _cached_tokens(study, cell)}
+    ids = {split: _ids(text, folder, split, len(of)) for split, of in real.items()}
+    fitted = "evaluation" if study.stream else "train"
+    if not study.stream:
+        real["train"] = real["train"].normalised_by_first(recipe.tokens)
+    draw = sources.source(kind).fit(real[fitted], ids[fitted])
+    for split, of in real.items():
+        path = work.folder / f"{split}.bin"
+        sources.write_drawn(draw, of, ids[split], path, SPLITS.index(split), f"{kind}, {split}")
+
+
+def check_tokens(study: Study, cell: Cell, facts: dict) -> None:
+    """Raises `UserError` where a cell of a text wants more tokens than the text has."""
+    wanted = max(other.tokens for other in study.cells.values() if _text(other) == _text(cell))
+    if facts["train_tokens"] < wanted:
+        raise UserError(
+            f"tokens: {cell.corpus} has {facts['train_tokens']:,} training tokens, not {wanted:,}; lower tokens, or raise passes"
+        )
+
+
+def contexts(results: Results, split: str, kind: str = "real") -> Contexts:
+    """The packed text of a cell; tokens whose activations the recipe leaves out are no text."""
+    packed = Contexts(**load_file(results.folder("text") / f"{split}.safetensors"))
+    if results.cell.norm_cutoff is None:
+        return packed
+    read = "real" if sources.source(kind).drawn else kind
+    return kept(results.folder(f"activations/{read}") / f"{split}.bin", packed)
+
+
+def facts(results: Results) -> dict:
+    """Sizes and hashes of the text and the model behind a cell."""
+    return read_json(results.folder("text") / "facts.json")
+
+
+def activations(results: Results, split: str, kind: str = "real") -> Activations:
+    """The activations of a cell, or of one of its nulls: as many as it asks for, under the normalisation of these alone."""
+    cached = Activations.open(results.folder(f"activations/{kind}") / f"{split}.bin")
+    wanted = results.cell.tokens if split == "train" else results.cell.evaluation_tokens
+    return cached.normalised_by_first(min(wanted, len(cached)))
+
+
+def _ids(text: Path, folder: Path, split: str, rows: int) -> torch.Tensor:
+    """The tokens whose activations a file holds."""
+    packed = kept(folder / f"{split}.bin", Contexts(**load_file(text / f"{split}.safetensors")))
+    return torch.from_numpy(packed.tokens[packed.is_text][:rows].astype(np.int64))
+
+
+def _cached_tokens(study: Study, cell: Cell) -> dict[str, int]:
+    """How many tokens of the cell's text are kept as activations: as many as any cell that shares the pass wants."""
+    group = [other for other in study.cells.values() if _pass(other) == _pass(cell)]
+    tokens = {"train": max(other.tokens for other in group), "evaluation": max(other.evaluation_tokens for other in group)}
+    return {"evaluation": tokens["evaluation"]} if study.stream else tokens
+
+
+def _text(cell: Cell) -> tuple:
+    """What cells have in common that read one text."""
+    return (cell.model, cell.corpus, cell.context, cell.tokens if corpus.is_bounded(cell.corpus) else None)
+
+
+def _pass(cell: Cell) -> tuple:
+    """What cells have in common that one pass of the model can serve."""
+    return (*_text(cell), cell.dtype, cell.model_dtype, cell.norm_cutoff)
+
+
+def _kinds(study: Study, drawn: bool) -> list[str]:
+    """The kinds of sources that a study asks for."""
+    kinds = dict.fromkeys(kind for cell in study.cells.values() for kind in cell.kinds)
+    return [kind for kind in kinds if sources.source(kind).drawn == drawn]
+
+
+def _grouped(study: Study, by, cells: Iterable[Cell] | None = None) -> list[list[Cell]]:
+    groups: dict[object, list[Cell]] = {}
+    for cell in study.cells.values() if cells is None else cells:
+        groups.setdefault(by(cell), []).append(cell)
+    return list(groups.values())
+
+
+def _widest(group: list[Cell]) -> Cell:
+    """The cell that reads most of a text."""
+    return max(group, key=lambda cell: cell.tokens + cell.evaluation_tokens)
+
+
+def _slug(*names: str) -> str:
+    """The last parts of names, for a reader of the folder; what tells entries apart is the key behind it."""
+    plain = ("".join(c if c.isalnum() or c in "._-" else "_" for c in Path(name).name) for name in names)
+    return "-".join(name[:40] for name in plain)

@@ -1,0 +1,64 @@
+"""What became of a seed's features in the next seed (main cell): regressed on its latents, and their contribution transplanted."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.numpy import load_file
+
+from sae_stability import ablation
+from sae_stability.ablation.translation import TRANSPLANTS
+from sae_stability.evaluation import Encoded
+from sae_stability.experiments import ensembles, function, matching, texts
+from sae_stability.experiments.columns import interval_columns
+from sae_stability.experiments.experiment import Experiment, Results, is_main
+from sae_stability.experiments.matching import CODE_TOKENS
+from sae_stability.files import save_arrays, write_table
+from sae_stability.language import models
+from sae_stability.matching import BANDS
+from sae_stability.statistics import over_seeds_and_documents
+
+TRANSLATED = ("stable", "unstable")
+
+
+def compute(results: Results, folder: Path) -> None:
+    """Translate the stable and the unstable features of each seed into the next one's, and let the model read the next one's."""
+    bridge, contexts = models.load(results.cell.model), texts.contexts(results, "evaluation")
+    ensemble, (effects, _) = ensembles.ensemble(results), function.effects(results)
+    encoded = Encoded.of(ensemble, texts.activations(results, "evaluation").first(CODE_TOKENS))
+    held_out_band = torch.from_numpy(matching.stability(results).held_out_band)
+    members = {band: held_out_band == BANDS.index(band) for band in TRANSLATED}
+    document = contexts.document[contexts.is_text]
+    write_table(folder / "translation.parquet", ablation.translate_to_next(encoded, document, members))
+    site = (results.cell.hook_name, contexts, results.study.ablation_tokens)
+    for band, member in members.items():
+        moved = ablation.transplant(bridge, ensemble, *site, member, effects.activation / effects.rows)
+        by_seed = {what: np.stack([moved.nats[what, seed] for seed in range(len(ensemble.seeds))]) for what in TRANSPLANTS}
+        save_arrays(folder / f"transplant-{band}.safetensors", {"intact": moved.clean, "size": moved.tokens, **by_seed})
+
+
+def translations(results: Results) -> pd.DataFrame:
+    """What became of the stable and the unstable features of each seed in the next seed."""
+    return pd.read_parquet(results.folder("translation") / "translation.parquet")
+
+
+def transplants(results: Results) -> pd.DataFrame:
+    """What the model loses where a band's contribution is removed, averaged, or written by another seed: nats a token."""
+    rows = []
+    for band in TRANSLATED:
+        sums = load_file(results.folder("translation") / f"transplant-{band}.safetensors")
+        for what in TRANSPLANTS:
+            change = over_seeds_and_documents(sums[what] - sums["intact"], sums["size"])
+            rows.append({"band": band, "what": what, **interval_columns("change", change)})
+    return pd.DataFrame(rows)
+
+
+EXPERIMENT = Experiment(
+    "translation",
+    compute,
+    after=("function",),
+    reads=("threshold", "evaluation_tokens", "ablation_tokens"),
+    tables={"translations": translations, "transplants": transplants},
+    asked=is_main,
+)

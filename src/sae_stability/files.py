@@ -1,0 +1,98 @@
+"""Files that are whole or not there: what is written takes its place once it is complete. Every result is written through here."""
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import safetensors.numpy
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+TEMPORARY = ".writing-"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that takes its place once the block has ended well.
+
+    Raises `OSError` with `errno.ENOSPC` where the disk is full, whichever library was writing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        with telling_of_a_full_disk(path):
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def telling_of_a_full_disk(path: Path) -> Iterator[None]:
+    """Libraries that write have errors of their own kinds for a full disk: here they become the system's."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        full = f"os error {errno.ENOSPC}" in str(error) or os.strerror(errno.ENOSPC) in str(error)
+        if full and getattr(error, "errno", None) != errno.ENOSPC:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise
+
+
+def drop(leftovers: Iterable[Path]) -> None:
+    """Remove temporary files that a killed run left behind."""
+    for leftover in list(leftovers):
+        leftover.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    with replacing(path) as temporary:
+        table.to_parquet(temporary, index=False)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
+    """Write tensors with `metadata` (JSON values) in one safetensors file."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        # One entry: safetensors writes several in an order that changes from run to run.
+        safetensors.torch.save_file(contiguous, temporary, {"metadata": json.dumps(metadata)})
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write NumPy arrays in one safetensors file."""
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    with replacing(path) as temporary:
+        safetensors.numpy.save_file(contiguous, temporary)
+
+
+def read_metadata(path: Path) -> dict:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["metadata"])
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,92 @@
+"""Reads a study: a YAML file, with overrides from the command line, or what a run has written down."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from sae_stability import places
+from sae_stability.errors import UserError
+from sae_stability.files import read_json
+from sae_stability.study import Study, complaint, nearest
+
+NAMES = {"model": (*places.MODELS, *places.FETCHED), "corpus": (places.CORPUS,)}
+"""Names that mean what the project ships, in every working directory."""
+
+
+def load_study(study: str, overrides: Sequence[str] = (), name: str | None = None) -> Study:
+    """Read a study by its name in studies/ or its path, with `key=value` overrides (dots reach inside).
+
+    Raises `UserError` that names the first bad field and the mend.
+    """
+    folder = places.root() / "studies"
+    path = Path(study) if study.endswith((".yaml", ".yml")) else folder / f"{study}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in folder.glob("*.yaml"))
+        raise UserError(
+            f"study: there is no {study}{nearest(study, known)}; studies/ holds {', '.join(known)}, or give a .yaml file"
+        )
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: a study is a list of 'key: value' lines; see studies/quick.yaml")
+    if overrides:
+        fields.pop("notes", None)  # they give the reasons of another choice
+    for override in overrides:
+        _override(fields, override)
+        if isinstance(fields.get("grid"), dict):  # what is set by hand holds for every cell
+            fields["grid"].pop(override.partition("=")[0], None)
+    if name is not None:
+        fields["name"] = name
+    grid = fields.get("grid")
+    for key, names in NAMES.items():
+        if key in fields:
+            fields[key] = _absolute(fields[key], names)
+        if isinstance(grid, dict) and isinstance(grid.get(key), list):
+            grid[key] = [_absolute(value, names) for value in grid[key]]
+    return _validated(fields)
+
+
+def read_study(path: Path) -> Study:
+    """A study as a run wrote it down in its results."""
+    return _validated(read_json(path))
+
+
+def _validated(fields: dict) -> Study:
+    try:
+        return Study(**{str(key): value for key, value in fields.items()})
+    except ValidationError as error:
+        raise UserError(complaint(error, Study)) from None
+
+
+def _override(fields: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: give key=value, such as --set d_sae=512")
+    *outer, last = key.split(".")
+    inside = fields
+    for part in outer:
+        if inside.get(part) is None:
+            inside[part] = {}
+        inside = inside[part]
+        if not isinstance(inside, dict):
+            raise UserError(f"--set {override}: {part} holds a value and has no keys inside")
+    try:
+        inside[last] = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):
+        inside[last] = value
+
+
+def _absolute(value: Any, names: Sequence[str]) -> Any:
+    """Paths that exist in full: chapters are executed from another folder than the command. Names of what is shipped stay."""
+    if not isinstance(value, str) or not value or value in names:
+        return value
+    try:
+        path = Path(value).expanduser()
+        return str(path.resolve()) if path.exists() else value
+    except (OSError, ValueError, RuntimeError):  # a name that is no path: too long, or with a null byte
+        return value

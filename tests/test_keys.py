@@ -1,0 +1,239 @@
+"""Keys follow the code that a result's function reaches: edits of a copy of the package, and what they would compute again."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sae_stability import keys
+from sae_stability.loading import load_study
+from sae_stability.pipeline import Plan
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch) -> Path:
+    """A copy of the package that keys read in place of the package."""
+    source = tmp_path / "sae_stability"
+    shutil.copytree(keys.SOURCE, source, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(keys, "SOURCE", source)
+    keys.forget()
+    yield source
+    monkeypatch.undo()
+    keys.forget()
+
+
+def planned(*overrides: str) -> dict[str, set[str]]:
+    """The keys of each stage of a small study with a grid of variants, by a name that an edit does not change."""
+    study = load_study("quick", ["grid={variant: [jumprelu]}", *overrides])
+    names = {cell.id: cell.variant for cell in study.cells.values()}
+    plan: dict[str, set[str]] = {}
+    for stage in Plan(study).stages:
+        first, _, rest = stage.name.partition("/")
+        name = f"{names[first]}/{rest}" if first in names else stage.name
+        if "-" in name and name.startswith("shared"):
+            name = name.rpartition("-")[0]  # the rest is the key
+        elif name.startswith("activations"):
+            name = name.rpartition("/")[0]
+        plan.setdefault(name, set()).update(stage.entries.values())
+    return plan
+
+
+def changed(before: dict[str, set[str]], after: dict[str, set[str]]) -> set[str]:
+    assert set(before) == set(after)
+    return {name for name in before if before[name] != after[name]}
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert old in text, f"{file} has no {old}"
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    keys.forget()
+
+
+TRAINED = {f"shared/ensembles/{variant}-256-{kind}" for variant in ("topk", "jumprelu") for kind in ("real", "surrogate")}
+
+
+def every(*experiments: str) -> set[str]:
+    """Stages of some experiments in both cells."""
+    return {f"{variant}/{name}" for variant in ("topk", "jumprelu") for name in experiments}
+
+
+def test_a_docstring_or_a_comment_anywhere_computes_nothing(copy):
+    before = planned()
+    for file in copy.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text.replace('"""', '"""Edited. ', 1).replace("\n\n\n", "\n\n\n# a comment\n"), encoding="utf-8")
+    keys.forget()
+    assert changed(before, planned()) == set()
+
+
+def test_choosing_which_features_are_explained_computes_explanations_and_what_stands_behind(copy):
+    before = planned()
+    edit(copy / "experiments" / "explanations.py", "EXPLAINED_SEEDS, EXPLAINED = 4, 15", "EXPLAINED_SEEDS, EXPLAINED = 4, 16")
+    assert changed(before, planned()) == {"topk/explanations", "topk/explanations/report", "tables", "claims.json"}
+
+
+def test_how_effects_are_opened_computes_what_reads_them(copy):
+    before = planned()
+    edit(copy / "experiments" / "function.py", "measured.curves)", "not measured.curves)")
+    assert changed(before, planned()) == {
+        *every("function/report"),
+        "topk/translation",
+        "topk/translation/report",
+        "tables",
+        "claims.json",
+    }
+
+
+def test_how_stability_is_opened_computes_everything_that_knows_bands(copy):
+    before = planned()
+    edit(copy / "experiments" / "matching.py", 'tensors["alive"], results.cell.threshold)', 'tensors["alive"], 0.5)')
+    moved = changed(before, planned())
+    assert every("function", "function/report", "stability/report", "triggers/report") <= moved
+    assert {"topk/explanations", "topk/examples", "tables", "claims.json"} <= moved
+    assert not moved & {*TRAINED, *every("quality", "triggers", "matching", "families", "frontier")}
+
+
+def test_a_rule_computes_reports_of_its_experiment_only(copy):
+    before = planned()
+    edit(copy / "experiments" / "stability.py", "SMALLEST_SEPARATION = 0.5", "SMALLEST_SEPARATION = 0.6")
+    assert changed(before, planned()) == {*every("stability/report"), "tables", "claims.json"}
+
+
+def test_a_variant_that_is_looked_up_by_name_computes_its_own_cells_only(copy):
+    before = planned()
+    edit(copy / "saes" / "jumprelu.py", "BANDWIDTH = 0.05", "BANDWIDTH = 0.06")
+    moved = changed(before, planned())
+    assert {"shared/ensembles/jumprelu-256-real", "shared/ensembles/jumprelu-256-surrogate"} <= moved
+    assert {name for name in moved if name.startswith(("topk", "shared/ensembles/topk"))} == set()
+
+
+def test_a_null_source_computes_its_own_ensembles_only(copy):
+    nulls = "nulls=[surrogate,whitened]"
+    before = planned(nulls)
+    edit(copy / "sources.py", "SMALLEST_VARIANCE = 1e-6", "SMALLEST_VARIANCE = 1e-5")
+    moved = {name for name in changed(before, planned(nulls)) if name.startswith("shared")}
+    assert moved == {
+        "shared/activations/docstrings-2l-docstrings-blocks.1.hook_resid_pre-whitened",
+        "shared/ensembles/topk-256-whitened",
+        "shared/ensembles/jumprelu-256-whitened",
+    }
+
+
+def test_a_kernel_that_only_a_method_names_computes_everything_that_encodes(copy):
+    before = planned()
+    edit(copy / "saes" / "compiled.py", "total = np.float32(0)", "total = np.float32(-0.0)")
+    moved = changed(before, planned())
+    assert moved >= {*TRAINED, *every("quality", "matching", "triggers", "function")}
+    assert not {name for name in moved if name.startswith(("shared/texts", "activations"))}
+
+
+def test_what_figures_and_pages_say_computes_nothing(copy):
+    before = planned()
+    edit(copy / "figures" / "style.py", "WIDTH = 5.6", "WIDTH = 5.7")
+    edit(copy / "book" / "page.py", '"supported": "✓"', '"supported": "yes"')
+    edit(copy / "cli.py", "The command line", "The commands")
+    assert changed(before, planned()) == set()
+
+
+def test_what_is_asked_trains_nothing():
+    before, after = planned(), planned("threshold=0.6")
+    behind = {"function", "function/report", "stability/report", "families", "families/report", "triggers/report"}
+    only_main = {"topk/explanations", "topk/explanations/report", "topk/examples", "topk/examples/report"}
+    translated = {"topk/translation", "topk/translation/report"}
+    assert changed(before, after) == {*every(*behind), *only_main, *translated, "tables", "claims.json"}
+    assert changed(before, planned("notes=other")) == set()
+    assert changed(before, planned("ablation_tokens=1000")) >= every("function")
+    assert not changed(before, planned("ablation_tokens=1000")) & {*TRAINED, *every("quality", "matching", "stability/report")}
+
+
+@pytest.mark.parametrize("override", ["device=cuda", "threads=1", "dtype=float32", "model_dtype=bfloat16"])
+def test_what_moves_the_bits_of_activations_trains_again(override):
+    assert changed(planned(), planned(override)) >= TRAINED
+
+
+def test_seeds_and_nulls_of_one_study_serve_another():
+    few, many = (Plan(load_study("quick", ["grid={}", f"seeds={seeds}"], name=f"with-{seeds}")) for seeds in (3, 5))
+    few, many = ({entry: key for stage in plan.stages for entry, key in stage.entries.items()} for plan in (few, many))
+    seeds_of = [{entry for entry in entries if "/ensembles/topk-256-real" in entry} for entries in (few, many)]
+    assert len(seeds_of[0]) == 3
+    assert len(seeds_of[1]) == 5
+    assert seeds_of[0] < seeds_of[1]
+    assert all(few[entry] == many[entry] for entry in seeds_of[0])
+
+
+def test_a_recipe_is_found_whatever_else_its_study_trains():
+    alone = Plan(load_study("quick", ["grid={}", "tokens=100_000"], name="alone"))
+    study = load_study("quick", ["grid={}", "grid.tokens=[100_000]"], name="beside")
+    assert study.main.tokens == 200_000
+    beside = Plan(study)
+    entries = [{entry for stage in plan.stages for entry in stage.entries} for plan in (alone, beside)]
+    wanted = {entry for entry in entries[0] if "/ensembles/" in entry}
+    assert wanted <= entries[1]
+
+
+def test_libraries_that_the_code_imports_are_part_of_a_key():
+    from sae_stability.experiments import texts, triggers
+
+    def libraries(root) -> set[str]:
+        definition = keys.Definition(root.__module__, root.__name__)
+        return set(keys.libraries_of(keys.closure([definition])))
+
+    assert {"numpy", "pandas", "scipy"} <= libraries(triggers.compute)
+    assert {"transformers", "tokenizers"} & libraries(texts.read_text)
+    assert "matplotlib" not in libraries(triggers.compute)
+    assert "tqdm" not in libraries(triggers.compute)
+
+
+def test_code_is_followed_through_modules_packages_and_what_is_asked_of_classes():
+    from sae_stability.experiments import ensembles
+
+    reached = keys.closure([keys.Definition(ensembles.__name__, "ensemble")])
+    names = {f"{definition.module.removeprefix('sae_stability.')}.{definition.name}" for definition in reached}
+    assert {
+        "saes.ensemble.Ensemble",  # Ensemble.open(...)
+        "files.read_metadata",  # that a method of it calls
+        "saes.variant",  # a function of a package, and not the module of the same name
+        "saes.sparse.above",  # an attribute of a module
+        "saes.compiled._dots",  # behind kernels(tensor).dots
+        "errors.UserError",
+    } - names <= {"saes.sparse.above"}
+    assert not {name for name in names if name.startswith(("figures", "book", "cli", "triggers", "saes.jumprelu"))}
+
+
+def test_a_script_depends_on_what_it_names(copy):
+    script = "from sae_stability.book import page\nfrom sae_stability import figures\nfigures.growth\npage.say"
+    before = keys.key_of_script(script, {})
+    edit(copy / "experiments" / "triggers.py", "TRIGGER_TOKENS = 400_000", "TRIGGER_TOKENS = 300_000")
+    assert keys.key_of_script(script, {}) == before
+    edit(copy / "book" / "page.py", "display(Markdown(markdown))", "display(Markdown(markdown + ' '))")
+    assert keys.key_of_script(script, {}) != before
+    assert keys.key_of_script(script + "\n# a comment", {}) == keys.key_of_script(script, {})
+
+
+def test_keys_follow_inputs_and_content(tmp_path):
+    assert keys.key_of({"a": 1}) == keys.key_of({"a": 1})
+    assert keys.key_of({"a": 1}) != keys.key_of({"a": 2})
+    assert keys.key_of({"a": 1}) != keys.key_of({"a": 1}, before=["x"])
+    (tmp_path / "f.txt").write_text("one")
+    before = keys.fingerprint(str(tmp_path))
+    (tmp_path / "f.txt").write_text("two!")
+    assert keys.fingerprint(str(tmp_path)) != before
+    assert keys.fingerprint("a/hub-id") == "a/hub-id"
+
+
+def named(source: str) -> set[str]:
+    """The names that a function uses and does not bind."""
+    import ast
+
+    return {ast.unparse(node) for node in keys._free(ast.parse(source).body[0], frozenset())}
+
+
+def test_names_that_a_function_binds_are_its_own():
+    assert named("def f(a, *b, c=d, **e): g = a; return g.x + h") == {"d", "h"}
+    assert named("def f():\n x = [i for i in range(3)]\n return i") == {"range", "i"}
+    assert named("def f():\n def inner(y): z = y; return z\n return inner(z)") == {"z"}
+    assert named("@wrap\ndef f(a: Kind) -> Other: return lambda b: a + b + c") == {"wrap", "Kind", "Other", "c"}
+    assert named("def f(): return module.part.name(module.other)") == {"module.part.name", "module.other"}
+    assert named("class A(Base):\n x: int = y\n def m(self): return self.x + Base.k") == {"Base", "int", "x", "y", "Base.k"}
+    assert named("def f():\n for i, (j, k) in w: pass\n with o as p: return {q: i for q in p} | {**r}") == {"w", "o", "r"}
