@@ -14,7 +14,6 @@ import pytest
 
 from sae_stability import pipeline
 from sae_stability.book import page
-from sae_stability.experiments import ensembles
 from sae_stability.loading import load_study
 from sae_stability.pipeline import Plan
 
@@ -102,7 +101,7 @@ def test_what_is_asked_trains_nothing_and_seeds_serve_every_study(house, small, 
     assert stability[0.5] > stability[0.7] > stability[0.9]
 
     with monkeypatch.context() as patched:
-        patched.setattr(ensembles, "train_cached", lambda *_: pytest.fail("trained"))
+        patched.setattr("sae_stability.training.train", lambda *_: pytest.fail("trained"))
         pipeline.compute(load_study("embedded", [*keys(small), "seeds=3", "threshold=0.6"], name="asked"))
     assert trained(house) == before
 
