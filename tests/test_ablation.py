@@ -185,6 +185,33 @@ def test_losses_and_divergences_are_those_of_whole_logits(site, monkeypatch):
     assert found.divergence["moved"].sum() == pytest.approx(divergence, rel=1e-4)
 
 
+def test_losses_of_a_bfloat16_model_are_float32s_up_to_its_precision(site, model_folders):
+    half = models.load(str(model_folders["gpt2"]), dtype=torch.bfloat16)
+
+    def edits(x):
+        yield "spliced back", x.float()
+        yield "zero", torch.zeros_like(x)
+
+    exact, found = (intervene(bridge, HOOK, site.contexts, TOKENS, edits) for bridge in (site.bridge, half))
+    assert found.clean.dtype == np.float64
+    assert np.array_equal(found.nats["spliced back"], found.clean)  # the clean activation spliced back changes nothing
+    assert abs(found.divergence["spliced back"]).max() < 1e-6 * found.clean.max()
+    for name in ("spliced back", "zero"):
+        np.testing.assert_allclose(found.nats[name], exact.nats[name], rtol=0.01)
+    assert len({nats % 2**-4 for nats in found.clean}) > 1  # sums in bfloat16 would have no digits behind the point
+
+
+def test_gradients_flow_through_a_bfloat16_model(site, model_folders):
+    half, ensemble = models.load(str(model_folders["gpt2"]), dtype=torch.bfloat16), random_ensemble("topk", site.activations)
+    exact, found = (
+        ablation.impact_on_prediction(bridge, ensemble, HOOK, site.contexts, TOKENS, {}) for bridge in (site.bridge, half)
+    )
+    for of in (found.first_order, found.second_order):
+        assert of.isfinite().all()
+        assert of.abs().sum() > 0
+    assert (found.first_order - exact.first_order).norm() < 0.05 * exact.first_order.norm()
+
+
 def test_first_order_impact_becomes_exact_as_contributions_become_small(site):
     ensemble, features = random_ensemble("topk", site.activations), torch.arange(20).expand(2, 20)
     apart = []

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sae_stability.config import HOOKS
 from sae_stability.errors import UserError
 from sae_stability.language import models
-from sae_stability.language.activations import Activations, collect, draw_surrogate
+from sae_stability.language.activations import Activations, collect, draw_surrogate, forward
 from sae_stability.language.corpus import Contexts, load, pack
 from sae_stability.language.site import Site
 from sae_stability.matching.criteria import whitening, without_top_component
@@ -153,6 +153,53 @@ def test_a_model_that_transforms_its_logits_runs_as_a_whole(model_folders, text_
         value, logits = site.read(ids)
         chosen = ids % 2 == 0
         torch.testing.assert_close(torch.cat(list(site.predict(value, chosen))), logits[chosen])
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama"])
+def test_bfloat16_models_compute_the_same_activations_up_to_their_precision(model_folders, text_file, architecture):
+    full, half = (models.load(str(model_folders[architecture]), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    contexts = pack(load(str(text_file)).train[:60], full.tokenizer, 32)
+    for hook_name in ("blocks.0.hook_resid_post", "blocks.2.hook_resid_post"):
+        exact, rounded = (forward(bridge, contexts, slice(8), [hook_name])[hook_name] for bridge in (full, half))
+        assert rounded.dtype == torch.bfloat16
+        apart = (rounded.float() - exact).norm(dim=1) / exact.norm(dim=1)
+        assert 0 < apart.max() < 0.03  # a unit in the last place is 0.008
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama"])
+def test_a_bfloat16_model_goes_on_from_its_blocks_as_it_does_as_a_whole(model_folders, text_file, architecture):
+    bridge = models.load(str(model_folders[architecture]), dtype=torch.bfloat16)
+    ids = torch.from_numpy(pack(load(str(text_file)).train[:20], bridge.tokenizer, 32).tokens[:4]).long()
+    site, everywhere = Site(bridge, "blocks.1.hook_resid_post"), torch.ones_like(ids, dtype=torch.bool)
+    with torch.inference_mode():
+        value, logits = site.read(ids)
+        assert torch.equal(torch.cat(list(site.predict(value, everywhere))), logits[everywhere])
+    assert site._resumes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "wrong", [lambda logits: 30 * (logits / 30).tanh(), lambda logits: 0.95 * logits, lambda logits: logits.roll(1, 1)]
+)
+def test_a_wrong_continuation_is_told_from_rounding(model_folders, text_file, monkeypatch, dtype, wrong):
+    bridge = models.load(str(model_folders["gpt2"]), dtype=dtype)
+    with torch.no_grad():
+        bridge.ln_final.weight.mul_(50)  # logits as large as those of trained models
+    ids = torch.from_numpy(pack(load(str(text_file)).train[:20], bridge.tokenizer, 32).tokens[:4]).long()
+    hooked = type(bridge).run_with_hooks
+    monkeypatch.setattr(type(bridge), "run_with_hooks", lambda *given, **options: wrong(hooked(*given, **options)))
+    site = Site(bridge, "blocks.0.hook_resid_post")
+    with torch.inference_mode():
+        _, logits = site.read(ids)
+    assert 5 < logits.abs().max() < 50
+    assert site._resumes is False
+
+
+def test_a_gpu_that_is_not_there_is_one_line(model_folders, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^device: .*set device to cpu"):
+        models.load(str(model_folders["gpt2"]), device="cuda")
 
 
 class Recorded(TorchDispatchMode):

@@ -42,6 +42,9 @@ class Planted:
         self.embedding = strengths @ self.shared + torch.randn(VOCABULARY, SPANNED, generator=generator) @ self.spanned
         self.unembedding = self.shared.T @ torch.randn(SHARED, VOCABULARY, generator=generator) * 0.1
 
+    def parameters(self):
+        return iter([self.unembedding])
+
     def run_with_hooks(self, ids, fwd_hooks, use_cache=False):
         x = self.embedding[ids]
         for _, hook in fwd_hooks:

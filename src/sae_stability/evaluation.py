@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sae_stability.language.activations import Activations
 from sae_stability.language.corpus import Contexts
+from sae_stability.language.models import device_of
 from sae_stability.language.site import CHUNK, Site
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sparse import Codes, Parameters
@@ -163,18 +164,20 @@ def intervene(
 
     `edits` takes the activations of text tokens and yields what stands in their place, by name. Tokens come from contexts spread
     evenly over all of the held-out text, so that they meet many documents. BOS and separators keep their activations, and are no
-    targets.
+    targets. Wherever the model computes, `edits` works on the CPU; what it yields is cast to the model's dtype. Losses are computed in
+    float32.
     """
     contexts = contexts.spread(tokens)
     kinds, document = np.unique(contexts.document, return_inverse=True)
     document = document.reshape(contexts.document.shape)
     nats: dict[Hashable, np.ndarray] = defaultdict(lambda: np.zeros(len(kinds)))
     divergence: dict[Hashable, np.ndarray] = defaultdict(lambda: np.zeros(len(kinds)))
-    scored, site = np.zeros(len(kinds), dtype=int), Site(bridge, hook_name)
+    scored, site, device = np.zeros(len(kinds), dtype=int), Site(bridge, hook_name), device_of(bridge)
     with torch.inference_mode():
         for start in tqdm(range(0, len(contexts.tokens), CONTEXTS), described, unit="batch", disable=None):
             rows = slice(start, start + CONTEXTS)
-            ids, text = torch.from_numpy(contexts.tokens[rows]).long(), torch.from_numpy(contexts.is_text[rows])
+            ids = torch.from_numpy(contexts.tokens[rows]).long().to(device)
+            text = torch.from_numpy(contexts.is_text[rows]).to(device)
             before_text = F.pad(text[:, 1:], (0, 1))  # positions that a text token follows
             targets = ids[:, 1:][text[:, 1:]]
             of = document[rows][:, 1:][contexts.is_text[rows][:, 1:]]
@@ -184,8 +187,8 @@ def intervene(
             likely = logits.softmax(1)
             clean, expected = _cross_entropies(logits.split(CHUNK), likely, targets)
             nats["clean"] += np.bincount(of, clean, len(kinds))
-            for name, edited in edits(value[text]):
-                changed = site.predict(value.index_put((text,), edited.to(value.dtype)), before_text)
+            for name, edited in edits(value[text].cpu()):
+                changed = site.predict(value.index_put((text,), edited.to(device, value.dtype)), before_text)
                 true, against = _cross_entropies(changed, likely, targets)
                 nats[name] += np.bincount(of, true, len(kinds))
                 divergence[name] += np.bincount(of, against - expected, len(kinds))
@@ -205,7 +208,7 @@ def _cross_entropies(
         normaliser = part.logsumexp(1)
         true.append(normaliser - part.gather(1, target[:, None])[:, 0])
         mean.append(normaliser - torch.bmm(expected[:, None], part[:, :, None])[:, 0, 0])
-    return torch.cat(true).double().numpy(), torch.cat(mean).double().numpy()
+    return torch.cat(true).double().cpu().numpy(), torch.cat(mean).double().cpu().numpy()
 
 
 def top_contexts(

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sae_stability.ablation.controls import Name
 from sae_stability.evaluation import CONTEXTS, Encoded, intervene
 from sae_stability.language.corpus import Contexts
+from sae_stability.language.models import device_of
 from sae_stability.saes.ensemble import Ensemble
 
 
@@ -115,8 +116,10 @@ def _gradients(
 ) -> list[Float[Tensor, "context position d_in"]]:
     """The activations at a hook point, and the gradients there of the cross-entropy summed over text tokens.
 
-    The first is that of the tokens that follow, the second that of tokens drawn from the model's prediction.
+    The first is that of the tokens that follow, the second that of tokens drawn from the model's prediction: on the CPU, so that
+    they are the same on every device. All come back to the CPU; gradients are in the model's dtype, and losses in float32.
     """
+    ids, text = ids.to(device_of(bridge)), text.to(device_of(bridge))
     at_site: list[Tensor] = []
 
     def cut(value: Tensor, hook) -> Tensor:
@@ -124,6 +127,7 @@ def _gradients(
         return at_site[0]
 
     logits = bridge.run_with_hooks(ids, fwd_hooks=[(hook_name, cut)])[:, :-1].float()[text[:, 1:]]
-    drawn = torch.multinomial(logits.detach().softmax(1), 1, generator=generator)[:, 0]
+    drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(ids.device)
     of = [F.cross_entropy(logits, targets, reduction="sum") for targets in (ids[:, 1:][text[:, 1:]], drawn)]
-    return [at_site[0].detach(), *(torch.autograd.grad(nats, at_site, retain_graph=True)[0] for nats in of)]
+    gradients = (torch.autograd.grad(nats, at_site, retain_graph=True)[0] for nats in of)
+    return [at_site[0].detach().cpu(), *(gradient.cpu() for gradient in gradients)]

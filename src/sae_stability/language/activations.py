@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from sae_stability import threads
 from sae_stability.language.corpus import Contexts
+from sae_stability.language.models import device_of
 from sae_stability.store import read_metadata, save_tensors
 
 BATCH = 16  # contexts a forward pass
@@ -115,11 +116,11 @@ def forward(
     bridge, contexts: Contexts, rows: slice | Int[np.ndarray, "context"], hook_names: list[str]
 ) -> dict[str, Float[Tensor, "token d_in"]]:
     """Activations of the text tokens of some contexts at each hook point, from one pass that stops at the last layer needed."""
-    ids, text = torch.from_numpy(contexts.tokens[rows]).long(), torch.from_numpy(contexts.is_text[rows])
+    ids, text = torch.from_numpy(contexts.tokens[rows]).long().to(device_of(bridge)), torch.from_numpy(contexts.is_text[rows])
     stop = max(layer_of(hook_name) for hook_name in hook_names) + 1
     with torch.inference_mode():
         _, cache = bridge.run_with_cache(ids, names_filter=hook_names, stop_at_layer=stop)
-    return {hook: cache[hook][text].clone() for hook in hook_names}
+    return {hook: cache[hook][text].cpu().clone() for hook in hook_names}
 
 
 def draw_surrogate(real: Activations, path: Path, rows: int, seed: int = 0, described: str = "surrogate") -> None:
