@@ -33,7 +33,7 @@ TRAINING = (
     *("saes/__init__.py", "saes/ensemble.py", "saes/sparse.py", "saes/plain.py", "saes/compiled.py", "threads.py"),
 )
 STREAMING = ("language/activations.py", "language/streaming.py")
-EVALUATION = ("evaluation.py", "language/site.py", "statistics.py")
+EVALUATION = ("evaluation.py", "language/interventions.py", "language/site.py", "statistics.py")
 MATCHING = (
     *("matching/__init__.py", "matching/reappearance.py", "matching/pairs.py", "matching/criteria.py", "matching/assignment.py"),
     *("matching/families.py", "threads.py", *EVALUATION),

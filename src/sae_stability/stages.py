@@ -16,6 +16,7 @@ from sae_stability.errors import UserError
 from sae_stability.evaluation import Encoded, fit, losses, sparse_codes
 from sae_stability.language import corpus, models
 from sae_stability.language.activations import Activations, Blocks, collect, draw_surrogate
+from sae_stability.language.interventions import Reading
 from sae_stability.language.streaming import Stream
 from sae_stability.matching import BANDS, by_every_criterion, families, nearest_within
 from sae_stability.results import (
@@ -169,7 +170,8 @@ def evaluate(study: Study, source: Source, name: str, cell: Cell, folder: Path) 
             {**vars(measured), "firings": measured.firings.numpy(), "rows": np.array(measured.rows)},
             folder / f"{kind}.safetensors",
         )
-    spliced = losses(models.load(source.model), ensemble_of(store, name, "real"), cell.hook_name, contexts, study.loss_tokens)
+    site = Reading(models.load(source.model), cell.hook_name, contexts, study.loss_tokens)
+    spliced = losses(site, ensemble_of(store, name, "real"))
     save_file(vars(spliced), folder / "losses.safetensors")
 
 
@@ -249,26 +251,29 @@ def ablate(study: Study, source: Source, name: str, cell: Cell, folder: Path) ->
 
     The surrogate's SAEs are judged on what they were trained on for reconstruction, and on the model's activations for prediction.
     """
-    store, bridge, main = Store(study), models.load(source.model), name == "main"
+    store, main = Store(study), name == "main"
     contexts = contexts_of(store, source, "evaluation")
     document = contexts.document[contexts.is_text]
-    site = (cell.hook_name, contexts, study.ablation_tokens)
+    site = Reading(models.load(source.model), cell.hook_name, contexts, study.ablation_tokens)
     for kind in ("real", "surrogate"):
         ensemble, found = ensemble_of(store, name, kind), stability_of(store, name, kind)
         held_out = Encoded.of(ensemble, activations_of(store, source, cell, "evaluation", kind).first(CODE_TOKENS))
         detail = "bands" if kind == "surrogate" else "curves" if main else "controls"
-        effects, sets = ablation.measure(bridge, held_out, found, document, *site, study.loss_tokens, detail)
+        effects, sets = ablation.measure(held_out, found, document, site, tokens_alone=study.loss_tokens, detail=detail)
         save_tensors(folder / f"{kind}.safetensors", effects.tensors(), {})
         if main and kind == "real":
-            sampled, of_first = ablation.sample(effects, sets, SAMPLED), (bridge, ensemble.of(0), *site)
-            alone, true = ablation.impact_on_prediction(*of_first, {}), ablation.true_impact_on_prediction(*of_first, sampled)
+            sampled, first = ablation.sample(effects, sets, SAMPLED), ensemble.of(0)
+            alone, true = (
+                ablation.impact_on_prediction(site, first, {}),
+                ablation.true_impact_on_prediction(site, first, sampled),
+            )
             of_sample = {"first_order": alone.first_order[0, sampled[0]], "second_order": alone.second_order[0, sampled[0]]}
             save_tensors(folder / "sample.safetensors", {"feature": sampled[0], "true": true[0], **of_sample}, {})
             of_pair = torch.from_numpy(found.held_out_band)
             bands = {band: of_pair == BANDS.index(band) for band in ("stable", "unstable")}
             write_table(folder / "translation.parquet", ablation.translate_to_next(held_out, document, bands))
             for band, member in bands.items():
-                moved = ablation.transplant(bridge, ensemble, *site, member, effects.activation / effects.rows)
+                moved = ablation.transplant(site, ensemble, member, effects.activation / effects.rows)
                 by_seed = {what: np.stack([moved.nats[what, seed] for seed in range(len(ensemble.seeds))]) for what in TRANSPLANTS}
                 save_file({"intact": moved.clean, "size": moved.tokens, **by_seed}, folder / f"transplant-{band}.safetensors")
 

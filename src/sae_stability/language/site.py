@@ -20,8 +20,8 @@ class Site:
     transform their logits, and at other hook points, the whole model runs with the activations written by the hook.
 
     The trial is strict in every dtype: a right continuation does the same operations on the same numbers, so it gives the same bits
-    or all but the last, while a wrong one may differ by little on one text and by much on the next. Where a right one fails, time is
-    lost and no number is wrong.
+    or all but the last, while a wrong one may differ by little on one text and by much on the next. Where a right one fails,
+    time is lost and no number is wrong.
     """
 
     def __init__(self, bridge, hook_name: str):
