@@ -1,4 +1,5 @@
-"""Language models through TransformerLens' TransformerBridge: an embedded name, a local Hugging Face folder, or a hub id."""
+"""Language models through TransformerLens' TransformerBridge: by a name of ours, a Hugging Face folder, a GGUF file, or a hub
+id."""
 
 import difflib
 import logging
@@ -9,22 +10,31 @@ import torch
 
 from sae_stability.config import ROOT
 from sae_stability.errors import UserError
+from sae_stability.language import fetching
 
 EMBEDDED = ("docstrings-2l", "docstrings-4l")
+OURS = dict.fromkeys(EMBEDDED, "train-model") | dict.fromkeys(fetching.MODELS, "fetch-model")
+"""Names of ours, which mean a folder in models/, and the command that makes it."""
 LONGEST_CONTEXT = 256  # tokens; longer contexts cost more than they tell about features
 
 
 def locate(name: str) -> str:
-    """The folder or hub id behind a model's name. Raises `UserError` for a folder that can't be a model."""
-    folder = ROOT / "models" / name if name in EMBEDDED else Path(name).expanduser()
-    if name not in EMBEDDED and not folder.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    """The folder or hub id behind a model's name; a GGUF file is converted into a folder when it is first met.
+
+    Raises `UserError` for a folder or file that can't be a model.
+    """
+    ours = name in OURS
+    folder = ROOT / "models" / name if ours else Path(name).expanduser()
+    if not ours and folder.suffix == ".gguf" and folder.is_file():
+        return str(fetching.converted(folder))
+    if not ours and not folder.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.suffix == ".gguf":
             raise UserError(
-                f"model: there is no folder {name}; give a Hugging Face folder, a hub id or one of {', '.join(EMBEDDED)}"
+                f"model: there is no {name}; give a Hugging Face folder, a .gguf file, a hub id or one of {', '.join(OURS)}"
             )
         return name
     if not (folder / "config.json").is_file():
-        mend = f"run sae-stability train-model {name}" if name in EMBEDDED else "give a folder saved with save_pretrained"
+        mend = f"run sae-stability {OURS[name]} {name}" if ours else "give a folder saved with save_pretrained"
         raise UserError(f"model: {folder} holds no config.json; {mend}")
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"model: {folder} holds no tokenizer; save one there with tokenizer.save_pretrained")
@@ -37,8 +47,9 @@ def load(name: str, randomised: bool = False, device: str = "cpu", dtype: torch.
     With `randomised`, the entries of each weight are shuffled: what such a model computes has the scale of the model's weights and
     nothing of what it learnt.
 
-    `dtype` is float32 or bfloat16. bfloat16 is two to four times as fast on GPUs and on CPUs that multiply it: with AVX512-BF16 (Intel
-    from Cooper Lake on, AMD from Zen 4 on) or AMX (Intel from Sapphire Rapids on). Others emulate it, and are faster in float32.
+    `dtype` is float32 or bfloat16. bfloat16 is two to four times as fast on GPUs and on CPUs that multiply it: with AVX512-BF16
+    (Intel from Cooper Lake on, AMD from Zen 4 on) or AMX (Intel from Sapphire Rapids on). Others emulate it, and are faster in
+    float32.
 
     Raises `UserError` in one line where it can't be booted.
     """
