@@ -3,11 +3,13 @@
     windows          the contexts that are shown and those that explanations are scored on
     rules            a deterministic engine: a rule of the surface of the text
     language_model   an engine behind any OpenAI-compatible endpoint
+    endpoint         which endpoints and keys a study may name
     scoring          precision, recall, F1, and whether an explanation is of surface form
 
 No engine is told the band of a feature.
 """
 
+from sae_stability.explanations.endpoint import check_endpoint
 from sae_stability.explanations.language_model import BudgetSpent, LanguageModel, explain_messages
 from sae_stability.explanations.rules import Rules
 from sae_stability.explanations.scoring import Engine, Explanation, explain, says_surface
@@ -21,6 +23,7 @@ __all__ = [
     "Rules",
     "Task",
     "Window",
+    "check_endpoint",
     "explain",
     "explain_messages",
     "says_surface",
