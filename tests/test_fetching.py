@@ -112,7 +112,7 @@ def test_a_file_that_is_no_gguf_is_one_line(root, tmp_path):
     with pytest.raises(UserError, match=r"^model: broken\.gguf can't be converted: ") as error:
         models.locate(str(broken))
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"^model: there is no gone\.gguf"):
+    with pytest.raises(UserError, match=r"^model: there is no file gone\.gguf"):
         models.locate("gone.gguf")
     assert not list((root / "models").glob("gguf-*"))
 

@@ -29,8 +29,9 @@ def locate(name: str) -> str:
         return str(fetching.converted(folder))
     if not ours and not folder.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.suffix == ".gguf":
+            kind = "file" if folder.suffix == ".gguf" else "folder"
             raise UserError(
-                f"model: there is no {name}; give a Hugging Face folder, a .gguf file, a hub id or one of {', '.join(OURS)}"
+                f"model: there is no {kind} {name}; give a Hugging Face folder, a .gguf file, a hub id or one of {', '.join(OURS)}"
             )
         return name
     if not (folder / "config.json").is_file():
