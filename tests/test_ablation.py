@@ -1,5 +1,6 @@
 """Removals against brute force, on SAEs of every variant, and on SAEs whose features' effects are known by construction."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +13,11 @@ from sae_stability import ablation
 from sae_stability.ablation.controls import CURVE_SEEDS, ORDERS, SHARES
 from sae_stability.ablation.removal import _less
 from sae_stability.ablation.translation import FATES
-from sae_stability.evaluation import Encoded, fit, intervene
+from sae_stability.evaluation import Encoded, fit
 from sae_stability.language import models
 from sae_stability.language.activations import Activations, forward
 from sae_stability.language.corpus import load, pack
+from sae_stability.language.interventions import Reading, intervene
 from sae_stability.matching import stability
 from sae_stability.saes import variant
 from sae_stability.saes.ensemble import Ensemble
@@ -47,7 +49,11 @@ def site(model_folders, text_file):
     contexts = pack(load(str(text_file)).evaluation, bridge.tokenizer, 32).spread(TOKENS)
     x = forward(bridge, contexts, slice(None), [HOOK])[HOOK].clone()
     return SimpleNamespace(
-        bridge=bridge, contexts=contexts, activations=Activations.of(x), document=contexts.document[contexts.is_text]
+        bridge=bridge,
+        contexts=contexts,
+        reading=Reading(bridge, HOOK, contexts, TOKENS),
+        activations=Activations.of(x),
+        document=contexts.document[contexts.is_text],
     )
 
 
@@ -133,14 +139,14 @@ def test_predictions_without_sets_are_consistent(site, members):
     ensemble, one, other = random_ensemble("topk", site.activations), ("band", "stable"), ("band", "unstable")
     names = list(members)
     readings = {"removed": names, "kept": names, "spliced": names, "only": names}
-    found = ablation.on_prediction(site.bridge, ensemble, HOOK, site.contexts, TOKENS, members, readings)
+    found = ablation.on_prediction(site.reading, ensemble, members, readings)
 
     def edits(x):
         yield "bias", ensemble.to_raw(ensemble.parameters.b_dec[0]).expand_as(x)
         yield "spliced", ensemble.reconstruct(0, x)
         yield "by hand", x - (ensemble.encode(x)[0] * members[one][0]) @ ensemble.W_dec[0] / ensemble.scale
 
-    by_hand = intervene(site.bridge, HOOK, site.contexts, TOKENS, edits)
+    by_hand = intervene(site.reading, edits)
 
     def close(reading, name, nats):
         np.testing.assert_allclose(found.nats[(reading, *name, 0)], nats, rtol=1e-5, atol=1e-4)
@@ -162,13 +168,13 @@ def test_predictions_without_sets_are_consistent(site, members):
 def test_losses_and_divergences_are_those_of_whole_logits(site, monkeypatch):
     """Logits come in chunks of positions; cross-entropy and KL are PyTorch's on all of them."""
     monkeypatch.setattr("sae_stability.language.site.CHUNK", 7)
-    monkeypatch.setattr("sae_stability.evaluation.CHUNK", 7)
+    monkeypatch.setattr("sae_stability.language.interventions.CHUNK", 7)
     moved = torch.randn(site.activations.d_in, generator=torch.Generator().manual_seed(0))
 
     def edits(x):
         yield "moved", x + moved
 
-    found = intervene(site.bridge, HOOK, site.contexts, TOKENS, edits)
+    found = intervene(site.reading, edits)
     ids, text = torch.from_numpy(site.contexts.tokens).long(), torch.from_numpy(site.contexts.is_text)
 
     def write(value, hook):
@@ -185,13 +191,40 @@ def test_losses_and_divergences_are_those_of_whole_logits(site, monkeypatch):
     assert found.divergence["moved"].sum() == pytest.approx(divergence, rel=1e-4)
 
 
+def test_losses_of_a_bfloat16_model_are_float32s_up_to_its_precision(site, model_folders):
+    half = models.load(str(model_folders["gpt2"]), dtype=torch.bfloat16)
+
+    def edits(x):
+        yield "spliced back", x.float()
+        yield "zero", torch.zeros_like(x)
+
+    exact, found = (intervene(replace(site.reading, bridge=bridge), edits) for bridge in (site.bridge, half))
+    assert found.clean.dtype == np.float64
+    assert np.array_equal(found.nats["spliced back"], found.clean)  # the clean activation spliced back changes nothing
+    assert abs(found.divergence["spliced back"]).max() < 1e-6 * found.clean.max()
+    for name in ("spliced back", "zero"):
+        np.testing.assert_allclose(found.nats[name], exact.nats[name], rtol=0.01)
+    assert len({nats % 2**-4 for nats in found.clean}) > 1  # sums in bfloat16 would have no digits behind the point
+
+
+def test_gradients_flow_through_a_bfloat16_model(site, model_folders):
+    half, ensemble = models.load(str(model_folders["gpt2"]), dtype=torch.bfloat16), random_ensemble("topk", site.activations)
+    exact, found = (
+        ablation.impact_on_prediction(replace(site.reading, bridge=bridge), ensemble, {}) for bridge in (site.bridge, half)
+    )
+    for of in (found.first_order, found.second_order):
+        assert of.isfinite().all()
+        assert of.abs().sum() > 0
+    assert (found.first_order - exact.first_order).norm() < 0.05 * exact.first_order.norm()
+
+
 def test_first_order_impact_becomes_exact_as_contributions_become_small(site):
     ensemble, features = random_ensemble("topk", site.activations), torch.arange(20).expand(2, 20)
     apart = []
     for size in (0.3, 0.03):
         small = ensemble.with_parameters(W_dec=ensemble.W_dec * size)
-        first_order = ablation.impact_on_prediction(site.bridge, small, HOOK, site.contexts, TOKENS, {}).first_order[:, :20]
-        true = ablation.true_impact_on_prediction(site.bridge, small, HOOK, site.contexts, TOKENS, features)
+        first_order = ablation.impact_on_prediction(site.reading, small, {}).first_order[:, :20]
+        true = ablation.true_impact_on_prediction(site.reading, small, features)
         apart.append(((first_order - true).abs().sum() / true.abs().sum()).item())
     assert apart[1] < 0.05
     assert apart[1] < 0.5 * apart[0]
@@ -331,12 +364,32 @@ def test_translation_tells_what_became_of_planted_features():
     np.testing.assert_allclose(found.explained, moved.explained, atol=1e-9)
 
 
+def test_translations_name_the_seed_and_not_its_place(site):
+    ensemble = replace(random_ensemble("topk", site.activations, seeds=3), seeds=[3, 5, 9])
+    member = (torch.arange(D_SAE) < 4).expand(3, 3, D_SAE)
+    table = ablation.translate_to_next(Encoded.of(ensemble, site.activations), site.document, {"stable": member})
+    assert table.seed.tolist() == [seed for seed in (3, 5, 9) for _ in range(4)]
+    assert table.feature.tolist() == 3 * [0, 1, 2, 3]
+
+
+def test_an_intervention_may_have_any_name(site):
+    """`clean` is no name of the summary's own."""
+
+    def edits(x):
+        yield "clean", torch.zeros_like(x)
+        yield "zero", torch.zeros_like(x)
+
+    found = intervene(site.reading, edits)
+    assert np.array_equal(found.nats["clean"], found.nats["zero"])
+    assert found.nats["clean"].sum() != found.clean.sum()
+
+
 def test_a_transplant_between_equal_seeds_changes_nothing(site):
     ensemble = random_ensemble("topk", site.activations, seeds=1)
     twice = Ensemble.joined([ensemble, ensemble])
     member = (torch.arange(D_SAE) % 2 == 0).expand(2, 2, D_SAE)
     mean = ensemble.encode(site.activations.data).mean(1).expand(2, D_SAE)
-    found = ablation.transplant(site.bridge, twice, HOOK, site.contexts, TOKENS, member, mean)
+    found = ablation.transplant(site.reading, twice, member, mean)
     np.testing.assert_allclose(found.nats["transplanted", 0], found.clean, atol=1e-3)
     assert found.divergence["removed", 0].sum() > 10 * abs(found.divergence["transplanted", 0]).sum()
     assert found.divergence["averaged", 0].sum() < found.divergence["removed", 0].sum()

@@ -5,10 +5,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_stability.errors import UserError
 from sae_stability.language import models
-from sae_stability.language.activations import Activations, collect, draw_surrogate
+from sae_stability.language.activations import Activations, collect, forward, whitening
 from sae_stability.language.corpus import Contexts, load, pack
 from sae_stability.language.site import Site
-from sae_stability.matching.criteria import whitening, without_top_component
+from sae_stability.matching.criteria import without_top_component
+from sae_stability.sources import Surrogate, write_drawn
 from sae_stability.study import HOOKS
 
 
@@ -34,23 +35,6 @@ def test_normalised_activations_have_mean_zero_and_norm_sqrt_d(model_folders):
     normalised = Activations.of(x).normalised(slice(None))
     torch.testing.assert_close(normalised.mean(0), torch.zeros(8), atol=1e-4, rtol=0)
     assert normalised.square().sum(1).mean().sqrt().item() == pytest.approx(8**0.5, rel=1e-4)
-
-
-def test_a_surrogate_has_the_moments_and_nothing_else(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    skewed = torch.rand(40_000, 5, generator=generator) ** 4 @ torch.randn(5, 5, generator=generator)
-    real = Activations.of(skewed)
-    draw_surrogate(real, tmp_path / "s.bin", rows=80_000)
-    surrogate = Activations.open(tmp_path / "s.bin")
-    assert len(surrogate) == 80_000
-    torch.testing.assert_close(surrogate.mean, real.mean, atol=0.02, rtol=0)
-    torch.testing.assert_close(surrogate.covariance, real.covariance, atol=0.02, rtol=0.05)
-    standardised = (surrogate.data.float() - real.mean) / real.covariance.diagonal().sqrt()
-    assert standardised.pow(3).mean(0).abs().max() < 0.05  # Gaussian: no skew
-    assert standardised.pow(4).mean(0).sub(3).abs().max() < 0.1
-    again = tmp_path / "again.bin"
-    draw_surrogate(real, again, rows=80_000)
-    assert again.read_bytes() == (tmp_path / "s.bin").read_bytes()
 
 
 def test_bfloat16_on_disk_is_the_same_up_to_its_precision(model_folders, text_file, tmp_path):
@@ -155,6 +139,53 @@ def test_a_model_that_transforms_its_logits_runs_as_a_whole(model_folders, text_
         torch.testing.assert_close(torch.cat(list(site.predict(value, chosen))), logits[chosen])
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama"])
+def test_bfloat16_models_compute_the_same_activations_up_to_their_precision(model_folders, text_file, architecture):
+    full, half = (models.load(str(model_folders[architecture]), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    contexts = pack(load(str(text_file)).train[:60], full.tokenizer, 32)
+    for hook_name in ("blocks.0.hook_resid_post", "blocks.2.hook_resid_post"):
+        exact, rounded = (forward(bridge, contexts, slice(8), [hook_name])[hook_name] for bridge in (full, half))
+        assert rounded.dtype == torch.bfloat16
+        apart = (rounded.float() - exact).norm(dim=1) / exact.norm(dim=1)
+        assert 0 < apart.max() < 0.03  # a unit in the last place is 0.008
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama"])
+def test_a_bfloat16_model_goes_on_from_its_blocks_as_it_does_as_a_whole(model_folders, text_file, architecture):
+    bridge = models.load(str(model_folders[architecture]), dtype=torch.bfloat16)
+    ids = torch.from_numpy(pack(load(str(text_file)).train[:20], bridge.tokenizer, 32).tokens[:4]).long()
+    site, everywhere = Site(bridge, "blocks.1.hook_resid_post"), torch.ones_like(ids, dtype=torch.bool)
+    with torch.inference_mode():
+        value, logits = site.read(ids)
+        assert torch.equal(torch.cat(list(site.predict(value, everywhere))), logits[everywhere])
+    assert site._resumes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "wrong", [lambda logits: 30 * (logits / 30).tanh(), lambda logits: 0.95 * logits, lambda logits: logits.roll(1, 1)]
+)
+def test_a_wrong_continuation_is_told_from_rounding(model_folders, text_file, monkeypatch, dtype, wrong):
+    bridge = models.load(str(model_folders["gpt2"]), dtype=dtype)
+    with torch.no_grad():
+        bridge.ln_final.weight.mul_(50)  # logits as large as those of trained models
+    ids = torch.from_numpy(pack(load(str(text_file)).train[:20], bridge.tokenizer, 32).tokens[:4]).long()
+    hooked = type(bridge).run_with_hooks
+    monkeypatch.setattr(type(bridge), "run_with_hooks", lambda *given, **options: wrong(hooked(*given, **options)))
+    site = Site(bridge, "blocks.0.hook_resid_post")
+    with torch.inference_mode():
+        _, logits = site.read(ids)
+    assert 5 < logits.abs().max() < 50
+    assert site._resumes is False
+
+
+def test_a_gpu_that_is_not_there_is_one_line(model_folders, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^device: .*set device to cpu"):
+        models.load(str(model_folders["gpt2"]), device="cuda")
+
+
 class Recorded(TorchDispatchMode):
     """Notes with how many threads each product and decomposition is called."""
 
@@ -177,8 +208,9 @@ def test_what_saes_are_trained_on_is_summed_by_one_thread(tmp_path):
     try:
         with Recorded() as recorded:
             real = Activations.of(x)
-            draw_surrogate(real, tmp_path / "surrogate.bin", 5000)
-            whitening(real.covariance)
+            tokens = torch.zeros(len(x), dtype=torch.long)
+            write_drawn(Surrogate.fit(real, tokens), real, tokens, tmp_path / "surrogate.bin", 0, "surrogate")
+            whitening(real.covariance, 1e-6)
             without_top_component(real.covariance)
         assert torch.get_num_threads() == 2
     finally:

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from sae_stability.errors import UserError
 from sae_stability.explanations import BudgetSpent, LanguageModel, Rules, Window, explain, explain_messages, says_surface, tasks
-from sae_stability.explanations.language_model import LONGEST, SPENT, bound_on_tokens
+from sae_stability.explanations.language_model import LONGEST, ROOM, SPENT, bound_on_tokens
 from sae_stability.explanations.windows import REACH, SCORED, SHOWN
 from sae_stability.files import read_json
 from sae_stability.language.corpus import Contexts
@@ -130,7 +130,7 @@ class Endpoint:
                 pass
 
         self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()  # seconds that a shutdown waits
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def __enter__(self):
@@ -149,13 +149,13 @@ WINDOWS = shown("a computed matrix", "it is in", fires="computed")
 
 
 def model(url: str, folder, budget: int = 100_000, **options) -> LanguageModel:
-    settings = Explainer(base_url=url, model="m", budget=budget, key="TEST_KEY")
+    settings = Explainer(base_url=url, model="m", budget=budget, key="TEST_API_KEY")
     return LanguageModel(settings, folder, pause=0.001, **options)
 
 
 @pytest.fixture(autouse=True)
 def _key(monkeypatch):
-    monkeypatch.setenv("TEST_KEY", "hidden-word")
+    monkeypatch.setenv("TEST_API_KEY", "hidden-word")
 
 
 def test_a_language_model_explains_and_detects_and_is_asked_once(tmp_path):
@@ -201,7 +201,7 @@ def test_an_answer_that_is_no_list_is_asked_for_again(tmp_path):
 def test_a_slow_endpoint_times_out(tmp_path):
     slow = httpx.MockTransport(lambda request: (_ for _ in ()).throw(httpx.ReadTimeout("slow")))
     with pytest.raises(UserError, match=r"did not answer .* \(ReadTimeout\)"):
-        model("http://nowhere", tmp_path, client=httpx.Client(transport=slow)).explain(WINDOWS)
+        model("https://nowhere", tmp_path, client=httpx.Client(transport=slow)).explain(WINDOWS)
 
 
 def test_a_refusal_leaves_the_feature_out(tmp_path, text):
@@ -213,11 +213,88 @@ def test_a_refusal_leaves_the_feature_out(tmp_path, text):
     assert len(endpoint.requests) == 1  # a refusal is an answer, and is kept
 
 
-@pytest.mark.parametrize(("status", "named"), [(401, "key in TEST_KEY"), (404, "model's name")])
+@pytest.mark.parametrize(("status", "named"), [(401, "key in TEST_API_KEY"), (404, "model's name")])
 def test_what_will_not_pass_is_one_line(tmp_path, status, named):
     with Endpoint((status, "no")) as endpoint, pytest.raises(UserError, match=named):
         model(endpoint.url, tmp_path).explain(WINDOWS)
     assert len(endpoint.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('{"error": {"message": "Use max_completion_tokens\\nin its place."}}', "(Use max_completion_tokens in its place.)"),
+        ('{"error": "no such model"}', "(no such model)"),
+        ('{"detail": "wrong field"}', "(wrong field)"),
+        ("plain words", "(plain words)"),
+        ('["odd"]', "odd"),
+        ("", "answers 400; "),
+        ('{"error": {"message": "bad key hidden-word"}}', "(bad key ***)"),
+        ("x" * 5000, "x" * 200 + ")"),
+    ],
+)
+def test_an_endpoint_s_own_reason_is_in_the_line(tmp_path, body, said):
+    with Endpoint((400, body)) as endpoint, pytest.raises(UserError) as error:
+        model(endpoint.url, tmp_path).explain(WINDOWS)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "hidden-word" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"total_tokens": None}])
+def test_an_answer_that_does_not_say_what_it_used_is_counted_by_its_bound(tmp_path, usage):
+    reply = json.dumps({"choices": [{"message": {"content": "Numbers."}}], "usage": usage})
+    with Endpoint((200, reply)) as endpoint:
+        engine = model(endpoint.url, tmp_path)
+        assert engine.explain(WINDOWS).text == "Numbers."
+    assert [engine.spent] == [bound_on_tokens(body) for _, _, body in endpoint.requests]  # asked once
+
+
+def cut_short(content: str | None = "", tokens: int = 300) -> tuple[int, str]:
+    choice = {"message": {"content": content}, "finish_reason": "length"}
+    return 200, json.dumps({"choices": [choice], "usage": {"total_tokens": tokens}})
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_a_model_that_thinks_first_is_given_more_room_once(tmp_path, content):
+    with Endpoint(cut_short(content), says("Numbers."), says("[1, 0]"), says("Words.")) as endpoint:
+        engine = model(endpoint.url, tmp_path)
+        assert engine.explain(WINDOWS).text == "Numbers."
+        assert engine.detect("x", [["a"], ["b"]]) == [True, False]
+        assert engine.spent == 300 + 50 + 50
+        usual, *wide = [body["max_tokens"] for _, _, body in endpoint.requests]
+        assert (usual, wide) == (LONGEST["explain"], [ROOM * LONGEST["explain"], ROOM * LONGEST["detect"]])
+        assert model(endpoint.url, tmp_path).explain(WINDOWS).text == "Numbers."  # kept
+    assert len(endpoint.requests) == 3
+
+
+def test_a_model_that_only_thinks_is_one_line_and_nothing_is_kept(tmp_path):
+    with Endpoint(cut_short(), cut_short(), says("Numbers.")) as endpoint:
+        with pytest.raises(UserError, match=r"^explainer\.model: m said nothing in 1,920 tokens; "):
+            model(endpoint.url, tmp_path).explain(WINDOWS)
+        assert len(endpoint.requests) == 2
+        again = model(endpoint.url, tmp_path)
+        assert again.spent == 600
+        assert again.explain(WINDOWS).text == "Numbers."
+
+
+def test_more_room_counts_against_the_budget(tmp_path):
+    bound = bound_on_tokens({"messages": explain_messages(WINDOWS), "max_tokens": LONGEST["explain"]})
+    with Endpoint(cut_short(tokens=bound)) as endpoint, pytest.raises(BudgetSpent):
+        model(endpoint.url, tmp_path, budget=2 * bound).explain(WINDOWS)
+    assert len(endpoint.requests) == 1
+
+
+def test_what_was_answered_before_the_budget_was_spent_is_handed_on(tmp_path, text):
+    activations = sparse.csc_array(np.stack([feature(text, " matrix"), feature(text, "(", ",")], 1))
+    given = tasks(activations, np.array([0, 1]), text, WORDS)
+    flags = json.dumps([1] * len(given[0].scored))
+    answered = []
+    with Endpoint(says("Matrices.", tokens=100), says(flags, tokens=19_800), says("more")) as endpoint, pytest.raises(BudgetSpent):
+        for explanation in explain(model(endpoint.url, tmp_path, budget=20_000), given):
+            answered.append(explanation)
+    assert [(explanation.feature, explanation.text) for explanation in answered] == [(0, "Matrices.")]
 
 
 def test_an_endpoint_that_is_down_is_one_line(tmp_path):
@@ -230,8 +307,8 @@ def test_an_endpoint_that_is_down_is_one_line(tmp_path):
 
 
 def test_a_missing_key_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.delenv("TEST_KEY")
-    with Endpoint(says("x")) as endpoint, pytest.raises(UserError, match="the environment has no TEST_KEY"):
+    monkeypatch.delenv("TEST_API_KEY")
+    with Endpoint(says("x")) as endpoint, pytest.raises(UserError, match="the environment has no TEST_API_KEY"):
         model(endpoint.url, tmp_path).explain(WINDOWS)
     assert endpoint.requests == []
 
@@ -263,7 +340,7 @@ def test_a_question_is_counted_before_it_is_sent(tmp_path):
         status, text = says("Numbers.", tokens=50)
         return httpx.Response(status, text=text)
 
-    model("http://nowhere", tmp_path, client=httpx.Client(transport=httpx.MockTransport(answers))).explain(WINDOWS)
+    model("https://nowhere", tmp_path, client=httpx.Client(transport=httpx.MockTransport(answers))).explain(WINDOWS)
     assert counted == [bound]
     assert read_json(tmp_path / SPENT)["tokens"] == 50
 
@@ -274,7 +351,7 @@ def test_the_bound_on_tokens_is_above_the_bytes_of_the_text():
 
 
 def test_a_budget_of_zero_is_one_line(call):
-    settings = ["--set", "explainer.base_url=http://x", "--set", "explainer.model=m", "--set", "explainer.budget=0"]
+    settings = ["--set", "explainer.base_url=https://x", "--set", "explainer.model=m", "--set", "explainer.budget=0"]
     status, _, error = call("explain", "quick", *settings)
     assert status == 2
     assert len(error) == 1

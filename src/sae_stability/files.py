@@ -1,6 +1,7 @@
-"""Files that are whole or not there: what is written takes its place once it is complete. Every result is written through here."""
+"""Files that are whole or not there, and locks. Every result is written through here, and takes its place once it is complete."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -51,6 +52,19 @@ def telling_of_a_full_disk(path: Path) -> Iterator[None]:
         if full and getattr(error, "errno", None) != errno.ENOSPC:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
         raise
+
+
+@contextmanager
+def locked(path: Path, described: Path) -> Iterator[None]:
+    """Hold the lock file `path`; say what is waited for where another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{described} is in use by another run; waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def drop(leftovers: Iterable[Path]) -> None:

@@ -7,7 +7,6 @@ its files are, byte for byte, those that the provenance names. Anything else is 
 Readers take no lock. Whoever computes holds that of the entry's group, and looks again once it has it.
 """
 
-import fcntl
 import hashlib
 import os
 import platform
@@ -26,7 +25,7 @@ from pathlib import Path
 import pandas as pd
 
 from sae_stability import places
-from sae_stability.files import TEMPORARY, drop, read_json, replacing, sha256, write_json
+from sae_stability.files import TEMPORARY, drop, locked, read_json, replacing, sha256, write_json
 from sae_stability.keys import versions
 from sae_stability.study import Study
 
@@ -181,19 +180,6 @@ class Store:
         path, fields = self.folder / "study.json", self.study.model_dump(mode="json")
         if not path.is_file() or _read(path) != fields:
             write_json(path, fields)
-
-
-@contextmanager
-def locked(path: Path, described: Path) -> Iterator[None]:
-    """Hold the lock file `path`; say what is waited for where another process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{described} is in use by another run; waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def owned(folder: Path) -> list[Path]:

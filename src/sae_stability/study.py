@@ -173,7 +173,9 @@ class Explainer(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base_url: str = Field(pattern=r"^https?://", description="such as http://localhost:8000/v1; /chat/completions is added to it")
+    base_url: str = Field(
+        pattern=r"^(?i:https?)://", description="such as http://localhost:8000/v1; /chat/completions is added to it"
+    )
     model: str = Field(min_length=1, description="as the endpoint calls it")
     budget: PositiveInt = Field(description="tokens, read and written, that may be used in all; it is never exceeded")
     key: str = Field(
@@ -186,7 +188,14 @@ class Explainer(BaseModel):
     @classmethod
     def _encrypted(cls, value: str) -> str:
         # A study may come from somebody else: the key that it names is sent to nobody in the clear.
-        if not value.startswith("https://") and urlsplit(value).hostname not in LOCAL:
+        try:
+            parts = urlsplit(value)
+            host = parts.hostname
+        except ValueError:  # brackets that do not close
+            host = None
+        if not host:
+            raise ValueError("no address; give one such as https://HOST/v1")
+        if parts.scheme != "https" and host not in LOCAL:
             raise ValueError("the key would be sent in the clear; give an https address, or one of this machine")
         return value
 

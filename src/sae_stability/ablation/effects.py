@@ -1,6 +1,6 @@
 """What removals of an ensemble's features were found to do, as shares of what removing all of them does."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ from sae_stability.ablation.controls import Name, Sets, sets_of
 from sae_stability.ablation.impact import impact_on_prediction, impact_on_reconstruction
 from sae_stability.ablation.removal import on_prediction, on_reconstruction, reselected
 from sae_stability.evaluation import Encoded
-from sae_stability.language.corpus import Contexts
+from sae_stability.language.interventions import Reading
 from sae_stability.matching import BANDS, Stability
 from sae_stability.statistics import Interval, bootstrap_ratio, mean_interval, over_seeds_and_documents
 
@@ -118,24 +118,23 @@ class Effects:
 
 
 def measure(
-    bridge,
     held_out: Encoded,
-    found: Stability,
+    stability: Stability,
     document: Int[np.ndarray, "token"],
-    hook_name: str,
-    contexts: Contexts,
-    tokens: int,
+    site: Reading,
+    *,
     tokens_alone: int,
     detail: Detail,
 ) -> tuple[Effects, Sets]:
     """Remove the bands of an ensemble and their controls, and read what is lost.
 
-    Reconstruction is judged on `held_out`, whose rows come from `document`, prediction without a set on about `tokens` tokens of
-    `contexts`, and without one feature on `tokens_alone`: two passes of the model whatever the sets, so there can be more of them.
+    Reconstruction is judged on `held_out`, whose rows come from `document`, and prediction without a set at `site`. Prediction
+    without one feature is judged there on about `tokens_alone` tokens: two passes of the model whatever the sets, so there can be
+    more of them.
     """
     ensemble, activations = held_out.ensemble, held_out.activations
     own = impact_on_reconstruction(held_out)
-    sets = sets_of(found, own.energy, own.firings, detail == "curves")
+    sets = sets_of(stability, own.energy, own.firings, detail == "curves")
     sums: dict[str, np.ndarray] = {}
     residuals_of = {"reconstruction": on_reconstruction(held_out, document, sets.members)}
     if detail != "bands":
@@ -146,7 +145,7 @@ def measure(
         for reading, of in (("removed", residuals.removed), ("kept", residuals.kept)):
             sums |= {f"{measure_name}/{reading}/{'/'.join(name)}": errors for name, errors in of.items()}
     readings = readings_of(sets, detail)
-    predicted = on_prediction(bridge, ensemble, hook_name, contexts, tokens, sets.members | {NONE: found.alive & False}, readings)
+    predicted = on_prediction(site, ensemble, sets.members | {NONE: stability.alive & False}, readings)
     for measure_name, of, intact in (
         ("prediction", predicted.nats, predicted.clean),
         ("divergence", predicted.divergence, np.zeros_like(predicted.clean)),
@@ -155,10 +154,10 @@ def measure(
         sums |= {f"{measure_name}/{ablation}": of[ablation,] for ablation in ("zero", "mean")}
         for reading, names in readings.items():
             for name in names:
-                by_seed = np.stack([of[(reading, *name, seed)] for seed in range(len(sets.members.get(name, found.alive)))])
+                by_seed = np.stack([of[(reading, *name, seed)] for seed in range(len(sets.members.get(name, stability.alive)))])
                 sums[f"{measure_name}/{reading}/{'/'.join(name)}"] = by_seed
     of_bands = {name: member for name, member in sets.members.items() if name[0] in UNMATCHED + MATCHED}
-    alone = impact_on_prediction(bridge, ensemble, hook_name, contexts, tokens_alone, of_bands)
+    alone = impact_on_prediction(replace(site, tokens=tokens_alone), ensemble, of_bands)
     sums |= {f"alone/{'/'.join(name)}": nats.numpy() for name, nats in alone.of_sets.items()}
     return Effects(
         sums, own.firings, own.activation, own.energy, own.reconstruction, alone.first_order, alone.second_order, len(activations)

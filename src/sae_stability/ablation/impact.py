@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_stability.ablation.controls import Name
-from sae_stability.evaluation import CONTEXTS, Encoded, intervene
-from sae_stability.language.corpus import Contexts
+from sae_stability.evaluation import Encoded
+from sae_stability.language.interventions import BATCH, Reading, intervene
+from sae_stability.language.models import device_of
 from sae_stability.saes.ensemble import Ensemble
 
 
@@ -65,18 +66,16 @@ class PredictionImpact:
     """Both orders summed over the features of a set, in nats, by context: for intervals that resample text."""
 
 
-def impact_on_prediction(
-    bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, tokens: int, members: dict[Name, Bool[Tensor, "seed d_sae"]]
-) -> PredictionImpact:
-    """The effect of every feature of every seed on about `tokens` held-out tokens: two backward passes, whatever the seeds."""
-    contexts, scored, generator = contexts.spread(tokens), 0, torch.Generator().manual_seed(0)
+def impact_on_prediction(site: Reading, ensemble: Ensemble, members: dict[Name, Bool[Tensor, "seed d_sae"]]) -> PredictionImpact:
+    """The effect of every feature of every seed on held-out tokens: two backward passes, whatever the seeds."""
+    contexts, scored, generator = site.spread(), 0, torch.Generator().manual_seed(0)
     first, second = torch.zeros(2, len(ensemble.seeds), ensemble.d_sae, dtype=torch.float64)
     of_sets = {name: torch.zeros(len(ensemble.seeds), len(contexts.tokens), dtype=torch.float64) for name in members}
-    for start in tqdm(range(0, len(contexts.tokens), CONTEXTS), "impact on prediction", unit="batch", disable=None):
-        rows = slice(start, start + CONTEXTS)
+    for start in tqdm(range(0, len(contexts.tokens), BATCH), "impact on prediction", unit="batch", disable=None):
+        rows = slice(start, start + BATCH)
         ids, text = torch.from_numpy(contexts.tokens[rows]).long(), torch.from_numpy(contexts.is_text[rows])
         scored += int(text[:, 1:].sum())
-        x, *gradients = _gradients(bridge, hook_name, ids, text, generator)
+        x, *gradients = _gradients(site, ids, text, generator)
         of_data, of_model = (gradient[text].float() / ensemble.scale for gradient in gradients)
         context = text.nonzero()[:, 0]
         for seed, (sae, codes) in enumerate(ensemble.codes(ensemble.normalise(x[text]))):
@@ -93,7 +92,7 @@ def impact_on_prediction(
 
 
 def true_impact_on_prediction(
-    bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, tokens: int, features: Int[Tensor, "seed chosen"]
+    site: Reading, ensemble: Ensemble, features: Int[Tensor, "seed chosen"]
 ) -> Float[Tensor, "seed chosen"]:
     """What `impact_on_prediction` approximates, by removing each of some features in turn: a pass of the model for each."""
 
@@ -103,27 +102,31 @@ def true_impact_on_prediction(
                 alone = codes._replace(values=codes.values * (codes.features == feature))
                 yield (seed, place), x - alone.decode(sae.W_dec) / ensemble.scale
 
-    found = intervene(bridge, hook_name, contexts, tokens, edits, "true impact")
+    predicted = intervene(site, edits, "true impact")
     change = torch.zeros(features.shape, dtype=torch.float64)
-    for (seed, place), nats in found.nats.items():
-        change[seed, place] = float((nats - found.clean).sum() / found.tokens.sum())
+    for (seed, place), nats in predicted.nats.items():
+        change[seed, place] = float((nats - predicted.clean).sum() / predicted.tokens.sum())
     return change
 
 
 def _gradients(
-    bridge, hook_name: str, ids: Int[Tensor, "context position"], text: Tensor, generator: torch.Generator
+    site: Reading, ids: Int[Tensor, "context position"], text: Bool[Tensor, "context position"], generator: torch.Generator
 ) -> list[Float[Tensor, "context position d_in"]]:
-    """The activations at a hook point, and the gradients there of the cross-entropy summed over text tokens.
+    """The activations at a site, and the gradients there of the cross-entropy summed over text tokens.
 
-    The first is that of the tokens that follow, the second that of tokens drawn from the model's prediction.
+    The first is that of the tokens that follow, the second that of tokens drawn from the model's prediction: on the CPU, so that
+    they are the same on every device. All come back to the CPU; gradients are in the model's dtype, and losses in float32.
     """
+    device = device_of(site.bridge)
+    ids, text = ids.to(device), text.to(device)
     at_site: list[Tensor] = []
 
     def cut(value: Tensor, hook) -> Tensor:
         at_site.append(value.detach().requires_grad_())
         return at_site[0]
 
-    logits = bridge.run_with_hooks(ids, fwd_hooks=[(hook_name, cut)])[:, :-1].float()[text[:, 1:]]
-    drawn = torch.multinomial(logits.detach().softmax(1), 1, generator=generator)[:, 0]
+    logits = site.bridge.run_with_hooks(ids, fwd_hooks=[(site.hook_name, cut)])[:, :-1].float()[text[:, 1:]]
+    drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(device)
     of = [F.cross_entropy(logits, targets, reduction="sum") for targets in (ids[:, 1:][text[:, 1:]], drawn)]
-    return [at_site[0].detach(), *(torch.autograd.grad(nats, at_site, retain_graph=True)[0] for nats in of)]
+    gradients = (torch.autograd.grad(nats, at_site, retain_graph=True)[0] for nats in of)
+    return [at_site[0].detach().cpu(), *(gradient.cpu() for gradient in gradients)]

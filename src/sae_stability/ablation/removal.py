@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from sae_stability import threads
 from sae_stability.ablation.controls import Name
-from sae_stability.evaluation import Encoded, Predictions, intervene, sparse_codes
+from sae_stability.evaluation import Encoded, sparse_codes
 from sae_stability.language.activations import Activations
-from sae_stability.language.corpus import Contexts
+from sae_stability.language.interventions import Predictions, Reading, intervene
 from sae_stability.saes.ensemble import Ensemble
 
 RIDGE = 1e-6  # of a feature's mean energy: refitted directions of features that hardly fire stay finite
@@ -101,10 +101,8 @@ def reselected(ensemble: Ensemble, activations: Activations, document: Int[np.nd
     return Residuals(total[seen], intact, dict(zip(members, removed, strict=True)), {})
 
 
-def on_prediction(
-    bridge, ensemble: Ensemble, hook_name: str, contexts: Contexts, tokens: int, members: Members, readings: dict[str, list[Name]]
-) -> Predictions:
-    """What the model predicts without each set, on about `tokens` held-out tokens.
+def on_prediction(site: Reading, ensemble: Ensemble, members: Members, readings: dict[str, list[Name]]) -> Predictions:
+    """What the model predicts without each set, on held-out tokens.
 
     `readings` says which sets are `removed` and `kept` (the error stays), `spliced` (the reconstruction without the set) and
     `only` (the reconstruction by nothing but the set). Interventions are named (reading, kind of set, band, position of the seed);
@@ -131,7 +129,7 @@ def on_prediction(
                         base, gone = bases[reading]
                         yield (reading, *name, seed), base - gone / ensemble.scale
 
-    return intervene(bridge, hook_name, contexts, tokens, edits, "removal, prediction")
+    return intervene(site, edits, "removal, prediction")
 
 
 def _of_seed(members: Members, seed: int) -> dict[Name, Bool[Tensor, "d_sae"]]:

@@ -15,8 +15,8 @@ from scipy import sparse
 from torch import Tensor
 
 from sae_stability import threads
-from sae_stability.evaluation import Encoded, Predictions, intervene
-from sae_stability.language.corpus import Contexts
+from sae_stability.evaluation import Encoded
+from sae_stability.language.interventions import Predictions, Reading, intervene
 from sae_stability.saes.ensemble import Ensemble
 
 LATENTS = (1, 2, 4, 8)  # of the other seed, that may predict a feature together
@@ -92,35 +92,31 @@ def translate_to_next(
 ) -> pd.DataFrame:
     """Translate the features of some bands of each seed into the latents of the next one, fitted on every other document.
 
-    One row a feature. Columns: band, seed (its position), feature, fate, firings, contained, ratio, explained_1, _2, _4, _8.
+    One row a feature. Columns: band, seed, feature, fate, firings, contained, ratio, explained_1, _2, _4, _8.
     """
-    codes = [held_out.matrix(seed) for seed in range(len(held_out.ensemble.seeds))]
+    seeds = held_out.ensemble.seeds
+    codes = [held_out.matrix(position) for position in range(len(seeds))]
     fitted = np.unique(document[: len(held_out.activations)], return_inverse=True)[1] % 2 == 0
     columns = ("band", "seed", "feature", "fate", "firings", "contained", "ratio", *(f"explained_{size}" for size in LATENTS))
 
-    def of_seed(seed: int) -> pd.DataFrame:
-        following = (seed + 1) % len(codes)
-        of_band = {band: member[seed, following].nonzero()[:, 0].numpy() for band, member in members.items()}
+    def of_seed(position: int) -> pd.DataFrame:
+        following = (position + 1) % len(codes)
+        of_band = {band: member[position, following].nonzero()[:, 0].numpy() for band, member in members.items()}
         features = np.concatenate(list(of_band.values()))
         if not len(features):
             return pd.DataFrame(columns=columns)
-        found = translate(codes[seed][:, features], codes[following], fitted)
-        band = np.repeat(list(of_band), [len(of) for of in of_band.values()])
-        told = (seed, features, np.array(FATES)[found.fate], found.firings, found.contained, found.ratio, *found.explained.T)
-        return pd.DataFrame(dict(zip(columns, (band, *told), strict=True)))
+        translation = translate(codes[position][:, features], codes[following], fitted)
+        band = np.repeat(list(of_band), [len(chosen) for chosen in of_band.values()])
+        fate, own = np.array(FATES)[translation.fate], (translation.firings, translation.contained, translation.ratio)
+        values = (band, seeds[position], features, fate, *own, *translation.explained.T)
+        return pd.DataFrame(dict(zip(columns, values, strict=True)))
 
     parts = threads.each_seed(of_seed, len(codes), "translation")
     return pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
 
 
 def transplant(
-    bridge,
-    ensemble: Ensemble,
-    hook_name: str,
-    contexts: Contexts,
-    tokens: int,
-    member: Bool[Tensor, "seed seed d_sae"],
-    mean: Float[Tensor, "seed d_sae"],
+    site: Reading, ensemble: Ensemble, member: Bool[Tensor, "seed seed d_sae"], mean: Float[Tensor, "seed d_sae"]
 ) -> Predictions:
     """What the model predicts where another seed writes what a set of features wrote; the error stays.
 
@@ -143,7 +139,7 @@ def transplant(
             yield ("averaged", seed), x - own + average
             yield ("transplanted", seed), x - own + written(following, seed)
 
-    return intervene(bridge, hook_name, contexts, tokens, edits, "transplant")
+    return intervene(site, edits, "transplant")
 
 
 def _moments(features: sparse.csr_array, latents: sparse.csr_array) -> tuple[Tensor, Tensor, Tensor]:

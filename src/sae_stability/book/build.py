@@ -17,10 +17,10 @@ import yaml
 
 from sae_stability import places
 from sae_stability.book import page
-from sae_stability.files import read_json, replacing, sha256, write_json
+from sae_stability.files import locked, read_json, replacing, sha256, write_json
 from sae_stability.keys import key_of, key_of_script, versions
 from sae_stability.pipeline import Plan
-from sae_stability.store import DRAWING, Store, git_commit, locked
+from sae_stability.store import DRAWING, Store, git_commit
 from sae_stability.study import Study
 
 AT_ONCE = 2  # chapters under execution: most of their time goes by on one thread, a quarter of it in imports

@@ -18,7 +18,6 @@ from sae_stability.experiments import texts
 from sae_stability.experiments.experiment import Results, Stage
 from sae_stability.files import read_json, read_metadata, save_tensors, write_json
 from sae_stability.keys import key_of
-from sae_stability.language import models
 from sae_stability.language.activations import Activations, Blocks
 from sae_stability.language.corpus import Contexts
 from sae_stability.language.streaming import Stream
@@ -137,7 +136,7 @@ class _Streams:
         if shared not in self.open:
             packed = Contexts(**texts.load_file(Store(self.study).path(text) / "train.safetensors"))
             cells = [other for other in self.study.cells.values() if texts.text_entry(other.recipe)[0] == text]
-            bridge = models.load(cell.model, source.shuffled_weights)
+            bridge = texts.load_model(self.study, cell, source.shuffled_weights)
             hooks, tokens = sorted({other.hook_name for other in cells}), max(other.tokens for other in cells)
             self.open[shared] = Stream(bridge, packed, hooks, tokens, getattr(torch, cell.dtype))
         stream = self.open[shared]

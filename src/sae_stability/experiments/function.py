@@ -20,7 +20,6 @@ from sae_stability.experiments.columns import each_kind, interval_columns
 from sae_stability.experiments.experiment import IS_MAIN, Experiment, Results
 from sae_stability.experiments.matching import CODE_TOKENS
 from sae_stability.files import save_tensors
-from sae_stability.language import models
 from sae_stability.ledger import MOST, Condition, Rule, judged
 from sae_stability.matching import BANDS
 from sae_stability.statistics import Interval
@@ -60,18 +59,18 @@ def compute(results: Results, folder: Path) -> None:
 
     The surrogate's SAEs are judged on what they were trained on for reconstruction, and on the model's activations for prediction.
     """
-    bridge, contexts, study = models.load(results.cell.model), texts.contexts(results, "evaluation"), results.study
-    document = contexts.document[contexts.is_text]
-    site = (results.cell.hook_name, contexts, study.ablation_tokens)
+    site, study = texts.reading(results, results.study.ablation_tokens), results.study
+    document = site.contexts.document[site.contexts.is_text]
     for kind in KINDS:
         ensemble, matched = ensembles.ensemble(results, kind), matching.stability(results, kind)
         encoded = Encoded.of(ensemble, texts.activations(results, "evaluation", kind).first(CODE_TOKENS))
         detail = "bands" if kind == "surrogate" else "curves" if results.is_main else "controls"
-        measured, removed = ablation.measure(bridge, encoded, matched, document, *site, study.loss_tokens, detail)
+        measured, removed = ablation.measure(encoded, matched, document, site, tokens_alone=study.loss_tokens, detail=detail)
         save_tensors(folder / f"{kind}.safetensors", measured.tensors(), {})
         if kind == "real" and results.is_main:
-            sampled, first = ablation.sample(measured, removed, SAMPLED), (bridge, ensemble.of(0), *site)
-            alone, true = ablation.impact_on_prediction(*first, {}), ablation.true_impact_on_prediction(*first, sampled)
+            sampled, first = ablation.sample(measured, removed, SAMPLED), ensemble.of(0)
+            alone = ablation.impact_on_prediction(site, first, {})
+            true = ablation.true_impact_on_prediction(site, first, sampled)
             orders = {"first_order": alone.first_order[0, sampled[0]], "second_order": alone.second_order[0, sampled[0]]}
             save_tensors(folder / "sample.safetensors", {"feature": sampled[0], "true": true[0], **orders}, {})
 

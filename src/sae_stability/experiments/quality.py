@@ -16,7 +16,6 @@ from sae_stability.experiments import ensembles, texts
 from sae_stability.experiments.columns import each_kind, interval_columns
 from sae_stability.experiments.experiment import Experiment, Results, Tables
 from sae_stability.files import save_arrays
-from sae_stability.language import models
 
 L0_TOLERANCE = 0.05
 
@@ -29,8 +28,7 @@ def compute(results: Results, folder: Path) -> None:
         measured = evaluation.fit(ensembles.ensemble(results, kind), held_out, document)
         arrays = {**vars(measured), "firings": measured.firings.numpy(), "rows": np.array(measured.rows)}
         save_arrays(folder / f"{kind}.safetensors", arrays)
-    bridge, contexts = models.load(results.cell.model), texts.contexts(results, "evaluation")
-    spliced = evaluation.losses(bridge, ensembles.ensemble(results), results.cell.hook_name, contexts, results.study.loss_tokens)
+    spliced = evaluation.losses(texts.reading(results, results.study.loss_tokens), ensembles.ensemble(results))
     save_arrays(folder / "losses.safetensors", vars(spliced))
 
 

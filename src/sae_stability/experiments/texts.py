@@ -16,6 +16,7 @@ from sae_stability.keys import fingerprint, key_of, versions
 from sae_stability.language import corpus, models
 from sae_stability.language.activations import Activations, collect, kept, longest_norms
 from sae_stability.language.corpus import Contexts
+from sae_stability.language.interventions import Reading
 from sae_stability.store import SHARED, Store, Work
 from sae_stability.study import Cell, Recipe, Study
 
@@ -57,7 +58,7 @@ def stages(study: Study) -> Iterable[Stage]:
     for group in _grouped(study, _text):
         entry, key = text_entry(group[0].recipe)
         hooks = sorted({cell.hook_name for cell in group})
-        yield Stage(entry, {entry: key}, partial(read_text, _widest(group), hooks, study.device), entry)
+        yield Stage(entry, {entry: key}, partial(read_text, _widest(group), hooks), entry)
     for kind in _kinds(study, drawn=False):
         cells = [cell for cell in study.cells.values() if kind in cell.kinds]
         for group in _grouped(study, _pass, cells):
@@ -77,7 +78,7 @@ def stages(study: Study) -> Iterable[Stage]:
                 yield Stage(entry, {entry: key}, partial(draw_null, study, kind, cell), entry, (behind,))
 
 
-def read_text(cell: Cell, hook_names: list[str], device: str, work: Work) -> None:
+def read_text(cell: Cell, hook_names: list[str], work: Work) -> None:
     """Check the model's hook points, then split, tokenise and pack the corpus.
 
     Raises `UserError` for a hook that the model lacks and for text that fills no context.
@@ -117,7 +118,7 @@ def run_model(study: Study, kind: str, cells: dict[str, Cell], work: Work) -> No
     text = Store(study).path(text_entry(first.recipe)[0])
     check_tokens(study, first, read_json(text / "facts.json"))
     contexts = {split: Contexts(**load_file(text / f"{split}.safetensors")) for split in SPLITS}
-    bridge = models.load(first.model, sources.source(kind).shuffled_weights)
+    bridge = load_model(study, first, sources.source(kind).shuffled_weights)
     folders = {cells[entry].hook_name: folder for entry, folder in work.folders.items()}
     longest = None
     if first.norm_cutoff is not None:
@@ -159,6 +160,17 @@ def contexts(results: Results, split: str, kind: str = "real") -> Contexts:
         return packed
     read = "real" if sources.source(kind).drawn else kind
     return kept(results.folder(f"activations/{read}") / f"{split}.bin", packed)
+
+
+def reading(results: Results, tokens: int) -> Reading:
+    """The model at the cell's site, about to read so many held-out tokens: on the study's device, in the recipe's dtype."""
+    bridge = load_model(results.store.study, results.cell)
+    return Reading(bridge, results.cell.hook_name, contexts(results, "evaluation"), tokens)
+
+
+def load_model(study: Study, cell: Cell, shuffled_weights: bool = False):
+    """The language model of a cell, where and in which dtype the study computes."""
+    return models.load(cell.model, shuffled_weights, study.device, getattr(torch, cell.model_dtype))
 
 
 def facts(results: Results) -> dict:

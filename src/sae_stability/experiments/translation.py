@@ -15,7 +15,6 @@ from sae_stability.experiments.columns import interval_columns
 from sae_stability.experiments.experiment import Experiment, Results, is_main
 from sae_stability.experiments.matching import CODE_TOKENS
 from sae_stability.files import save_arrays, write_table
-from sae_stability.language import models
 from sae_stability.matching import BANDS
 from sae_stability.statistics import over_seeds_and_documents
 
@@ -24,16 +23,15 @@ TRANSLATED = ("stable", "unstable")
 
 def compute(results: Results, folder: Path) -> None:
     """Translate the stable and the unstable features of each seed into the next one's, and let the model read the next one's."""
-    bridge, contexts = models.load(results.cell.model), texts.contexts(results, "evaluation")
+    site = texts.reading(results, results.study.ablation_tokens)
     ensemble, (effects, _) = ensembles.ensemble(results), function.effects(results)
     encoded = Encoded.of(ensemble, texts.activations(results, "evaluation").first(CODE_TOKENS))
     held_out_band = torch.from_numpy(matching.stability(results).held_out_band)
     members = {band: held_out_band == BANDS.index(band) for band in TRANSLATED}
-    document = contexts.document[contexts.is_text]
+    document = site.contexts.document[site.contexts.is_text]
     write_table(folder / "translation.parquet", ablation.translate_to_next(encoded, document, members))
-    site = (results.cell.hook_name, contexts, results.study.ablation_tokens)
     for band, member in members.items():
-        moved = ablation.transplant(bridge, ensemble, *site, member, effects.activation / effects.rows)
+        moved = ablation.transplant(site, ensemble, member, effects.activation / effects.rows)
         by_seed = {what: np.stack([moved.nats[what, seed] for seed in range(len(ensemble.seeds))]) for what in TRANSPLANTS}
         save_arrays(folder / f"transplant-{band}.safetensors", {"intact": moved.clean, "size": moved.tokens, **by_seed})
 

@@ -3,6 +3,7 @@
     windows          the contexts that are shown and those that explanations are scored on
     rules            a deterministic engine: a rule of the surface of the text
     language_model   an engine behind any OpenAI-compatible endpoint
+    endpoint         which endpoints and keys a study may name
     scoring          precision, recall, F1, and whether an explanation is of surface form
 
 No engine is told the band of a feature.

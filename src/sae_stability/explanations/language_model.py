@@ -24,6 +24,8 @@ from sae_stability.study import Explainer
 ATTEMPTS = 5  # of a question that an endpoint fails to answer
 TIMEOUT = 60  # seconds for an answer
 LONGEST = {"explain": 120, "detect": 200}  # tokens of an answer
+ROOM = 16  # times as many, for models that think before they answer
+SAID = 200  # characters that are shown of an endpoint's reason
 SPENT = "spent.json"
 OVERHEAD = 16  # tokens a message that endpoints add to its text
 FAILED_FOR_GOOD = {400, 401, 403, 404, 422}
@@ -46,9 +48,16 @@ class _Passing(Exception):
     """A failure that may pass."""
 
 
+class _CutShort(Exception):
+    """The tokens of an answer were used up before it said anything."""
+
+
 @dataclass
 class LanguageModel:
-    """The engine. Raises `UserError` for an endpoint that is down or refuses the key, `BudgetSpent` before a budget is exceeded."""
+    """The engine.
+
+    Raises `UserError` for an endpoint that is down, refuses the key or says nothing, and `BudgetSpent` before a budget is exceeded.
+    """
 
     settings: Explainer
     cache: Path
@@ -57,6 +66,8 @@ class LanguageModel:
     """Seconds before a second try; each further one waits twice as long."""
     spent: int = 0
     """Tokens that were used, or may have been, since the folder was made."""
+    room: int = 1
+    """Times the usual tokens that the model needs for an answer: more from the first one that was cut short."""
     client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=TIMEOUT))
 
     @property
@@ -77,7 +88,10 @@ class LanguageModel:
         return [False] * len(windows) if found is None else found
 
     def _ask(self, kind: str, messages: list[dict], read: Callable):
-        """The answer as `read` understands it; None for a refusal. An answer that can't be read is asked for again."""
+        """The answer as `read` understands it; None for a refusal. An answer that can't be read is asked for again.
+
+        One that was cut short before it said anything is asked for once more, with more room, and is not kept.
+        """
         request = {"model": self.settings.model, "messages": messages, "temperature": 0, "max_tokens": LONGEST[kind]}
         asked = {"base_url": self.settings.base_url, **request}
         kept = self.cache / f"{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]}.json"
@@ -90,7 +104,7 @@ class LanguageModel:
         )
         used: list[int] = []
         try:
-            answer = retrying(self._once, request, read, used)
+            answer = self._with_room(request, lambda wider: retrying(self._once, wider, read, used))
         except RetryError as error:
             reason = error.last_attempt.exception()
             where = f"{self.settings.base_url} did not answer {ATTEMPTS} times ({reason})"
@@ -101,17 +115,31 @@ class LanguageModel:
         write_json(kept, {"answer": answer})
         return answer
 
+    def _with_room(self, request: dict, ask: Callable):
+        """The answer to a request with the tokens that the model has needed so far, or else with `ROOM` times the usual ones."""
+        for room in sorted({self.room, ROOM}):
+            try:
+                answer = ask({**request, "max_tokens": room * request["max_tokens"]})
+            except _CutShort:
+                continue
+            self.room = room
+            return answer
+        said_nothing = f"{self.settings.model} said nothing in {ROOM * request['max_tokens']:,} tokens"
+        raise UserError(f"explainer.model: {said_nothing}; name a model that thinks less before it answers")
+
     def _once(self, request: dict, read: Callable, used: list[int]):
         """One try; what it used, or may have used, goes to `used`, and to disk before it is sent: a kill forgets nothing."""
         bound = bound_on_tokens(request)
         if self.spent + sum(used) + bound > self.settings.budget:
             spent = f"{self.spent + sum(used):,} of {self.settings.budget:,} tokens"
             raise BudgetSpent(f"{spent} are spent, and the next question may take {bound:,}")
-        headers = {"Authorization": f"Bearer {key_of(self.settings)}"}
+        key = key_of(self.settings)
         used.append(bound)  # until an answer says what it used; what fails on the way may have been answered all the same
         write_json(self.cache / SPENT, {"tokens": self.spent + sum(used)})
         try:
-            response = self.client.post(f"{self.settings.base_url.rstrip('/')}/chat/completions", json=request, headers=headers)
+            response = self.client.post(
+                f"{self.settings.base_url.rstrip('/')}/chat/completions", json=request, headers={"Authorization": f"Bearer {key}"}
+            )
         except httpx.HTTPError as error:
             if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
                 used[-1] = 0  # nothing was sent
@@ -119,15 +147,20 @@ class LanguageModel:
         if response.status_code != 200:
             used[-1] = 0
         if response.status_code in FAILED_FOR_GOOD:
-            answers = f"{self.settings.base_url} answers {response.status_code}"
+            answers = f"{self.settings.base_url} answers {response.status_code}{_reason(response, key)}"
             raise UserError(f"explainer: {answers}; check the model's name and the key in {self.settings.key}")
         if response.status_code != 200:
             raise _Passing(f"status {response.status_code}")
         try:
             body = response.json()
-            message = body["choices"][0]["message"]
-            used[-1] = int(body.get("usage", {}).get("total_tokens", bound))
-            if message.get("refusal") or not message.get("content"):
+            choice = body["choices"][0]
+            message = choice["message"]
+            used[-1] = int((body.get("usage") or {}).get("total_tokens") or bound)
+            if message.get("refusal"):
+                return None
+            if not message.get("content"):
+                if choice.get("finish_reason") == "length":
+                    raise _CutShort
                 return None
             return read(message["content"])
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -171,6 +204,18 @@ def key_of(settings: Explainer) -> str:
             f"explainer.key: the environment has no {settings.key}; set it to the endpoint's key (any word where it needs none)"
         )
     return key
+
+
+def _reason(response: httpx.Response, key: str) -> str:
+    """What an endpoint says about a failure, in one short line without the key; empty where it says nothing."""
+    try:
+        body = response.json()
+        error = body.get("error", body) if isinstance(body, dict) else body
+        said = error.get("message") or error.get("detail") if isinstance(error, dict) else error
+    except ValueError:  # no JSON
+        said = response.text
+    line = " ".join(str(said or "").replace(key, "***").split())
+    return f" ({line[:SAID]})" if line else ""
 
 
 def _messages(instruction: str, text: str) -> list[dict]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from sae_stability import threads
 from sae_stability.files import read_metadata, save_tensors, telling_of_a_full_disk
 from sae_stability.language.corpus import Contexts
+from sae_stability.language.models import device_of
 
 BATCH = 16  # contexts a forward pass
 CHUNK = 1 << 16  # surrogate tokens drawn at a time
@@ -158,11 +159,11 @@ def forward(
     bridge, contexts: Contexts, rows: slice | Int[np.ndarray, "context"], hook_names: list[str]
 ) -> dict[str, Float[Tensor, "token d_in"]]:
     """Activations of the text tokens of some contexts at each hook point, from one pass that stops at the last layer needed."""
-    ids, text = torch.from_numpy(contexts.tokens[rows]).long(), torch.from_numpy(contexts.is_text[rows])
+    ids, text = torch.from_numpy(contexts.tokens[rows]).long().to(device_of(bridge)), torch.from_numpy(contexts.is_text[rows])
     stop = max(layer_of(hook_name) for hook_name in hook_names) + 1
     with torch.inference_mode():
         _, cache = bridge.run_with_cache(ids, names_filter=hook_names, stop_at_layer=stop)
-    return {hook: cache[hook][text].clone() for hook in hook_names}
+    return {hook: cache[hook][text].cpu().clone() for hook in hook_names}
 
 
 def gaussian(real: Activations) -> Callable[[int, torch.Generator], Float[Tensor, "token d_in"]]:
