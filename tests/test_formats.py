@@ -10,7 +10,7 @@ from sae_stability.config import Variants
 from sae_stability.errors import UserError
 from sae_stability.saes import formats, variant
 from sae_stability.saes.ensemble import Ensemble
-from sae_stability.saes.sae import SAE, of_ensemble
+from sae_stability.saes.sae import SAE
 
 D_IN, D_SAE, K = 12, 40, 5
 
@@ -38,7 +38,7 @@ X = 3 * drawn(D_IN, seed=1) + 3 * drawn(200, D_IN, seed=2)  # raw activations
 def test_the_normalisation_of_training_folds_into_the_weights(name):
     ensemble = trained(name)
     for position in range(2):
-        sae, z = of_ensemble(ensemble, position), ensemble.encode(X)
+        sae, z = ensemble.dictionary(position), ensemble.encode(X)
         torch.testing.assert_close(sae.encode(X), z[position] / ensemble.scale, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(sae.decode(sae.encode(X)), ensemble.decode(z)[position], atol=1e-4, rtol=1e-4)
         assert (z[position] > 0).any()
@@ -47,7 +47,7 @@ def test_the_normalisation_of_training_folds_into_the_weights(name):
 @pytest.mark.parametrize("name", Variants.__args__)
 @pytest.mark.parametrize("kind", formats.FORMATS)
 def test_what_is_written_reads_as_the_same_sae(tmp_path, name, kind):
-    sae = of_ensemble(trained(name), 0)
+    sae = trained(name).dictionary(0)
     if kind == "sparsify" and name != "topk":
         with pytest.raises(UserError, match="sparsify has topk only"):
             formats.save(sae, tmp_path, kind)
@@ -132,7 +132,7 @@ def test_a_lone_file_holds_directions_only(tmp_path):
 
 def test_an_unknown_format_is_said(tmp_path):
     with pytest.raises(UserError, match="format: onnx"):
-        formats.save(of_ensemble(trained("topk"), 0), tmp_path, "onnx")
+        formats.save(trained("topk").dictionary(0), tmp_path, "onnx")
 
 
 class Executed:
@@ -220,6 +220,6 @@ def test_half_precision_weights_are_read_in_float32(tmp_path):
 
 
 def test_saes_are_plain_values():
-    sae = of_ensemble(trained("topk"), 0)
+    sae = trained("topk").dictionary(0)
     assert isinstance(sae, SAE)
     assert (sae.W_enc.shape, sae.W_dec.shape) == ((D_IN, D_SAE), (D_SAE, D_IN))

@@ -60,6 +60,7 @@ def test_modules_import_only_from_those_before_them():
         "statistics",
         "language",
         "saes",
+        "methods",
         "training",
         "evaluation",
         "matching",

@@ -110,7 +110,7 @@ def test_gradients_agree_with_autograd_on_the_papers_formula(name, seed):
     loss.backward()
     torch.testing.assert_close(error, (x_hat - x).detach(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(codes.dense(D_SAE), z.detach(), atol=1e-4, rtol=1e-4)
-    for field, gradient, leaf in zip(sae._fields, ours, leaves, strict=True):
+    for field, gradient, leaf in zip(sae._asdict(), ours, leaves, strict=True):
         expected = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4, msg=lambda m, field=field: f"{field}: {m}")
 
