@@ -21,7 +21,7 @@ def start(seed: int) -> tuple[Parameters, torch.Tensor, torch.Tensor]:
 
 
 def auxiliary_loss(sae: Parameters, x: torch.Tensor, error: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
-    """|e - e_hat|^2 / 32, a mean over tokens, where e = x - x_hat is fixed and e_hat decodes the d_in / 2 strongest dead features."""
+    """|e - e_hat|^2 / 32, a mean over tokens, e = x - x_hat is fixed and e_hat decodes the d_in / 2 strongest dead features."""
     pre = F.relu((x - sae.b_dec) @ sae.W_enc_rows.T + sae.b_enc).masked_fill(~dead, 0.0)
     strongest = pre.topk(min(int(dead.sum()), D_IN // 2), dim=1)
     z = torch.zeros_like(pre).scatter(1, strongest.indices, strongest.values)

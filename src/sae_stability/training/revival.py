@@ -16,10 +16,10 @@ def revive(
     error: Float[Tensor, "token d_in"],
     dead: Bool[Tensor, "d_sae"],
 ) -> None:
-    """Add the gradient of the auxiliary loss |error - e_hat|^2 / 32, a mean over tokens, for the weights of `dead` features.
+    """Add the gradient of the auxiliary loss |x - x_hat - e_hat|^2 / 32, a mean over tokens, for the weights of `dead` features.
 
-    e_hat is what the d_in / 2 strongest dead features of each token make of `centred` = x - b_dec; `error` = x_hat - x, with its
-    sign turned, is held fixed.
+    e_hat is what the d_in / 2 strongest dead features of each token make of `centred` = x - b_dec. `error` is x_hat - x, as a
+    variant's `gradients` returns it; the loss holds it fixed and explains what it lacks, x - x_hat.
 
     b_dec gets none of it, on purpose, although the pre-activations depend on b_dec too and autograd would add a term: b_dec is part
     of the live features' reconstruction, which the auxiliary loss is not to move.
