@@ -24,13 +24,15 @@ import psutil
 import torch
 from bench_matching import compare_matching, raised_peak
 from data import TOKENS, open_activations
-from sae_stability.config import Cell, Variants
-from sae_stability.tables import on_target
 from tqdm import tqdm
 
+from sae_stability import places
+from sae_stability.experiments.quality import on_target
+from sae_stability.files import read_json, write_json
 from sae_stability.language.activations import Activations
 from sae_stability.saes import fastest_dtype
-from sae_stability.store import git_commit, read_json, write_json
+from sae_stability.store import git_commit
+from sae_stability.study import Recipe, Variants
 from sae_stability.training import prepare, train
 from sae_stability.training.loop import Training
 from sae_stability.training.shuffling import ROUNDS, shuffled
@@ -55,9 +57,9 @@ class Shape:
     batch: int
     rate: float = 2e-3
 
-    def cell(self, name: str, tokens: int, **keys) -> Cell:
+    def recipe(self, name: str, tokens: int, **keys) -> Recipe:
         size = {"d_sae": self.d_sae, "k": self.k, "batch": self.batch, "rate": self.rate, "tokens": tokens}
-        return Cell(model="none", hook_name="blocks.0.hook_resid_post", seeds=8, variant=name, **size, **keys)
+        return Recipe(model="none", hook_name="blocks.0.hook_resid_post", variant=name, **size, **keys)
 
 
 TIMED = {"cpu": Shape(256, 4096, 32, 4096), "cuda": Shape(768, 24_576, 32, 4096)}
@@ -77,11 +79,11 @@ class Ours:
     """Our training, a few steps at a time."""
 
     def __init__(self, shape: Shape, name: str, seeds: int, data: Activations, device: torch.device, **keys):
-        cell = shape.cell(name, len(data), coefficient=COEFFICIENTS.get(name), **keys)
-        job = prepare(cell, data, list(range(seeds)), device=device.type)
+        recipe = shape.recipe(name, len(data), coefficient=COEFFICIENTS.get(name), **keys)
+        job = prepare(recipe, data, list(range(seeds)), device=device.type)
         visits = [SETTLING if name in COEFFICIENTS else 2, *[STEPS] * 200]
         self.training = Training(
-            cell, job.seeds, job.coefficients, visits, data.d_in, None, device, np.inf, tqdm(disable=True)
+            recipe, job.seeds, job.coefficients, visits, data.d_in, None, device, np.inf, tqdm(disable=True)
         )  # fmt: skip
         self.data, self.seeds, self.visit = data, seeds, 0
         self.step()
@@ -200,10 +202,10 @@ def time_variant(name: str, shape: Shape, data: Activations, rounds: int, device
 def compare_quality(name: str, train_on: Activations, held_out: Activations) -> list[dict]:
     """L0 and explained variance on held-out tokens after equal tokens, at the same batch, rate and target L0."""
     shape = COMPARED
-    cell = shape.cell(name, TOKENS)
-    rows = [_ours_at(name, cell, "float32", train_on, held_out)]
+    recipe = shape.recipe(name, TOKENS)
+    rows = [_ours_at(name, recipe, "float32", train_on, held_out)]
     coefficient = rows[0]["coefficient"]
-    rows.append(_ours_at(name, cell.model_copy(update={"coefficient": coefficient}), "fastest", train_on, held_out))
+    rows.append(_ours_at(name, recipe.model_copy(update={"coefficient": coefficient}), "fastest", train_on, held_out))
     if coefficient is not None:  # SAELens's penalties are weighed by the same rule as ours
         coefficient, _, _ = search(
             lambda around: [_saelens(name, train_on, held_out, PILOT, penalty)[0] for penalty in around], coefficient, shape.k
@@ -212,17 +214,17 @@ def compare_quality(name: str, train_on: Activations, held_out: Activations) -> 
     rows.append(_summary(name, "saelens", measured, coefficient))
     reached = rows[-1]["l0"]
     if not on_target(reached, shape.k):  # then ours go where it went: only equal L0 compare
-        rows.append(_ours_at(name, cell.model_copy(update={"k": round(reached)}), "fastest", train_on, held_out))
+        rows.append(_ours_at(name, recipe.model_copy(update={"k": round(reached)}), "fastest", train_on, held_out))
     return rows
 
 
-def _ours_at(name: str, cell: Cell, encoder: str, train_on: Activations, held_out: Activations) -> dict:
-    """The quality of ours at the cell's L0, its penalty steered where it has one."""
-    coefficient = cell.coefficient or prepare(cell, train_on, [0]).coefficients[0] or None
-    ensemble = train(cell.model_copy(update={"coefficient": coefficient, "encoder": encoder}), train_on, list(SEEDS))
+def _ours_at(name: str, recipe: Recipe, encoder: str, train_on: Activations, held_out: Activations) -> dict:
+    """The quality of ours at the recipe's L0, its penalty steered where it has one."""
+    coefficient = recipe.coefficient or prepare(recipe, train_on, [0]).coefficients[0] or None
+    ensemble = train(recipe.model_copy(update={"coefficient": coefficient, "encoder": encoder}), train_on, list(SEEDS))
     x = held_out.data.float()
     measured = [_quality(ensemble.of(seed).encode(x)[0], ensemble.reconstruct(seed, x), x) for seed in SEEDS]
-    return _summary(name, f"ours, {encoder}" + (f", L0 {cell.k}" if cell.k != COMPARED.k else ""), measured, coefficient)
+    return _summary(name, f"ours, {encoder}" + (f", L0 {recipe.k}" if recipe.k != COMPARED.k else ""), measured, coefficient)
 
 
 def by_precision(quality: list[dict]) -> list[dict]:

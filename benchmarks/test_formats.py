@@ -10,7 +10,6 @@ from peers import start
 
 from sae_stability.saes import formats, variant
 from sae_stability.saes.ensemble import Ensemble
-from sae_stability.saes.sae import of_ensemble
 from sae_stability.study import Variants
 
 D_IN, D_SAE, K, BATCH = 24, 96, 8, 256
@@ -32,7 +31,7 @@ def ours(name: str):
     moved = moved._replace(W_dec=F.normalize(moved.W_dec, dim=2))
     if hasattr(moved, "threshold"):
         moved = moved._replace(threshold=moved.threshold.abs() + 0.5)
-    return of_ensemble(Ensemble(name, K, [0], moved, 2 * drawn(D_IN, seed=1), 0.3), 0)
+    return Ensemble(name, K, [0], moved, 2 * drawn(D_IN, seed=1), 0.3).dictionary(0)
 
 
 def sparsify():

@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from sae_stability import places
 from sae_stability.errors import UserError
 from sae_stability.existing import ENOUGH, Site, compare
-from sae_stability.language import models
+from sae_stability.language import corpus, models
 from sae_stability.matching import mcc, stability
 from sae_stability.saes import formats, variant
+from sae_stability.saes.parameters import Parameters
 from sae_stability.saes.sae import SAE
 
 
@@ -63,6 +64,39 @@ def test_narrower_saes_are_compared_too_and_said(files, call, tmp_path):
     assert (table[table["sae"] == "narrow.safetensors"]["matches"] == 4).all()
 
 
+def test_dictionaries_in_memory_are_compared_as_their_files_are(files):
+    saes = [formats.load(path) for path in files]
+    from_files, from_memory = compare(files), compare(saes)
+    assert torch.equal(from_memory.found.probability, from_files.found.probability)
+    assert from_memory.names == [f"dictionary {position}" for position in range(4)]
+    assert compare([files[0], *saes[1:]]).names == ["seed0.safetensors", "dictionary 1", "dictionary 2", "dictionary 3"]
+    with pytest.raises(UserError, match="given twice"):
+        compare([saes[0], saes[0]])
+
+
+def test_directions_whose_sign_says_nothing_are_not_compared_as_if_it_did(files):
+    class Signed(SAE):
+        signed = True
+
+    saes = [formats.load(path) for path in files[:2]]
+    with pytest.raises(UserError, match=r"dictionary 1: its codes have a sign"):
+        compare([saes[0], Signed(None, None, saes[1].parameters)])
+
+
+def test_chance_is_that_of_the_directions_own_second_moments():
+    """Directions on one axis, all but for a little: any two others of that kind match, while isotropic ones never do."""
+    axis = 3 * F.one_hot(torch.tensor(4), 30)
+    narrow = [SAE(None, None, parameters_of(axis * drawn(60, 1, seed=s) + 0.01 * drawn(60, 30, seed=9 + s))) for s in range(3)]
+    isotropic = [SAE(None, None, parameters_of(drawn(60, 30, seed=s))) for s in range(3)]
+    assert compare(narrow).chance() > 0.7
+    assert compare(isotropic).chance() < 0.1
+    assert compare(isotropic).found.mean().value < 0.1
+
+
+def parameters_of(W: torch.Tensor) -> Parameters:
+    return Parameters(W, torch.zeros(len(W)), W, torch.zeros(W.shape[1]))
+
+
 def test_whether_seeds_are_enough_depends_on_what_is_known(files):
     few = compare(files[:3])
     width = max((of.high - of.low) / 2 for of in few.found.latent_shares().values())
@@ -102,6 +136,25 @@ def test_python_takes_a_site_too(tmp_path, text_file):
     assert not compared.found.alive[:, 5].any()
     assert compared.firings.tokens >= 2000
     assert compared.found.alive.any(1).all()
+
+
+def test_only_held_out_documents_are_read_and_no_more_than_it_takes(text_file, monkeypatch):
+    bridge, packed = models.load("docstrings-2l"), []
+    pack = corpus.pack
+    monkeypatch.setattr(corpus, "pack", lambda documents, *rest: packed.append(documents) or pack(documents, *rest))
+    site = Site("docstrings-2l", str(text_file), "blocks.1.hook_resid_pre", 500)
+    site.count([SAE("topk", 4, variant("topk")(4).initialise(bridge.cfg.d_model, 24, torch.Generator()))], 24)
+    held_out = corpus.load(str(text_file)).evaluation
+    (documents,) = packed
+    assert documents == held_out[: len(documents)]
+    assert len(documents) < len(held_out)
+    assert sum(map(len, documents)) >= corpus.CHARACTERS_A_TOKEN * 500
+
+
+def test_a_text_that_fills_no_context_is_said(tmp_path):
+    (tmp_path / "short.txt").write_text("one line\n\nanother")
+    with pytest.raises(UserError, match=r"corpus: the held-out documents of .*short\.txt fill no context"):
+        Site("docstrings-2l", str(tmp_path / "short.txt"), "blocks.1.hook_resid_pre", 500).count([], 24)
 
 
 def pad(W: torch.Tensor) -> torch.Tensor:

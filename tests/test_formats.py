@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from sae_stability.errors import UserError
 from sae_stability.saes import formats, variant
 from sae_stability.saes.ensemble import Ensemble
-from sae_stability.saes.sae import SAE, of_ensemble
+from sae_stability.saes.sae import SAE
 from sae_stability.study import Variants
 
 D_IN, D_SAE, K = 12, 40, 5
@@ -38,7 +38,7 @@ X = 3 * drawn(D_IN, seed=1) + 3 * drawn(200, D_IN, seed=2)  # raw activations
 def test_the_normalisation_of_training_folds_into_the_weights(name):
     ensemble = trained(name)
     for position in range(2):
-        sae, z = of_ensemble(ensemble, position), ensemble.encode(X)
+        sae, z = ensemble.dictionary(position), ensemble.encode(X)
         torch.testing.assert_close(sae.encode(X), z[position] / ensemble.scale, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(sae.decode(sae.encode(X)), ensemble.decode(z)[position], atol=1e-4, rtol=1e-4)
         assert (z[position] > 0).any()
@@ -47,7 +47,7 @@ def test_the_normalisation_of_training_folds_into_the_weights(name):
 @pytest.mark.parametrize("name", Variants.__args__)
 @pytest.mark.parametrize("kind", formats.FORMATS)
 def test_what_is_written_reads_as_the_same_sae(tmp_path, name, kind):
-    sae = of_ensemble(trained(name), 0)
+    sae = trained(name).dictionary(0)
     if kind == "sparsify" and name != "topk":
         with pytest.raises(UserError, match="sparsify has topk only"):
             formats.save(sae, tmp_path, kind)
@@ -100,23 +100,65 @@ def test_saelens_topk_scaled_by_decoder_norms_chooses_and_decodes_alike(tmp_path
     torch.testing.assert_close(sae.decode(expected), (expected / norms) @ state["W_dec"] + state["b_dec"], atol=1e-4, rtol=1e-4)
 
 
-def dictionary_learning(folder, kind: str) -> None:
-    state = {"encoder.weight": drawn(D_SAE, D_IN), "encoder.bias": drawn(D_SAE), "decoder.weight": drawn(D_IN, D_SAE, seed=1)}
-    state |= {"b_dec": drawn(D_IN), "k": torch.tensor(K), "threshold": torch.tensor(0.5)}
+def dictionary_learning(folder, kind: str) -> dict[str, torch.Tensor]:
+    """A folder as dictionary_learning 0.1 writes it, by the names of each of its classes, and its weights."""
+    if kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
+        state = {"W_enc": drawn(D_IN, D_SAE), "b_enc": drawn(D_SAE, seed=1), "W_dec": drawn(D_SAE, D_IN, seed=2)}
+    else:
+        state = {"encoder.weight": drawn(D_SAE, D_IN), "decoder.weight": drawn(D_IN, D_SAE, seed=2)}
+        state |= {} if kind == "GatedAutoEncoder" else {"encoder.bias": drawn(D_SAE, seed=1)}
+    b_dec = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}.get(kind, "b_dec")
+    state[b_dec] = drawn(D_IN, seed=3)
+    if kind == "GatedAutoEncoder":
+        state |= {"gate_bias": drawn(D_SAE, seed=4), "r_mag": 0.3 * drawn(D_SAE, seed=5), "mag_bias": drawn(D_SAE, seed=6)}
+    if kind == "JumpReluAutoEncoder":
+        state["threshold"] = drawn(D_SAE, seed=7)  # some below zero
+    if "TopK" in kind:
+        state |= {"k": torch.tensor(K, dtype=torch.int32), "threshold": torch.tensor(0.5)}
     torch.save(state, folder / "ae.pt")
     (folder / "config.json").write_text(json.dumps({"trainer": {"dict_class": kind, "k": K}}))
+    return state
 
 
-@pytest.mark.parametrize("kind", ["AutoEncoderTopK", "BatchTopKSAE"])
-def test_dictionary_learning_folders_encode_by_its_formula(tmp_path, kind):
-    dictionary_learning(tmp_path, kind)
-    pre = ((X - drawn(D_IN)) @ drawn(D_SAE, D_IN).T + drawn(D_SAE)).relu()
-    top = pre.topk(K, dim=1)
-    expected = pre * (pre > 0.5) if kind == "BatchTopKSAE" else torch.zeros_like(pre).scatter_(1, top.indices, top.values)
-    sae = formats.load(tmp_path)
-    torch.testing.assert_close(sae.encode(X), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(sae.W_dec, drawn(D_IN, D_SAE, seed=1).T)
-    torch.testing.assert_close(formats.load(tmp_path / "ae.pt").encode(X), expected, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("kind", formats.DICTIONARIES)
+def test_dictionary_learning_folders_encode_and_decode_by_its_formula(tmp_path, kind):
+    """The formulas of its `dictionary.py`, version 0.1.0, in dense tensors."""
+    state = dictionary_learning(tmp_path, kind)
+    linear = "encoder.weight" in state
+    W_enc, W_dec = (state["encoder.weight"].T, state["decoder.weight"].T) if linear else (state["W_enc"], state["W_dec"])
+    b_dec = next(state[name] for name in ("bias", "decoder.bias", "decoder_bias", "b_dec") if name in state)
+    if kind == "AutoEncoder":
+        expected = ((X - b_dec) @ W_enc + state["encoder.bias"]).relu()
+    elif kind == "AutoEncoderNew":
+        expected = (X @ W_enc + state["encoder.bias"]).relu()
+    elif kind == "GatedAutoEncoder":
+        projected = (X - b_dec) @ W_enc
+        magnitudes = (state["r_mag"].exp() * projected + state["mag_bias"]).relu()
+        expected = (projected + state["gate_bias"] > 0) * magnitudes
+    elif kind == "JumpReluAutoEncoder":
+        pre = X @ W_enc + state["b_enc"]
+        expected = (pre * (pre > state["threshold"])).relu()
+    else:
+        pre = ((X - b_dec) @ W_enc + state["encoder.bias" if linear else "b_enc"]).relu()
+        top = pre.topk(K, dim=1)
+        expected = torch.zeros_like(pre).scatter_(1, top.indices, top.values) if kind == "AutoEncoderTopK" else pre * (pre > 0.5)
+    for path in (tmp_path, tmp_path / "ae.pt"):
+        sae = formats.load(path)
+        torch.testing.assert_close(sae.encode(X), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(sae.decode(expected), expected @ W_dec + b_dec, atol=1e-4, rtol=1e-4)
+    assert 0 < (expected > 0).float().mean() < 1
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
+def test_training_checkpoints_of_saelens_fire_above_their_threshold(tmp_path, architecture):
+    """Its k need not be whole there, and a threshold that was never measured lies below zero."""
+    state = saelens(tmp_path, architecture, k=4.5)
+    pre = ((X - state["b_dec"]) @ state["W_enc"] + state["b_enc"]).relu()
+    for threshold in (1.5, -1.0):
+        save_file({**state, "topk_threshold": torch.tensor(threshold)}, tmp_path / "sae_weights.safetensors")
+        sae = formats.load(tmp_path)
+        torch.testing.assert_close(sae.encode(X), pre * (pre > threshold), atol=1e-4, rtol=1e-4)
+        assert sae.k == 4
 
 
 def test_a_lone_file_holds_directions_only(tmp_path):
@@ -130,9 +172,15 @@ def test_a_lone_file_holds_directions_only(tmp_path):
             formats.save(sae, tmp_path / "out")
 
 
+def test_an_sae_without_some_features_is_not_written_as_if_it_had_them(tmp_path):
+    sae = trained("topk").dictionary(0).without(torch.arange(D_SAE) < 3)
+    with pytest.raises(UserError, match="features were removed"):
+        formats.save(sae, tmp_path)
+
+
 def test_an_unknown_format_is_said(tmp_path):
     with pytest.raises(UserError, match="format: onnx"):
-        formats.save(of_ensemble(trained("topk"), 0), tmp_path, "onnx")
+        formats.save(trained("topk").dictionary(0), tmp_path, "onnx")
 
 
 class Executed:
@@ -153,57 +201,6 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_executed(tmp_path, monkeypa
     assert not (tmp_path / "executed").exists()
 
 
-def broken(tmp_path, how: str):
-    """A folder or file that is no SAE, for one reason."""
-    state = saelens(tmp_path, "topk")
-    weights, config = tmp_path / "sae_weights.safetensors", tmp_path / "cfg.json"
-    if how == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif how == "empty":
-        weights.write_bytes(b"")
-    elif how == "NaN":
-        state["W_dec"][3, 2] = torch.nan
-        save_file(state, weights)
-    elif how == "zero":
-        save_file({**state, "W_dec": torch.zeros(D_SAE, D_IN)}, weights)
-    elif how == "W_enc":
-        save_file({name: tensor for name, tensor in state.items() if name != "W_enc"}, weights)
-    elif how == "fit each other":
-        save_file({**state, "W_enc": drawn(D_IN, D_SAE + 1)}, weights)
-    elif how == "missing":
-        config.unlink()
-    elif how == "JSON":
-        config.write_text("{")
-    elif how == "architecture":
-        config.write_text(json.dumps({"architecture": "temporal"}))
-    elif how == "normalised":
-        config.write_text(json.dumps({"architecture": "topk", "k": K, "normalize_activations": "layer_norm"}))
-    elif how == "no SAE":
-        weights.rename(tmp_path / "model.safetensors")
-    elif how == "no decoder":
-        save_file({"embedding": torch.ones(3, 2)}, tmp_path / "lone.safetensors")
-        return tmp_path / "lone.safetensors"
-    elif how == "no such":
-        return tmp_path / "nowhere"
-    elif how == "other files":
-        (tmp_path / "weights.bin").write_bytes(b"1")
-        return tmp_path / "weights.bin"
-    return tmp_path
-
-
-HOWS = ["truncated", "empty", "NaN", "zero", "W_enc", "fit each other", "missing", "JSON", "architecture", "normalised"]
-
-
-@pytest.mark.parametrize("how", [*HOWS, "no SAE", "no decoder", "no such", "other files"])
-def test_what_is_no_sae_is_said_in_one_line(tmp_path, how):
-    path = broken(tmp_path, how)
-    told = {"truncated": "damaged or truncated", "empty": "damaged or truncated"}.get(how, how)
-    with pytest.raises(UserError, match=told) as error:
-        formats.load(path)
-    assert str(tmp_path) in str(error.value)
-    assert "\n" not in str(error.value)
-
-
 def test_a_folder_that_holds_its_sae_further_down_says_where(tmp_path):
     inside = tmp_path / "layers.3"
     inside.mkdir()
@@ -220,6 +217,6 @@ def test_half_precision_weights_are_read_in_float32(tmp_path):
 
 
 def test_saes_are_plain_values():
-    sae = of_ensemble(trained("topk"), 0)
+    sae = trained("topk").dictionary(0)
     assert isinstance(sae, SAE)
     assert (sae.W_enc.shape, sae.W_dec.shape) == ((D_IN, D_SAE), (D_SAE, D_IN))

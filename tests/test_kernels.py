@@ -48,6 +48,72 @@ def test_top_fills_up_where_too_few_are_positive():
     assert 7 in features[1]
 
 
+def test_more_features_than_there_are_can_not_be_the_largest():
+    for k in (-1, 9):
+        with pytest.raises(ValueError, match=f"k: {k} of 8 features"):
+            compiled.top(torch.ones(3, 8), k)
+    sae = Parameters(torch.eye(8), torch.zeros(8), torch.eye(8), torch.zeros(8))
+    with pytest.raises(ValueError, match="k: 9"):
+        sparse.top(sae, torch.ones(3, 8), 9, torch.float32)
+    assert compiled.top(torch.ones(3, 8), 8).sort().values.tolist() == [list(range(8))] * 3
+
+
+W, ROWS, VALUES = torch.ones(5, 4), torch.ones(2, 4), torch.ones(3)
+FITTING = torch.tensor([0, 1, 3]), torch.tensor([0, 4, 2])
+
+
+@pytest.mark.parametrize(
+    ("starts", "features"),
+    [
+        ([0, 1, 3], [0, 5, 2]),  # no such feature
+        ([0, 1, 3], [0, -1, 2]),
+        ([0, 1, 4], [0, 4, 2]),  # more firings than there are
+        ([0, 1, 2], [0, 4, 2]),
+        ([1, 2, 3], [0, 4, 2]),
+        ([0, 9, 3], [0, 4, 2]),  # rows that overlap
+        ([0, -9, 3], [0, 4, 2]),
+        ([0, 1, 2, 3], [0, 4, 2]),  # another count of rows
+        ([0, 3], [0, 4, 2]),
+    ],
+)
+def test_firings_that_leave_their_matrix_are_refused_before_a_kernel_reads_them(starts, features):
+    given = torch.tensor(starts), torch.tensor(features)
+    refused = pytest.raises(ValueError, match="firings: 3 firings in")
+    with refused:
+        compiled.dots(ROWS, W, *given)
+    with refused:
+        compiled.sums(plain.ByFeature(given[0], given[1], torch.arange(3)), VALUES, W, torch.empty(2, 4))
+    if len(starts) == 3:
+        with refused:
+            compiled.combine(VALUES, W, *given)
+        with refused:
+            compiled.transposed(*given, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: compiled.above(torch.ones(3, 8), torch.zeros(1)), "bound"),
+        (lambda: compiled.above(torch.ones(3, 8), torch.zeros(9)), "bound"),
+        (lambda: compiled.dots(torch.ones(2, 3), W, *FITTING), "rows"),
+        (lambda: compiled.combine(torch.ones(2), W, *FITTING), "values"),
+        (lambda: compiled.sums(compiled.transposed(*FITTING, 5), VALUES, ROWS, torch.empty(5, 3)), "rows"),
+        (lambda: compiled.sums(compiled.transposed(*FITTING, 5), VALUES, ROWS, torch.empty(4, 4)), "firings"),
+        (lambda: compiled.sums(compiled.transposed(*FITTING, 5)._replace(order=torch.arange(2)), VALUES, ROWS, W), "order"),
+    ],
+)
+def test_arrays_that_do_not_fit_each_other_are_refused(call, named):
+    with pytest.raises(ValueError, match=f"^{named}: "):
+        call()
+
+
+def test_in_bfloat16_what_lies_just_above_its_bound_is_not_missed():
+    x = torch.tensor([[1.001], [0.5]])  # in bfloat16 the first is 1, as is the bound
+    sae = Parameters(torch.ones(1, 1), torch.zeros(1), torch.ones(1, 1), torch.zeros(1))
+    codes = sparse.above(sae, x, torch.ones(1), torch.bfloat16)
+    torch.testing.assert_close(codes.values, torch.tensor([1.001]))
+
+
 @DTYPES
 @given(shape=shapes)
 @settings(max_examples=40, deadline=None)
@@ -107,7 +173,8 @@ def test_top_of_batch_finds_the_largest_of_the_batch(rows, d_sae, k, seed, skewe
     x = normal(rows, d_in, seed=seed)
     if skewed:  # few tokens hold most of the largest: the sample of tokens says little about the batch
         x[:: max(2, rows // 3)] *= 50
-    sae = Parameters(normal(d_sae, d_in, seed=seed + 1), normal(d_sae, seed=seed + 2), torch.empty(0), torch.empty(0))
+    W = normal(d_sae, d_in, seed=seed + 1)
+    sae = Parameters(W, normal(d_sae, seed=seed + 2), W, torch.zeros(d_in))
     codes = sparse.top_of_batch(sae, x, k, dtype)
     pre = x @ sae.W_enc_rows.T + sae.b_enc
     positive = int((pre > 0).sum())

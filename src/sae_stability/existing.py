@@ -1,9 +1,10 @@
-"""The stability of SAEs that already exist, from this project or another library (`sae-stability stability`)."""
+"""The stability of SAEs that already exist, in files of any library or in memory (`sae-stability stability`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,11 @@ from tqdm import tqdm
 from sae_stability import threads
 from sae_stability.errors import UserError
 from sae_stability.matching import BANDS, STABLE, UNSTABLE, Stability, assign, stability
+from sae_stability.methods.dictionary import Dictionary
 from sae_stability.saes import formats
-from sae_stability.saes.sae import SAE
+
+if TYPE_CHECKING:
+    from sae_stability.language.corpus import Contexts
 
 ENOUGH = 0.05  # seeds are enough where the latent shares of the bands are known within this
 
@@ -35,26 +39,26 @@ class Comparison:
     """What SAEs have in common. Narrower ones are filled up with dead features to the width of the widest."""
 
     names: list[str]
-    """A short and unique name of each SAE, from its path."""
-    saes: list[SAE]
+    """A short and unique name of each SAE: from its path, or its position where it came as a dictionary."""
+    saes: list[Dictionary]
     found: Stability
     firings: Firings | None
 
     @property
     def d_in(self) -> int:
-        return self.saes[0].W_dec.shape[1]
+        return self.saes[0].directions.shape[1]
 
     def table(self) -> pd.DataFrame:
         """One row per feature: its stability, and whose it is most like in every other SAE."""
         found, rows = self.found, []
         low, high = found.interval
         for s, (name, sae) in enumerate(zip(self.names, self.saes, strict=True)):
-            own = slice(0, len(sae.W_dec))
+            own = slice(0, len(sae.directions))
             columns = {
                 "sae": name,
-                "feature": np.arange(len(sae.W_dec)),
+                "feature": np.arange(len(sae.directions)),
                 "alive": found.alive[s, own].numpy(),
-                "norm": sae.W_dec.norm(dim=1).numpy(),
+                "norm": sae.directions.norm(dim=1).numpy(),
                 "stability": found.probability[s, own].numpy(),
                 "stability_low": np.where(found.alive[s, own], low[s, own], np.nan),
                 "stability_high": np.where(found.alive[s, own], high[s, own], np.nan),
@@ -74,7 +78,7 @@ class Comparison:
     def mcc(self) -> float:
         """The mean cosine of one-to-one pairings of live features (Song et al., arXiv:2505.20254), over all pairs of SAEs."""
         alive = self.found.alive
-        live = [sae.W_dec[alive[s, : len(sae.W_dec)]] for s, sae in enumerate(self.saes)]
+        live = [sae.directions[alive[s, : len(sae.directions)]] for s, sae in enumerate(self.saes)]
         pairs = list(combinations(range(len(live)), 2))
         return float(np.mean([assign(live[s], live[t]).mean for s, t in tqdm(pairs, "pairing", disable=None, leave=False)]))
 
@@ -83,7 +87,7 @@ class Comparison:
         generator = torch.Generator().manual_seed(0)
         drawn = torch.zeros(*self.found.alive.shape, self.d_in)
         for s, sae in enumerate(self.saes):
-            directions = F.normalize(sae.W_dec, dim=1)
+            directions = F.normalize(sae.directions, dim=1)
             with threads.single():
                 variances, axes = torch.linalg.eigh(directions.T.double() @ directions.double() / len(directions))
             root = (axes * variances.clamp(min=0).sqrt()).T.float()
@@ -94,7 +98,7 @@ class Comparison:
         """The finding in a few lines."""
         found, trials = self.found, self.found.trials
         mean, shares = found.mean(), found.shares()
-        widths = sorted({len(sae.W_dec) for sae in self.saes})
+        widths = sorted({len(sae.directions) for sae in self.saes})
         told_widths = " and ".join(f"{width:,}" for width in widths)
         lines = [
             f"{len(self.saes)} SAEs of {told_widths} features, d_in {self.d_in}; a match is a cosine of {found.threshold:g}",
@@ -119,7 +123,7 @@ class Comparison:
         return "\n".join(lines)
 
     def _dead(self) -> int:
-        features = sum(len(sae.W_dec) for sae in self.saes)
+        features = sum(len(sae.directions) for sae in self.saes)
         return features - int(self.found.alive.sum())
 
     def _enough(self, seeds: int) -> str:
@@ -139,23 +143,23 @@ class Site:
     hook_name: str
     tokens: int
 
-    def count(self, saes: list[SAE], d_sae: int) -> Firings:
+    def count(self, saes: list[Dictionary], d_sae: int) -> Firings:
         """Count on how many of about `tokens` held-out tokens each feature fires.
 
-        Raises `UserError` for an unknown model, hook or text, one whose activations the SAEs don't fit, and SAEs that can't encode.
+        Where the held-out text has fewer tokens, all of it is read. Raises `UserError` for an unknown model, hook or text, a text
+        too short, one whose activations the SAEs don't fit, and SAEs that can't encode.
         """
-        from sae_stability.language import corpus, models
+        from sae_stability.language import models
         from sae_stability.language.activations import BATCH, forward
 
         bridge = models.load(self.model)
         models.check_hook(bridge, self.hook_name)
-        text = corpus.load(self.corpus, characters=corpus.CHARACTERS_A_TOKEN * self.tokens)
-        contexts = corpus.pack(text.train + text.evaluation, bridge.tokenizer, models.context_length(bridge, None))
+        contexts = self._contexts(bridge)
         counts, seen = torch.zeros(len(saes), d_sae, dtype=torch.int64), 0
         count = contexts.holding(self.tokens)
         for start in tqdm(range(0, count, BATCH), "firings", unit="batch", disable=None):
             x = forward(bridge, contexts, slice(start, min(start + BATCH, count)), [self.hook_name])[self.hook_name].float()
-            d_in = saes[0].W_dec.shape[1]
+            d_in = saes[0].directions.shape[1]
             if x.shape[1] != d_in:
                 raise UserError(f"hook_name: {self.hook_name} has d_in {x.shape[1]}, the SAEs have {d_in}; name their own site")
             seen += len(x)
@@ -163,35 +167,58 @@ class Site:
                 of_sae += torch.bincount(sae.codes(x).fired(), minlength=d_sae)
         return Firings(counts, seen)
 
+    def _contexts(self, bridge) -> "Contexts":
+        """Contexts of held-out documents: as many documents as it takes, since a corpus can be far longer."""
+        from sae_stability.language import corpus, models
 
-def compare(paths: Sequence[Path | str], threshold: float = 0.7, site: Site | None = None) -> Comparison:
-    """Load SAEs and compare their decoders. With a `site`, features that never fire there are dead and take no part.
-
-    Raises `UserError` for fewer than two SAEs, one given twice, different d_in, and for files that `formats.load` refuses.
-    """
-    paths = [Path(path) for path in paths]
-    if len(paths) < 2:
-        raise UserError("PATH: stability compares SAEs; give two or more, of the same training with other seeds")
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise UserError("PATH: an SAE is given twice; it would match itself")
-    saes = [formats.load(path) for path in paths]
-    for path, sae in zip(paths, saes, strict=True):
-        if sae.W_dec.shape[1] != saes[0].W_dec.shape[1]:
+        wanted = corpus.CHARACTERS_A_TOKEN * self.tokens
+        held_out = corpus.load(self.corpus, characters=round(wanted / corpus.EVALUATION_SHARE)).evaluation
+        read = np.cumsum([len(document) for document in held_out])
+        length = models.context_length(bridge, None)
+        contexts = corpus.pack(held_out[: int(np.searchsorted(read, wanted)) + 1], bridge.tokenizer, length)
+        if not len(contexts.tokens):
             raise UserError(
-                f"{path}: d_in {sae.W_dec.shape[1]}, but {saes[0].W_dec.shape[1]} in {paths[0]}; compare SAEs of one site"
+                f"corpus: the held-out documents of {self.corpus} fill no context of {length} tokens; give a longer text"
             )
-    W_dec = torch.zeros(len(saes), max(len(sae.W_dec) for sae in saes), saes[0].W_dec.shape[1])
+        return contexts
+
+
+def compare(given: Sequence[Path | str | Dictionary], threshold: float = 0.7, site: Site | None = None) -> Comparison:
+    """Compare the directions of SAEs, from files or in memory.
+
+    With a `site`, features that never fire there are dead and take no part.
+    Raises `UserError` for fewer than two SAEs, one given twice, different d_in, signed codes, and for files that `formats.load`
+    refuses.
+    """
+    if len(given) < 2:
+        raise UserError("PATH: stability compares SAEs; give two or more, of the same training with other seeds")
+    sources = [Path(source) if isinstance(source, Path | str) else source for source in given]
+    if len({source.resolve() if isinstance(source, Path) else id(source) for source in sources}) < len(sources):
+        raise UserError("PATH: an SAE is given twice; it would match itself")
+    saes = [formats.load(source) if isinstance(source, Path) else source for source in sources]
+    names = _names(sources)
+    for name, sae in zip(names, saes, strict=True):
+        if sae.signed:
+            raise UserError(f"{name}: its codes have a sign, so its directions match by |cosine|; give dictionaries without one")
+        if sae.directions.shape[1] != saes[0].directions.shape[1]:
+            d_in, first = sae.directions.shape[1], saes[0].directions.shape[1]
+            raise UserError(f"{name}: d_in {d_in}, but {first} in {names[0]}; compare SAEs of one site")
+    W_dec = torch.zeros(len(saes), max(len(sae.directions) for sae in saes), saes[0].directions.shape[1])
     for s, sae in enumerate(saes):
-        W_dec[s, : len(sae.W_dec)] = sae.W_dec
+        W_dec[s, : len(sae.directions)] = sae.directions
     firings = None if site is None else site.count(saes, W_dec.shape[1])
     alive = None if firings is None else firings.counts > 0
-    return Comparison(_names(paths), saes, stability(W_dec, threshold, alive), firings)
+    return Comparison(names, saes, stability(W_dec, threshold, alive), firings)
 
 
-def _names(paths: list[Path]) -> list[str]:
-    """The last parts of the paths that tell them apart."""
-    for depth in range(1, max(len(path.resolve().parts) for path in paths) + 1):
-        names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
+def _names(sources: Sequence[Path | Dictionary]) -> list[str]:
+    """The last parts of the paths that tell them apart; dictionaries have their position."""
+    parts = [
+        source.resolve().parts if isinstance(source, Path) else (f"dictionary {position}",)
+        for position, source in enumerate(sources)
+    ]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
         if len(set(names)) == len(names):
             break
     return names

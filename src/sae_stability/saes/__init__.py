@@ -4,6 +4,7 @@ A variant works on one seed; `training/` runs it for all seeds of a cell. To add
 `Variants` in `config.py`.
 """
 
+from functools import cache
 from importlib import import_module
 
 import torch
@@ -11,16 +12,13 @@ import torch
 from sae_stability.saes.variant import Variant
 
 
+@cache
 def variant(name: str) -> type[Variant]:
-    """The variant that the file `name`.py holds."""
+    """The one variant that the file `name`.py defines. The files of others are not read: a result does not depend on them."""
     module = import_module(f"sae_stability.saes.{name}")
-    (found,) = (kind for kind in vars(module).values() if isinstance(kind, type) and _is_variant_of(kind, module.__name__))
-    return found
-
-
-def files_of(name: str) -> list[str]:
-    """The files that hold a variant and those it builds on, under the package's folder."""
-    return sorted({f"saes/{kind.__module__.rpartition('.')[2]}.py" for kind in variant(name).__mro__ if issubclass(kind, Variant)})
+    classes = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Variant))
+    (own,) = (kind for kind in classes if kind.__module__ == module.__name__)
+    return own
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
@@ -30,7 +28,3 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     else:
         multiplies = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if multiplies else torch.float32
-
-
-def _is_variant_of(kind: type, module: str) -> bool:
-    return issubclass(kind, Variant) and kind.__module__ == module

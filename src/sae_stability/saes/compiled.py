@@ -2,6 +2,9 @@
 
 Pre-activations are compared as integers: the bits of positive floats, in float32 and bfloat16 alike, grow with their value. Every
 output row belongs to one thread, so that results do not depend on the number of threads.
+
+Kernels index without bounds checks, so each function looks at its arguments first, and raises `ValueError` where a kernel would
+leave its arrays.
 """
 
 import numpy as np
@@ -20,6 +23,7 @@ KEYS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 def top(pre: Float[Tensor, "token d_sae"], k: int) -> Int[Tensor, "token k"]:
     """The k largest of each row; where fewer are positive, some feature of value zero or less fills the places."""
+    _require(0 <= k <= pre.shape[1], f"k: {k} of {pre.shape[1]} features can't be the largest")
     features = torch.empty(len(pre), k, dtype=torch.int64)
     keys = pre.view(KEYS[pre.dtype]).numpy()
     threads.call(_top, keys, k, np.iinfo(keys.dtype).max, _blocks(), features.numpy())
@@ -28,6 +32,7 @@ def top(pre: Float[Tensor, "token d_sae"], k: int) -> Int[Tensor, "token k"]:
 
 def above(pre: Float[Tensor, "token d_sae"], bound: Float[Tensor, "d_sae"]) -> tuple[Int[Tensor, "token+1"], Int[Tensor, "firing"]]:
     """Where each row exceeds `bound`, which is zero or more: where rows start, and features in rising order."""
+    _require(bound.shape == pre.shape[1:], f"bound: {list(bound.shape)} does not fit pre-activations {list(pre.shape)}")
     keys = pre.view(KEYS[pre.dtype]).numpy()
     least = bound.to(pre.dtype).view(KEYS[pre.dtype]).numpy()
     starts = torch.zeros(len(pre) + 1, dtype=torch.int64)
@@ -42,6 +47,8 @@ def dots(
     rows: Float[Tensor, "row d_in"], W: Float[Tensor, "d_sae d_in"], starts: Int[Tensor, "row+1"], features: Int[Tensor, "firing"]
 ) -> Float[Tensor, "firing"]:
     """For each firing, its row times its feature's direction."""
+    _require(rows.shape[1] == W.shape[1], f"rows: d_in {rows.shape[1]}, but directions have {W.shape[1]}")
+    _require_firings(starts, features, len(rows), len(W))
     out = torch.empty(len(features))
     threads.call(_dots, rows.numpy(), W.numpy(), starts.numpy(), features.numpy(), out.numpy())
     return out
@@ -54,6 +61,8 @@ def combine(
     features: Int[Tensor, "firing"],
 ) -> Float[Tensor, "row d_in"]:
     """For each row, the directions of its features weighted by their values."""
+    _require(len(values) == len(features), f"values: {len(values)} for {len(features)} firings")
+    _require_firings(starts, features, len(starts) - 1, len(W))
     out = torch.empty(len(starts) - 1, W.shape[1])
     threads.call(_weighted_rows, values.numpy(), W.numpy(), starts.numpy(), features.numpy(), _blocks(), out.numpy())
     return out
@@ -61,6 +70,7 @@ def combine(
 
 def transposed(starts: Int[Tensor, "row+1"], features: Int[Tensor, "firing"], d_sae: int) -> ByFeature:
     """Firings sorted by feature, and by row within a feature."""
+    _require_firings(starts, features, len(starts) - 1, d_sae)
     return ByFeature(*map(torch.from_numpy, _transposed(starts.numpy(), features.numpy(), d_sae)))
 
 
@@ -68,7 +78,10 @@ def sums(
     by_feature: ByFeature, weights: Float[Tensor, "firing"], rows: Float[Tensor, "row d_in"], out: Float[Tensor, "d_sae d_in"]
 ) -> None:
     """For each feature, the rows on which it fires weighted by `weights`."""
-    weights = weights.index_select(0, by_feature.order)
+    _require(rows.shape[1] == out.shape[1], f"rows: d_in {rows.shape[1]}, but the sums have {out.shape[1]}")
+    _require_firings(by_feature.starts, by_feature.rows, len(out), len(rows))
+    weights = weights.index_select(0, by_feature.order)  # which looks at its indices itself
+    _require(len(weights) == len(by_feature.rows), f"order: {len(weights)} places for {len(by_feature.rows)} firings")
     starts, chosen = by_feature.starts.numpy(), by_feature.rows.numpy()
     threads.call(_weighted_rows, weights.numpy(), rows.numpy(), starts, chosen, _blocks(), out.numpy())
 
@@ -76,6 +89,30 @@ def sums(
 def _blocks() -> int:
     """Into how many pieces of about equal work a kernel cuts its rows."""
     return 8 * torch.get_num_threads()
+
+
+def _require(fits: bool, message: str) -> None:
+    if not fits:
+        raise ValueError(message)
+
+
+def _require_firings(starts: Int[Tensor, "row+1"], features: Int[Tensor, "firing"], rows: int, d_sae: int) -> None:
+    """A sparse matrix must have `rows` rows that lie end to end, and `d_sae` columns."""
+    fits = len(starts) == rows + 1 and _inside(starts.numpy(), features.numpy(), d_sae)
+    _require(fits, f"firings: {len(features)} firings in {len(starts) - 1} rows are no matrix of {rows} rows and {d_sae} features")
+
+
+@njit(nogil=True, cache=True)
+def _inside(starts, features, d_sae):
+    if starts[0] != 0 or starts[-1] != len(features):
+        return False
+    falling = False
+    for i in range(len(starts) - 1):
+        falling |= starts[i] > starts[i + 1]
+    outside = False
+    for feature in features:
+        outside |= feature < 0 or feature >= d_sae
+    return not (falling or outside)
 
 
 @njit(cache=True)

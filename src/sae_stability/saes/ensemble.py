@@ -11,7 +11,9 @@ from torch import Tensor
 
 from sae_stability.files import read_metadata, save_tensors
 from sae_stability.saes import variant
-from sae_stability.saes.sparse import Codes, Parameters
+from sae_stability.saes.parameters import Parameters
+from sae_stability.saes.sae import SAE
+from sae_stability.saes.sparse import Codes
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class Ensemble:
         """The ensemble of the one seed at `position`."""
         alone = type(self.parameters)(*(tensor[position : position + 1] for tensor in self.parameters))
         return replace(self, seeds=[self.seeds[position]], parameters=alone)
+
+    def dictionary(self, position: int) -> SAE:
+        """The SAE of the one seed at `position` on raw activations, in their units: what analyses and files take."""
+        normalised = self.saes[position]
+        return SAE(self.variant, self.k, normalised.scaled(self.scale, self.mean))
 
     def with_parameters(self, **tensors: Tensor) -> "Ensemble":
         """The same with other values of some parameters."""

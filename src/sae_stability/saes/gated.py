@@ -8,44 +8,52 @@ where x_hat_frozen decodes with a copy of W_dec and b_dec that the loss does not
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_stability.saes import sparse
+from sae_stability.saes.parameters import Parameters
 from sae_stability.saes.sparse import Codes
 from sae_stability.saes.variant import Variant, backpropagate, starting_threshold
 
 
-class GatedParameters(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class GatedParameters(Parameters):
     """The weights of a Gated SAE; `W_enc` and `b_enc` are the gate's."""
 
-    W_enc_rows: Float[Tensor, "*seed d_sae d_in"]
-    b_enc: Float[Tensor, "*seed d_sae"]
-    W_dec: Float[Tensor, "*seed d_sae d_in"]
-    b_dec: Float[Tensor, "*seed d_in"]
     r_mag: Float[Tensor, "*seed d_sae"]
     """Log of how much longer the magnitude's encoder is than the gate's."""
     b_mag: Float[Tensor, "*seed d_sae"]
+
+    def scaled(self, scale: float, mean: Float[Tensor, "d_in"]) -> Self:
+        return super().scaled(scale, mean)._replace(b_mag=self.b_mag / scale)
+
+    def exported(self) -> dict[str, Tensor]:
+        tensors = super().exported()
+        tensors["b_gate"] = tensors.pop("b_enc")
+        return tensors
 
 
 @dataclass(frozen=True)
 class Gated(Variant):
     steered: ClassVar[bool] = True
-    parameters: ClassVar[type] = GatedParameters
+    parameters: ClassVar[type[Parameters]] = GatedParameters
 
     def initialise(self, d_in: int, d_sae: int, generator: torch.Generator) -> GatedParameters:
         sae = super().initialise(d_in, d_sae, generator)
         sae.b_enc.fill_(-starting_threshold(self.k, d_sae))
         return GatedParameters(*sae, r_mag=torch.zeros(d_sae), b_mag=sae.b_enc.clone())
 
-    def encode(self, sae, x) -> Codes:
+    def encode(self, sae: GatedParameters, x: Float[Tensor, "token d_in"]) -> Codes:
         gate = sparse.above(sae, x - sae.b_dec, torch.zeros_like(sae.b_enc), x.dtype)
         return gate._replace(values=self._magnitudes(sae, gate)[0].relu() * (gate.values > 0))
 
-    def gradients(self, sae, gradient, x):
+    def gradients(
+        self, sae: GatedParameters, gradient: GatedParameters, x: Float[Tensor, "token d_in"]
+    ) -> tuple[Float[Tensor, "token d_in"], Codes]:
         centred = x - sae.b_dec
         gate = sparse.above(sae, centred, torch.zeros_like(sae.b_enc), self.dtype)
         opened = gate.values > 0
@@ -65,6 +73,9 @@ class Gated(Variant):
         gradient.b_mag.zero_().index_add_(0, codes.features, into_magnitude)
         gradient.r_mag.zero_().index_add_(0, codes.features, into_magnitude * scaled)
         return error, codes
+
+    def saelens(self) -> dict:
+        return {"architecture": "gated"}
 
     def _magnitudes(self, sae: GatedParameters, gate: Codes) -> tuple[Float[Tensor, "firing"], Float[Tensor, "firing"]]:
         """Pre-activations of the magnitudes where the gate is open, with and without their bias."""

@@ -14,45 +14,53 @@ are never negative.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_stability.saes import sparse
+from sae_stability.saes.parameters import Parameters
 from sae_stability.saes.sparse import Codes
 from sae_stability.saes.variant import Variant, backpropagate, starting_threshold
 
 BANDWIDTH = 0.05
 
 
-class JumpReLUParameters(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class JumpReLUParameters(Parameters):
     """The weights of a JumpReLU SAE."""
 
-    W_enc_rows: Float[Tensor, "*seed d_sae d_in"]
-    b_enc: Float[Tensor, "*seed d_sae"]
-    W_dec: Float[Tensor, "*seed d_sae d_in"]
-    b_dec: Float[Tensor, "*seed d_in"]
     log_threshold: Float[Tensor, "*seed d_sae"]
+
+    def scaled(self, scale: float, mean: Float[Tensor, "d_in"]) -> Self:
+        return super().scaled(scale, mean)._replace(log_threshold=self.log_threshold - torch.tensor(scale).log())
+
+    def exported(self) -> dict[str, Tensor]:
+        tensors = super().exported()
+        tensors["threshold"] = tensors.pop("log_threshold").exp()
+        return tensors
 
 
 @dataclass(frozen=True)
 class JumpReLU(Variant):
     steered: ClassVar[bool] = True
-    parameters: ClassVar[type] = JumpReLUParameters
+    parameters: ClassVar[type[Parameters]] = JumpReLUParameters
 
     def initialise(self, d_in: int, d_sae: int, generator: torch.Generator) -> JumpReLUParameters:
         sae = super().initialise(d_in, d_sae, generator)
         threshold = torch.full((d_sae,), starting_threshold(self.k, d_sae))
         return JumpReLUParameters(*sae, log_threshold=threshold.log())
 
-    def encode(self, sae, x) -> Codes:
+    def encode(self, sae: JumpReLUParameters, x: Float[Tensor, "token d_in"]) -> Codes:
         threshold = sae.log_threshold.exp()
         codes = sparse.above(sae, x - sae.b_dec, threshold, x.dtype)
         return codes._replace(values=codes.values * (codes.values > threshold[codes.features]))
 
-    def gradients(self, sae, gradient, x):
+    def gradients(
+        self, sae: JumpReLUParameters, gradient: JumpReLUParameters, x: Float[Tensor, "token d_in"]
+    ) -> tuple[Float[Tensor, "token d_in"], Codes]:
         centred = x - sae.b_dec
         threshold = sae.log_threshold.exp()
         near = sparse.above(sae, centred, (threshold - BANDWIDTH / 2).clamp_min(0), self.dtype)
@@ -68,3 +76,6 @@ class JumpReLU(Variant):
         into_threshold = -window * (theta * into_codes + self.coefficient / len(x))
         gradient.log_threshold.zero_().index_add_(0, codes.features, into_threshold * theta)
         return error, codes
+
+    def saelens(self) -> dict:
+        return {"architecture": "jumprelu"}

@@ -9,10 +9,11 @@ where M holds the sizes of the nested dictionaries, d_sae the last of them.
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sae_stability.saes import sparse
-from sae_stability.saes.batchtopk import BatchTopK
+from sae_stability.saes.batchtopk import BatchTopK, BatchTopKParameters
 from sae_stability.saes.sparse import Codes
 from sae_stability.saes.variant import backpropagate
 
@@ -26,7 +27,9 @@ def sizes(d_sae: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Matryoshka(BatchTopK):
-    def gradients(self, sae, gradient, x):
+    def gradients(
+        self, sae: BatchTopKParameters, gradient: BatchTopKParameters, x: Float[Tensor, "token d_in"]
+    ) -> tuple[Float[Tensor, "token d_in"], Codes]:
         centred = x - sae.b_dec
         codes = sparse.top_of_batch(sae, centred, self.k, self.dtype)
         nested = sizes(len(sae.b_enc))

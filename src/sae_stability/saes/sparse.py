@@ -13,19 +13,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_stability.saes import compiled, plain
+from sae_stability.saes.parameters import Parameters
 
 CHUNK = 512  # tokens whose pre-activations are held at a time: on a CPU they stay in its cache
 SAMPLE = 64  # tokens that tell how large the largest pre-activations of a batch are
-
-
-class Parameters(NamedTuple):
-    """The weights of one SAE, or of all seeds with a leading axis."""
-
-    W_enc_rows: Float[Tensor, "*seed d_sae d_in"]
-    """The encoder, one row a feature: `W_enc` transposed, as gradients and optimiser like it in memory."""
-    b_enc: Float[Tensor, "*seed d_sae"]
-    W_dec: Float[Tensor, "*seed d_sae d_in"]
-    b_dec: Float[Tensor, "*seed d_in"]
 
 
 class Codes(NamedTuple):
@@ -48,6 +39,12 @@ class Codes(NamedTuple):
 
     def by_feature(self, d_sae: int) -> plain.ByFeature:
         return kernels(self.values).transposed(self.starts, self.features, d_sae)
+
+    @classmethod
+    def from_dense(cls, z: Float[Tensor, "row d_sae"]) -> "Codes":
+        """The values that are not zero."""
+        fires = z != 0
+        return cls(F.pad(fires.sum(1).cumsum(0), (1, 0)), fires.nonzero()[:, 1], z[fires])
 
     def keep(self, chosen: Bool[Tensor, "firing"]) -> "Codes":
         """The chosen firings only."""

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_stability.saes.sparse import Codes, Parameters, kernels
+from sae_stability.errors import UserError
+from sae_stability.saes.parameters import Parameters
+from sae_stability.saes.sparse import Codes, kernels
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Variant(ABC):
     """Whether L0 follows from the coefficient, which must then be found."""
     unit_decoder: ClassVar[bool] = True
     """Whether training keeps the decoder's rows at unit length."""
-    parameters: ClassVar[type] = Parameters
+    parameters: ClassVar[type[Parameters]] = Parameters
 
     def initialise(self, d_in: int, d_sae: int, generator: torch.Generator) -> Parameters:
         """Random unit directions; the encoder starts as the decoder's transpose (tied start)."""
@@ -51,6 +53,13 @@ class Variant(ABC):
 
     def finish(self, sae: Parameters, batches: Iterable[Float[Tensor, "token d_in"]]) -> None:  # noqa: B027, most need nothing
         """What is left to do in place once training has ended, with some batches of its tokens."""
+
+    def saelens(self) -> dict:
+        """What SAELens's config says of this variant: the architecture that gives the same codes, and its own fields.
+
+        Raises `UserError` where SAELens has none.
+        """
+        raise UserError(f"format: SAELens has no architecture for {type(self).__name__}; keep it in our own ensemble files")
 
 
 def starting_threshold(k: int, d_sae: int) -> float:

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -28,11 +28,11 @@ from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sparse import Parameters
 from sae_stability.saes.variant import Variant
 from sae_stability.study import Recipe
+from sae_stability.training.revival import revive
 from sae_stability.training.shuffling import ROUNDS, shuffled
 
 CURVE_POINTS = 100  # the training curve's resolution
 SNAPSHOT_SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of the steps: decoders kept to see stability grow
-AUX_COEFFICIENT = 1 / 32  # weight of AuxK in the loss (Gao et al., arXiv:2406.04093)
 DIVERGED = 100  # times the squared norm of the activations: a larger squared error is no training any more
 FINISHING_BATCHES = 16  # of the last tokens, for what a variant measures once its training has ended
 STRETCH = 16  # steps that a seed takes before the others get their turn
@@ -181,7 +181,7 @@ class Training:
             return
         dead = (step - trainee.last_fired) * recipe.batch > recipe.dead_after
         if dead.any():
-            _revive(sae, gradient, x - sae.b_dec, error, dead)
+            revive(sae, gradient, x - sae.b_dec, error, dead)
         if trainee.method.unit_decoder:
             # A direction has no length to learn: the gradient along it would only fight the normalisation below.
             gradient.W_dec.addcmul_(sae.W_dec, torch.linalg.vecdot(gradient.W_dec, sae.W_dec)[:, None], value=-1)
@@ -256,32 +256,6 @@ def schedule(progress: float, warmup: float, decay: float) -> float:
     rising = (progress + 1e-3) / warmup if warmup else 1.0
     falling = (1 - progress) / decay if decay else 1.0
     return min(1.0, rising, falling)
-
-
-def _revive(
-    sae: Parameters,
-    gradient: Parameters,
-    centred: Float[Tensor, "token d_in"],
-    error: Float[Tensor, "token d_in"],
-    dead: Bool[Tensor, "d_sae"],
-) -> None:
-    """Add AuxK's gradient (Gao et al., arXiv:2406.04093, A.2): dead features learn to explain the error, which is held fixed.
-
-    The auxiliary loss is |error - e_hat|^2 / 32, with e_hat what the d_in / 2 strongest dead features of each token make of it.
-    """
-    features = dead.nonzero().squeeze(1)
-    k_aux = min(len(features), centred.shape[1] // 2)
-    W_dec, W_enc_rows = sae.W_dec.index_select(0, features), sae.W_enc_rows.index_select(0, features)
-    pre = torch.addmm(sae.b_enc.index_select(0, features), centred, W_enc_rows.T).relu_()
-    z = pre
-    if k_aux < len(features):
-        strongest = torch.topk(pre, k_aux, dim=1, sorted=False)
-        z = torch.zeros_like(pre).scatter_(1, strongest.indices, strongest.values)
-    upstream = (z @ W_dec + error) * (2 * AUX_COEFFICIENT / len(centred))
-    into_pre = (upstream @ W_dec.T) * (z > 0)
-    gradient.W_dec.index_add_(0, features, z.T @ upstream)
-    gradient.W_enc_rows.index_add_(0, features, into_pre.T @ centred)
-    gradient.b_enc.index_add_(0, features, into_pre.sum(0))
 
 
 def _mean_square(x: Float[Tensor, "token d_in"]) -> float:

@@ -1,0 +1,1 @@
+"""Methods that explain activations by features: SAEs and others, behind one interface (`dictionary.py`)."""
