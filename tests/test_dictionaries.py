@@ -83,7 +83,7 @@ def test_activations_of_another_width_are_refused():
 
 @every_variant
 def test_a_variants_weights_are_parameters_and_iterate_like_a_tuple(name):
-    parameters = ensemble(name).parameters
+    parameters = ensemble(name).saes[0]
     assert isinstance(parameters, Parameters)
     assert type(parameters) is variant(name).parameters
     again = type(parameters)(*parameters)

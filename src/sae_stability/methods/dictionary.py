@@ -1,6 +1,6 @@
 """What analyses need of anything that has features: an SAE from a file, one seed of an ensemble, a classical method."""
 
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -32,5 +32,5 @@ class Dictionary(Protocol):
     def decode(self, z: Float[Tensor, "token d_sae"]) -> Float[Tensor, "token d_in"]:
         """The reconstruction of raw activations: `z @ directions` and a constant."""
 
-    def without(self, features: Bool[Tensor, "d_sae"]) -> Self:
+    def without(self, features: Bool[Tensor, "d_sae"]) -> "Dictionary":
         """The same dictionary whose `features` never fire: their codes are zero, and all others what they were."""

@@ -8,7 +8,7 @@ a batch, on average over batches (eq. 5).
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,7 @@ class BatchTopKParameters(Parameters):
     threshold: Float[Tensor, "*seed"]
     """What pre-activations must exceed at inference; not trained, but found once training has ended."""
 
-    def scaled(self, scale: float, mean: Float[Tensor, "d_in"]) -> Self:
+    def scaled(self, scale: float, mean: Float[Tensor, "d_in"]) -> "BatchTopKParameters":
         return super().scaled(scale, mean)._replace(threshold=self.threshold / scale)
 
     def exported(self) -> dict[str, Tensor]:

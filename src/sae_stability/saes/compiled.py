@@ -96,7 +96,7 @@ def _require(fits: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _require_firings(starts: Int[Tensor, "row+1"], features: Int[Tensor, "firing"], rows: int, d_sae: int) -> None:
+def _require_firings(starts: Int[Tensor, "start"], features: Int[Tensor, "firing"], rows: int, d_sae: int) -> None:
     """A sparse matrix must have `rows` rows that lie end to end, and `d_sae` columns."""
     fits = len(starts) == rows + 1 and _inside(starts.numpy(), features.numpy(), d_sae)
     _require(fits, f"firings: {len(features)} firings in {len(starts) - 1} rows are no matrix of {rows} rows and {d_sae} features")

@@ -8,7 +8,7 @@ where x_hat_frozen decodes with a copy of W_dec and b_dec that the loss does not
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ class GatedParameters(Parameters):
     """Log of how much longer the magnitude's encoder is than the gate's."""
     b_mag: Float[Tensor, "*seed d_sae"]
 
-    def scaled(self, scale: float, mean: Float[Tensor, "d_in"]) -> Self:
+    def scaled(self, scale: float, mean: Float[Tensor, "d_in"]) -> "GatedParameters":
         return super().scaled(scale, mean)._replace(b_mag=self.b_mag / scale)
 
     def exported(self) -> dict[str, Tensor]:

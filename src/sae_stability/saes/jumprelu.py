@@ -14,7 +14,7 @@ are never negative.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -34,7 +34,7 @@ class JumpReLUParameters(Parameters):
 
     log_threshold: Float[Tensor, "*seed d_sae"]
 
-    def scaled(self, scale: float, mean: Float[Tensor, "d_in"]) -> Self:
+    def scaled(self, scale: float, mean: Float[Tensor, "d_in"]) -> "JumpReLUParameters":
         return super().scaled(scale, mean)._replace(log_threshold=self.log_threshold - torch.tensor(scale).log())
 
     def exported(self) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Self
 
 from jaxtyping import Float
 from torch import Tensor
@@ -27,10 +26,10 @@ class Parameters:
     def _asdict(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def _replace(self, **tensors: Tensor) -> Self:
+    def _replace(self, **tensors: Tensor) -> "Parameters":
         return replace(self, **tensors)
 
-    def scaled(self, scale: float, mean: Float[Tensor, "d_in"]) -> Self:
+    def scaled(self, scale: float, mean: Float[Tensor, "d_in"]) -> "Parameters":
         """The same SAE on raw activations, where this one takes scale * (x - mean), as training does.
 
         Every variant is homogeneous: offsets divided by the scale give codes divided by it, and the same features fire. The mean
