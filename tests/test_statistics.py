@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from sae_stability import statistics
 from sae_stability.matching import Stability
 from sae_stability.statistics import (
     binomial_interval,
@@ -109,6 +110,16 @@ def test_the_bootstrap_covers_the_truth():
         interval = bootstrap_ratio(total, size, samples=300)
         covered += interval.low <= 3.0 <= interval.high
     assert 0.89 <= covered / 200 <= 0.99
+
+
+def test_the_same_documents_are_drawn_once_for_all_quantities():
+    statistics._resampled.cache_clear()
+    values = np.arange(1.0, 14.0)
+    bootstrap_ratio(values, values)
+    over_seeds_and_documents(np.stack([values, values]), values)
+    bootstrap_ratio(values[:7], values[:7])
+    bootstrap_ratio(values, values)
+    assert statistics._resampled.cache_info().misses == 2  # 13 documents and 7
 
 
 def test_independent_errors_add_in_squares():

@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from scipy import optimize, special, stats
 from scipy.optimize import linear_sum_assignment
 
+SAMPLES = 1000  # of the documents, drawn with replacement
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -106,7 +108,7 @@ def bootstrap_ratio(
     numerator: Float[np.ndarray, "document"],
     denominator: Float[np.ndarray, "document"],
     transform: Callable[[np.ndarray], np.ndarray] = lambda ratio: ratio,
-    samples: int = 1000,
+    samples: int = SAMPLES,
     confidence: float = 0.95,
 ) -> Interval:
     """`transform(sum(numerator) / sum(denominator))`, with documents resampled (percentile interval)."""
@@ -137,7 +139,7 @@ def over_seeds_and_documents(
     numerator = np.asarray(numerator)
     denominator = np.broadcast_to(denominator, numerator.shape)
     seeds = mean_interval(numerator.sum(1) / denominator.sum(1), confidence)
-    weights = _resampled(numerator.shape[1])
+    weights = _resampled(numerator.shape[1], SAMPLES)
     drawn = ((weights @ numerator.T) / (weights @ denominator.T)).mean(1)
     tail = (1 - confidence) / 2
     below, above = seeds.value - np.quantile(drawn, tail), np.quantile(drawn, 1 - tail) - seeds.value
@@ -163,7 +165,7 @@ def matched_pairs(
     return rows[kept], columns[kept]
 
 
-@lru_cache(maxsize=2)  # hundreds of quantities of a study are resampled alike
-def _resampled(count: int, samples: int = 1000) -> Float[np.ndarray, "sample document"]:
+@lru_cache(maxsize=4)  # hundreds of quantities of a study are resampled alike, from a few choices of documents
+def _resampled(count: int, samples: int) -> Float[np.ndarray, "sample document"]:
     """How often each of `count` documents is drawn, in samples with replacement."""
     return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=samples).astype(float)
