@@ -1,5 +1,6 @@
 """Removals against brute force, on SAEs of every variant, and on SAEs whose features' effects are known by construction."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy import sparse
 from sae_stability import ablation
 from sae_stability.ablation.controls import CURVE_SEEDS, ORDERS, SHARES
 from sae_stability.ablation.removal import _less
-from sae_stability.ablation.translation import FATES
+from sae_stability.ablation.translation import BROADER, CONTAINED, FATES, PREDICTED, RAREST
 from sae_stability.config import Variants
 from sae_stability.evaluation import Encoded, fit, intervene
 from sae_stability.language import models
@@ -287,6 +288,23 @@ def test_controls_have_the_size_the_energy_and_the_frequency_of_their_band():
     )
 
 
+def test_random_controls_are_drawn_from_all_live_features_alike():
+    generator = torch.Generator().manual_seed(5)
+    alive = torch.rand(12, 40, generator=generator) < 0.8
+    found, (energy, firings) = bands(), torch.rand(2, 12, 40, generator=generator).exp()
+    found = replace(found, alive=alive)
+    members = ablation.sets_of(found, energy, firings, curves=False).members
+    for band in ("stable", "unstable"):
+        inside, random = members["band", band], members["random", band]
+        assert torch.equal(random.sum(1), inside.sum(1))
+        assert not (random & ~alive).any()
+        # A live feature is drawn with the same probability wherever it stands, in the band or out of it.
+        chance = (inside.sum(1) / alive.sum(1)).mean().item()
+        for place in (torch.arange(40) < 16, torch.arange(40) >= 16):
+            drawn = (random & place).sum() / (alive & place).sum()
+            assert drawn.item() == pytest.approx(chance, abs=0.12)  # 3 standard deviations
+
+
 def test_features_that_do_not_fire_on_the_tokens_at_hand_do_not_loosen_matches():
     found, generator = bands(), torch.Generator().manual_seed(4)
     energy, firings = torch.rand(2, 12, 40, generator=generator).exp()
@@ -329,6 +347,23 @@ def test_translation_tells_what_became_of_planted_features():
     shuffled = rng.permutation(11)
     moved = ablation.translate(features, sparse.csr_array(latents[:, shuffled]), fitted)
     np.testing.assert_allclose(found.explained, moved.explained, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("firings", "explained", "contained", "ratio", "fate"),
+    [
+        (RAREST - 1, (0.9, 0.9), 1.0, 5.0, "too rare"),
+        (RAREST, (PREDICTED, 0.9), 1.0, 5.0, "rotated"),
+        (RAREST, (PREDICTED - 0.01, PREDICTED), 1.0, 5.0, "split"),
+        (RAREST, (0.1, PREDICTED - 0.01), CONTAINED, BROADER, "merged"),
+        (RAREST, (0.1, 0.2), CONTAINED - 0.01, 5.0, "missing"),  # most of its firings are elsewhere
+        (RAREST, (0.1, 0.2), 1.0, BROADER - 0.01, "missing"),  # the latent is hardly broader than the feature
+    ],
+)
+def test_fates_follow_the_rule_up_to_its_borders(firings, explained, contained, ratio, fate):
+    curve = np.array([[explained[0], explained[0], explained[1], explained[1]]])
+    found = ablation.Translation(curve, np.array([contained]), np.array([float(ratio)]), np.array([firings]))
+    assert FATES[found.fate[0]] == fate
 
 
 def test_a_transplant_between_equal_seeds_changes_nothing(site):
