@@ -349,6 +349,32 @@ def test_translation_tells_what_became_of_planted_features():
     np.testing.assert_allclose(found.explained, moved.explained, atol=1e-9)
 
 
+def test_features_translated_a_few_at_a_time_are_those_of_a_regression_on_dense_codes(monkeypatch):
+    rng = np.random.default_rng(1)
+    latents = (rng.random((600, 30)) * (rng.random((600, 30)) < 0.2)).astype(np.float32)
+    features = latents @ (rng.random((30, 11)) * (rng.random((30, 11)) < 0.1)).astype(np.float32)
+    features += (rng.random((600, 11)) * (rng.random((600, 11)) < 0.1)).astype(np.float32)
+    fitted = np.arange(600) % 2 == 0
+    whole = ablation.translate(sparse.csr_array(features), sparse.csr_array(latents), fitted)
+    monkeypatch.setattr("sae_stability.ablation.translation.CELLS", 100)  # three features at a time
+    chunked = ablation.translate(sparse.csr_array(features), sparse.csr_array(latents), fitted)
+    for name, array in vars(whole).items():
+        np.testing.assert_array_equal(getattr(chunked, name), array, name)
+    # Matching pursuit by hand: each latent is the one that correlates most with what is left, all are fitted again.
+    half, mean = latents[fitted].astype(float), latents[fitted].mean(0)
+    for feature in range(11):
+        target = features[fitted, feature].astype(float) - features[fitted, feature].mean()
+        chosen, left = [], target
+        for _ in range(8):
+            gain = np.abs((half - mean).T @ left) / half.std(0)
+            gain[chosen] = -1
+            chosen.append(int(gain.argmax()))
+            fit = np.linalg.lstsq((half - mean)[:, chosen], target, rcond=None)[0]
+            left = target - (half - mean)[:, chosen] @ fit
+        rest = (features[~fitted, feature] - latents[~fitted][:, chosen] @ fit).var()
+        assert whole.explained[feature, -1] == pytest.approx(1 - rest / features[~fitted, feature].var(), abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("firings", "explained", "contained", "ratio", "fate"),
     [
