@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from scipy import sparse
 
 from sae_stability import ablation
+from sae_stability.ablation import removal
 from sae_stability.ablation.controls import CURVE_SEEDS, ORDERS, SHARES
 from sae_stability.ablation.removal import _less
 from sae_stability.ablation.translation import BROADER, CONTAINED, FATES, PREDICTED, RAREST
@@ -239,6 +240,24 @@ def test_features_with_a_twin_are_missed_with_fixed_codes_and_not_once_codes_are
     assert again.removed[name].sum() - again.intact.sum() < 0.01 * energy
     # With no feature left nothing but the mean is fitted.
     np.testing.assert_allclose(again.removed["all", ""].sum(), again.total.sum(), rtol=0.01)
+
+
+def test_a_decoder_of_many_features_is_fitted_as_well_as_one_that_is_solved_for(monkeypatch):
+    rng = np.random.default_rng(0)
+    codes = (rng.random((3000, 120)) * (rng.random((3000, 120)) < rng.uniform(0.001, 0.2, 120))).astype(np.float32)
+    codes[:, 5] = 0  # never fires
+    codes[:, 7] = 2 * codes[:, 6]  # no direction of its own
+    x = (codes @ rng.normal(size=(120, 16)) + 0.5 * rng.normal(size=(3000, 16)) + 3).astype(np.float32)
+    judged = np.arange(3000) % 2 == 1
+    exact = removal._least_squares(sparse.csr_array(codes), x, judged)
+    offset = np.ones((3000, 1))
+    fit = np.linalg.lstsq(np.hstack([codes, offset])[~judged], x[~judged], rcond=None)[0]
+    np.testing.assert_allclose(exact, np.hstack([codes, offset])[judged] @ fit, atol=1e-2)
+    monkeypatch.setattr(removal, "EXACT", 100)
+    iterated = removal._least_squares(sparse.csr_array(codes), x, judged)
+    assert not np.array_equal(iterated, exact)
+    np.testing.assert_allclose(iterated, exact, atol=1e-3)
+    assert np.square(x[judged] - iterated).sum() == pytest.approx(np.square(x[judged] - exact).sum(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", Variants.__args__)
