@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from scipy import sparse
 
 from sae_stability import ablation
+from sae_stability.ablation import removal
 from sae_stability.ablation.controls import CURVE_SEEDS, ORDERS, SHARES
 from sae_stability.ablation.removal import _less
-from sae_stability.ablation.translation import FATES
+from sae_stability.ablation.translation import BROADER, CONTAINED, FATES, PREDICTED, RAREST
 from sae_stability.evaluation import Encoded, fit
 from sae_stability.language import models
 from sae_stability.language.activations import Activations, forward
@@ -273,6 +274,24 @@ def test_features_with_a_twin_are_missed_with_fixed_codes_and_not_once_codes_are
     np.testing.assert_allclose(again.removed["all", ""].sum(), again.total.sum(), rtol=0.01)
 
 
+def test_a_decoder_of_many_features_is_fitted_as_well_as_one_that_is_solved_for(monkeypatch):
+    rng = np.random.default_rng(0)
+    codes = (rng.random((3000, 120)) * (rng.random((3000, 120)) < rng.uniform(0.001, 0.2, 120))).astype(np.float32)
+    codes[:, 5] = 0  # never fires
+    codes[:, 7] = 2 * codes[:, 6]  # no direction of its own
+    x = (codes @ rng.normal(size=(120, 16)) + 0.5 * rng.normal(size=(3000, 16)) + 3).astype(np.float32)
+    judged = np.arange(3000) % 2 == 1
+    exact = removal._least_squares(sparse.csr_array(codes), x, judged)
+    offset = np.ones((3000, 1))
+    fit = np.linalg.lstsq(np.hstack([codes, offset])[~judged], x[~judged], rcond=None)[0]
+    np.testing.assert_allclose(exact, np.hstack([codes, offset])[judged] @ fit, atol=1e-2)
+    monkeypatch.setattr(removal, "EXACT", 100)
+    iterated = removal._least_squares(sparse.csr_array(codes), x, judged)
+    assert not np.array_equal(iterated, exact)
+    np.testing.assert_allclose(iterated, exact, atol=1e-3)
+    assert np.square(x[judged] - iterated).sum() == pytest.approx(np.square(x[judged] - exact).sum(), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", Variants.__args__)
 @pytest.mark.parametrize("left", [D_SAE, 20, 2, 0])
 def test_an_sae_without_features_fires_as_one_in_which_they_can_not(site, name, left):
@@ -318,6 +337,23 @@ def test_controls_have_the_size_the_energy_and_the_frequency_of_their_band():
         sets.members["by stability", "0.25"] & ~sets.members["band", "stable"][:CURVE_SEEDS],
         torch.zeros(CURVE_SEEDS, 40, dtype=torch.bool),
     )
+
+
+def test_random_controls_are_drawn_from_all_live_features_alike():
+    generator = torch.Generator().manual_seed(5)
+    alive = torch.rand(12, 40, generator=generator) < 0.8
+    found, (energy, firings) = bands(), torch.rand(2, 12, 40, generator=generator).exp()
+    found = replace(found, alive=alive)
+    members = ablation.sets_of(found, energy, firings, curves=False).members
+    for band in ("stable", "unstable"):
+        inside, random = members["band", band], members["random", band]
+        assert torch.equal(random.sum(1), inside.sum(1))
+        assert not (random & ~alive).any()
+        # A live feature is drawn with the same probability wherever it stands, in the band or out of it.
+        chance = (inside.sum(1) / alive.sum(1)).mean().item()
+        for place in (torch.arange(40) < 16, torch.arange(40) >= 16):
+            drawn = (random & place).sum() / (alive & place).sum()
+            assert drawn.item() == pytest.approx(chance, abs=0.12)  # 3 standard deviations
 
 
 def test_features_that_do_not_fire_on_the_tokens_at_hand_do_not_loosen_matches():
@@ -382,6 +418,49 @@ def test_an_intervention_may_have_any_name(site):
     found = intervene(site.reading, edits)
     assert np.array_equal(found.nats["clean"], found.nats["zero"])
     assert found.nats["clean"].sum() != found.clean.sum()
+
+
+def test_features_translated_a_few_at_a_time_are_those_of_a_regression_on_dense_codes(monkeypatch):
+    rng = np.random.default_rng(1)
+    latents = (rng.random((600, 30)) * (rng.random((600, 30)) < 0.2)).astype(np.float32)
+    features = latents @ (rng.random((30, 11)) * (rng.random((30, 11)) < 0.1)).astype(np.float32)
+    features += (rng.random((600, 11)) * (rng.random((600, 11)) < 0.1)).astype(np.float32)
+    fitted = np.arange(600) % 2 == 0
+    whole = ablation.translate(sparse.csr_array(features), sparse.csr_array(latents), fitted)
+    monkeypatch.setattr("sae_stability.ablation.translation.CELLS", 100)  # three features at a time
+    chunked = ablation.translate(sparse.csr_array(features), sparse.csr_array(latents), fitted)
+    for name, array in vars(whole).items():
+        np.testing.assert_array_equal(getattr(chunked, name), array, name)
+    # Matching pursuit by hand: each latent is the one that correlates most with what is left, all are fitted again.
+    half, mean = latents[fitted].astype(float), latents[fitted].mean(0)
+    for feature in range(11):
+        target = features[fitted, feature].astype(float) - features[fitted, feature].mean()
+        chosen, left = [], target
+        for _ in range(8):
+            gain = np.abs((half - mean).T @ left) / half.std(0)
+            gain[chosen] = -1
+            chosen.append(int(gain.argmax()))
+            fit = np.linalg.lstsq((half - mean)[:, chosen], target, rcond=None)[0]
+            left = target - (half - mean)[:, chosen] @ fit
+        rest = (features[~fitted, feature] - latents[~fitted][:, chosen] @ fit).var()
+        assert whole.explained[feature, -1] == pytest.approx(1 - rest / features[~fitted, feature].var(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("firings", "explained", "contained", "ratio", "fate"),
+    [
+        (RAREST - 1, (0.9, 0.9), 1.0, 5.0, "too rare"),
+        (RAREST, (PREDICTED, 0.9), 1.0, 5.0, "rotated"),
+        (RAREST, (PREDICTED - 0.01, PREDICTED), 1.0, 5.0, "split"),
+        (RAREST, (0.1, PREDICTED - 0.01), CONTAINED, BROADER, "merged"),
+        (RAREST, (0.1, 0.2), CONTAINED - 0.01, 5.0, "missing"),  # most of its firings are elsewhere
+        (RAREST, (0.1, 0.2), 1.0, BROADER - 0.01, "missing"),  # the latent is hardly broader than the feature
+    ],
+)
+def test_fates_follow_the_rule_up_to_its_borders(firings, explained, contained, ratio, fate):
+    curve = np.array([[explained[0], explained[0], explained[1], explained[1]]])
+    found = ablation.Translation(curve, np.array([contained]), np.array([float(ratio)]), np.array([firings]))
+    assert FATES[found.fate[0]] == fate
 
 
 def test_a_transplant_between_equal_seeds_changes_nothing(site):

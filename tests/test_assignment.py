@@ -1,4 +1,4 @@
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -6,44 +6,67 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linear_sum_assignment
+from scipy import sparse
+from scipy.sparse.csgraph import NegativeCycleError, bellman_ford
 
 from sae_stability.errors import UserError
 from sae_stability.matching import assign, mcc
-from sae_stability.training import train
 
 
 def drawn(rows: int, d_in: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, d_in, generator=torch.Generator().manual_seed(seed))
 
 
-def independent_mcc(A: torch.Tensor, B: torch.Tensor) -> float:
-    """The mean cosine of SciPy's assignment, from NumPy in double precision."""
-    A, B = (W.double().numpy() / np.linalg.norm(W.double().numpy(), axis=1, keepdims=True) for W in (A, B))
-    cosines = A @ B.T
-    rows, columns = linear_sum_assignment(-cosines)
-    return cosines[rows, columns].mean()
+def cosines(A: torch.Tensor, B: torch.Tensor) -> np.ndarray:
+    return (F.normalize(A.double(), dim=1) @ F.normalize(B.double(), dim=1).T).numpy()
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_mcc_agrees_with_scipy_on_random_dictionaries(seed):
-    A, B = drawn(60 + seed, 16, seed), drawn(70, 16, 100 + seed)
-    assert mcc(A, B) == pytest.approx(independent_mcc(A, B), abs=1e-6)
+def exchange_helps(cosine: np.ndarray, partner: np.ndarray) -> bool:
+    """Whether features could swap partners, in whatever circle, and gain: a pairing is the best if and only if none can.
+
+    A circle of swaps that gains is a negative cycle of the graph in which i -> k costs what i loses by taking k's partner.
+    """
+    size = max(cosine.shape)
+    square = np.zeros((size, size))  # those without a partner have one that is like nothing
+    square[: len(cosine), : cosine.shape[1]] = cosine
+    order = np.full(size, -1)
+    order[: len(partner)] = partner
+    order[order < 0] = np.setdiff1d(np.arange(size), partner)
+    costs = square[np.arange(size), order][:, None] - square[:, order] + 1e-6  # less gain than that is rounding
+    try:
+        bellman_ford(sparse.csr_array(costs))
+    except NegativeCycleError:
+        return True
+    return False
 
 
-def test_mcc_agrees_with_scipy_on_trained_dictionaries(cell):
-    x = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0)).relu()
-    W = train(cell.model_copy(update={"tokens": 20_000}), x, range(6)).W_dec
-    for one in range(5):
-        assert mcc(W[one], W[one + 1]) == pytest.approx(independent_mcc(W[one], W[one + 1]), abs=1e-6)
+@settings(max_examples=40, deadline=None)
+@given(a=st.integers(1, 6), b=st.integers(1, 6), seed=st.integers(0, 10_000))
+def test_a_pairing_is_the_best_of_all(a, b, seed):
+    A, B = drawn(a, 3, seed), drawn(b, 3, seed + 1)
+    cosine, pairs = cosines(A, B), min(a, b)
+    if a <= b:
+        all_pairings = (cosine[range(a), list(order)] for order in permutations(range(b), a))
+    else:
+        all_pairings = (cosine[list(order), range(b)] for order in permutations(range(a), b))
+    best = max(pairing.sum() for pairing in all_pairings) / pairs
+    found = assign(A, B)
+    assert found.mean == pytest.approx(best, abs=1e-6)
+    assert mcc(A, B) == found.mean == found.bound
+    there = found.partner >= 0
+    np.testing.assert_allclose(found.cosine[there], cosine[there, found.partner[there]], atol=1e-6)
+    assert there.sum() == pairs
 
 
-def test_a_pairing_is_the_best_of_all():
-    A, B = drawn(5, 3, 0), drawn(5, 3, 1)
-    cosines = F.normalize(A, dim=1) @ F.normalize(B, dim=1).T
-    best = max(sum(cosines[i, j].item() for i, j in enumerate(order)) / 5 for order in permutations(range(5)))
-    assert assign(A, B).mean == pytest.approx(best, abs=1e-6)
-    assert assign(A, B).gap == pytest.approx(0, abs=1e-6)
+@pytest.mark.parametrize(("rows", "noise"), [*product([40, 60, 75], [0.3, 3.0])])
+def test_no_exchange_of_partners_makes_a_pairing_better(rows, noise):
+    B = drawn(60, 16, 0)
+    A = torch.cat([B, drawn(15, 16, 1)])[:rows] + noise * drawn(rows, 16, 2)
+    cosine, found = cosines(A, B), assign(A, B)
+    assert not exchange_helps(cosine, found.partner)
+    swapped = found.partner.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    assert exchange_helps(cosine, swapped)
 
 
 @settings(max_examples=25, deadline=None)

@@ -64,7 +64,8 @@ def test_what_only_the_first_component_shares_is_gone_without_it():
     assert stability(rest).mean().value < 0.9
 
 
-def test_every_criterion_takes_a_permuted_copy_for_the_same():
+@pytest.mark.parametrize("threshold", [0.99, 1.0])
+def test_every_criterion_takes_a_permuted_copy_for_the_same(threshold):
     W, E, Z = drawn(1, 20, 6)[0], drawn(6, 20, seed=1), codes(0)
     orders = [torch.randperm(20, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     found = by_every_criterion(
@@ -72,7 +73,7 @@ def test_every_criterion_takes_a_permuted_copy_for_the_same():
         torch.stack([E[:, order] for order in orders]),
         [sparse.csr_array(Z[:, order.numpy()]) for order in orders],
         torch.eye(6) + 0.1 * torch.ones(6, 6),
-        0.99,
+        threshold,
         ALIVE,
     )
     assert list(found) == list(CRITERIA)

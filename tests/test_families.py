@@ -73,6 +73,12 @@ def test_unique_families_against_seeds_agree_with_enumeration():
         assert found.unique()[n - 1] == pytest.approx(np.mean(met))
 
 
+def test_permuted_copies_are_families_of_all_seeds_even_at_a_threshold_of_one():
+    W, generator = dictionaries(1, 50, 8)[0], torch.Generator().manual_seed(0)
+    copies = torch.stack([W[torch.randperm(50, generator=generator)] for _ in range(4)])
+    assert families(copies, 1.0, torch.ones(4, 50, dtype=torch.bool)).size.tolist() == [4] * 50
+
+
 def test_a_permutation_of_features_permutes_the_families():
     W, order = dictionaries(3, 30, 4), torch.randperm(30, generator=torch.Generator().manual_seed(1))
     alive = torch.ones(3, 30, dtype=torch.bool)

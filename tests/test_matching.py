@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sae_stability.errors import UserError
-from sae_stability.matching import BANDS, nearest_within, pairs, stability
+from sae_stability.matching import BANDS, Stability, nearest_within, pairs, stability
+from sae_stability.statistics import jackknife
 
 
 def dictionaries(seeds: int, d_sae: int, d_in: int, seed: int = 0) -> torch.Tensor:
@@ -115,6 +116,30 @@ def test_bands_and_latent_shares_of_a_known_mixture():
     assert found.separation().value == 1
     assert found.latent().above(0.9) == pytest.approx(0.5, abs=0.05)
     assert found.latent().below(0.1) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 6, 10, 11, 12, 21, 23])
+def test_shares_are_those_of_features_that_miss_or_match_a_tenth_of_the_seeds_at_most(seeds):
+    """Compared with the bands of single features, and with a loop over the seeds that the jackknife leaves out."""
+    generator = np.random.default_rng(seeds)
+    rate = generator.choice([0.02, 0.1, 0.5, 0.9, 0.98], size=(1, 1, 400))  # many near the edges of the bands
+    matched, alive = generator.random((seeds, seeds, 400)) < rate, generator.random((seeds, 400)) < 0.8
+    best = torch.from_numpy(np.where(matched, 1.0, 0.0)).float()
+    best[torch.eye(seeds, dtype=torch.bool)] = torch.nan
+    found = Stability(best, torch.zeros(best.shape, dtype=torch.int64), best, torch.from_numpy(alive), 0.7)
+    tolerated = (seeds - 1) // 10  # as many with a seed left out
+
+    def by_hand(kept: list[int]) -> dict[str, float]:
+        counts = np.stack([sum(matched[s, t] for t in kept if t != s) for s in kept])[alive[kept]]
+        stable, unstable = len(kept) - 1 - counts <= tolerated, counts <= tolerated
+        return {"stable": stable.mean(), "unstable": unstable.mean(), "intermediate": (~stable & ~unstable).mean()}
+
+    shares = found.shares()
+    for number, band in enumerate(BANDS):
+        assert shares[band].value == pytest.approx((found.band == number).sum() / alive.sum(), abs=1e-12)
+        expected = jackknife(lambda kept, band=band: by_hand(kept)[band], seeds).within(0, 1)
+        assert (shares[band].low, shares[band].high) == pytest.approx((expected.low, expected.high), nan_ok=True, abs=1e-12)
+    assert sum(share.value for share in shares.values()) == pytest.approx(1)
 
 
 def test_bands_of_a_pair_come_from_the_other_seeds():

@@ -1,4 +1,5 @@
 import itertools
+import tracemalloc
 
 import networkx as nx
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from sae_stability import statistics
 from sae_stability.matching import Stability
 from sae_stability.statistics import (
     binomial_interval,
@@ -111,6 +113,16 @@ def test_the_bootstrap_covers_the_truth():
     assert 0.89 <= covered / 200 <= 0.99
 
 
+def test_the_same_documents_are_drawn_once_for_all_quantities():
+    statistics._resampled.cache_clear()
+    values = np.arange(1.0, 14.0)
+    bootstrap_ratio(values, values)
+    over_seeds_and_documents(np.stack([values, values]), values)
+    bootstrap_ratio(values[:7], values[:7])
+    bootstrap_ratio(values, values)
+    assert statistics._resampled.cache_info().misses == 2  # 13 documents and 7
+
+
 def test_independent_errors_add_in_squares():
     one, other = mean_interval([1.0, 2.0, 3.0]), mean_interval([0.0, 0.5, 1.0])
     less = difference(one, other)
@@ -150,6 +162,42 @@ def test_matched_pairs_are_as_many_and_as_close_as_can_be(seed, count, others):
     assert len(one) == len(best)
     distance = np.linalg.norm(group[one] - outside[other], axis=1).sum()
     assert distance == pytest.approx(-sum(graph.edges[pair]["weight"] for pair in best), abs=1e-9)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(0, 40),
+    others=st.integers(0, 40),
+    covariates=st.integers(1, 2),
+    step=st.sampled_from([0.0, 0.25, 1.0]),
+)
+@settings(max_examples=150, deadline=None)
+def test_pairs_within_the_caliper_are_matched_as_well_as_all_pairs(seed, count, others, covariates, step):
+    """Also where many are equally far apart, or not finite."""
+    rng = np.random.default_rng(seed)
+    group, outside = rng.normal(size=(count, covariates)), rng.normal(size=(others, covariates))
+    if step:
+        group, outside = (np.round(values / step) * step for values in (group, outside))
+    group[:2], outside[:1] = np.nan, -np.inf
+    dense, sparse = (pairs(group, outside, 0.5) for pairs in (statistics._closest_of_all, statistics._closest_within))
+    assert len(dense[0]) == len(sparse[0])
+    costs = [np.linalg.norm(group[one] - outside[other], axis=1).sum() for one, other in (dense, sparse)]
+    assert costs[0] == pytest.approx(costs[1], abs=1e-9)
+    assert (np.abs(group[sparse[0]] - outside[sparse[1]]) <= 0.5).all()
+    assert len(set(sparse[0])) == len(set(sparse[1])) == len(sparse[0])
+    if covariates == 2 and not step:  # on a line, or with ties, two pairings can be equally close
+        assert set(zip(*dense, strict=True)) == set(zip(*sparse, strict=True))
+
+
+def test_many_features_are_paired_without_a_matrix_of_all_distances():
+    covariates = np.random.default_rng(0).normal(size=(12_000, 2))
+    tracemalloc.start()
+    one, other = matched_pairs(covariates[:4000], covariates[4000:], 0.05)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(one) > 3000
+    assert (np.abs(covariates[:4000][one] - covariates[4000:][other]) <= 0.05).all()
+    assert peak < 4000 * 8000  # bytes: one for each pair
 
 
 def test_a_mean_of_too_few_values_has_no_interval():

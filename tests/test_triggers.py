@@ -9,7 +9,20 @@ from scipy import sparse
 
 from sae_stability.experiments.triggers import judge_c5
 from sae_stability.language.corpus import Contexts
-from sae_stability.triggers import CLASSES, Text, at_equal_frequency, classify, cliffs_delta, compare, explained, triggers
+from sae_stability.triggers import (
+    CLASSES,
+    FEWEST,
+    TELLS,
+    Text,
+    at_equal_frequency,
+    classify,
+    cliffs_delta,
+    compare,
+    explained,
+    shuffled_share,
+    surface_share,
+    triggers,
+)
 
 WORDS = ["<bos>", " array", " arrays", " Array", "(", ",", " the", " matrix", " sum", " mean"]
 FREQUENCY = np.full(len(WORDS), 0.1)
@@ -119,6 +132,25 @@ def test_what_only_frequency_brings_about_is_gone_at_equal_frequency():
     assert abs(only_frequency.delta["equal frequency", "frequency"]) < 0.1
     pairs = at_equal_frequency(bands(seeds=1))
     assert (pairs.band == "unstable").sum() == (pairs.band == "stable").sum() > 50
+
+
+def test_surface_and_chance_shares_count_features_that_are_not_too_rare():
+    nothing = {f"null_{name}": 0.0 for name in ("token", "previous", "n-gram", "position")}
+    rows = [
+        {"seed": 0, "firings": FEWEST, "trigger": "single token", **nothing, "null_position": TELLS},  # one grouping is enough
+        {"seed": 0, "firings": FEWEST, "trigger": "wider context", **nothing},
+        {"seed": 0, "firings": FEWEST - 1, "trigger": "too rare", **dict.fromkeys(nothing, 1.0)},
+        {"seed": 1, "firings": 1000, "trigger": "n-gram", **nothing, "null_token": TELLS - 0.01},
+        {"seed": 1, "firings": 1000, "trigger": "position", **nothing, "null_token": 0.9, "null_previous": 0.9},
+        {"seed": 1, "firings": 1000, "trigger": "several tokens", **nothing},
+        {"seed": 1, "firings": 1000, "trigger": "too rare", **nothing},
+    ]
+    features = pd.DataFrame(rows).assign(band="unstable")
+    features = pd.concat([features, features.assign(band="stable", trigger="wider context")])
+    assert surface_share(features, "unstable").value == pytest.approx((1 / 2 + 3 / 4) / 2)  # the mean over seeds
+    assert surface_share(features, "stable").value == 0
+    assert shuffled_share(features, "unstable") == pytest.approx(2 / 6)
+    assert np.isnan(shuffled_share(features, "intermediate"))
 
 
 def test_c5_holds_where_it_is_planted_and_says_where_only_raw():

@@ -10,8 +10,13 @@ from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import optimize, special, stats
+from scipy import optimize, sparse, special, stats
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+from scipy.spatial import KDTree
+
+SAMPLES = 1000  # of the documents, drawn with replacement
+DENSE = 2048**2  # possible pairs up to which all are looked at: any two sets of features of an SAE of 4,096
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def bootstrap_ratio(
     numerator: Float[np.ndarray, "document"],
     denominator: Float[np.ndarray, "document"],
     transform: Callable[[np.ndarray], np.ndarray] = lambda ratio: ratio,
-    samples: int = 1000,
+    samples: int = SAMPLES,
     confidence: float = 0.95,
 ) -> Interval:
     """`transform(sum(numerator) / sum(denominator))`, with documents resampled (percentile interval)."""
@@ -137,7 +142,7 @@ def over_seeds_and_documents(
     numerator = np.asarray(numerator)
     denominator = np.broadcast_to(denominator, numerator.shape)
     seeds = mean_interval(numerator.sum(1) / denominator.sum(1), confidence)
-    weights = _resampled(numerator.shape[1])
+    weights = _resampled(numerator.shape[1], SAMPLES)
     drawn = ((weights @ numerator.T) / (weights @ denominator.T)).mean(1)
     tail = (1 - confidence) / 2
     below, above = seeds.value - np.quantile(drawn, tail), np.quantile(drawn, 1 - tail) - seeds.value
@@ -151,19 +156,46 @@ def matched_pairs(
     """Pair members of a group one to one with others whose covariates all lie within `caliper` of their own.
 
     As many pairs as can be, and among those the closest (optimal matching; Rosenbaum 1989, doi:10.1080/01621459.1989.10478868).
-    Gives positions in either.
+    Gives positions in either. What has a covariate that is not finite is nobody's match.
+
+    Up to `DENSE` possible pairs all are looked at; above, only those within the caliper are held in memory. The optimum is the
+    same; where several are, it may be another of them.
     """
-    apart = np.abs(group[:, None] - others[None])
-    near = (apart <= caliper).all(2)
-    distance = np.where(near, np.sqrt((apart**2).sum(2)), 0)
-    # A pair out of reach costs more than all pairs within reach together.
-    far = 1 + distance.max(initial=0) * (min(near.shape) + 1)
-    rows, columns = linear_sum_assignment(np.where(near, distance, far))
+    if len(group) * len(others) <= DENSE:
+        return _closest_of_all(group, others, caliper)
+    return _closest_within(group, others, caliper)
+
+
+def _closest_of_all(group: np.ndarray, others: np.ndarray, caliper: float) -> tuple[np.ndarray, np.ndarray]:
+    """By the assignment of least cost on the matrix of all distances."""
+    differences = np.abs(group[:, None] - others[None])
+    near = (differences <= caliper).all(2)
+    distance = np.where(near, np.sqrt((differences**2).sum(2)), 0)
+    rows, columns = linear_sum_assignment(np.where(near, distance, _out_of_reach(distance, near.shape)))
     kept = near[rows, columns]
     return rows[kept], columns[kept]
 
 
-@lru_cache(maxsize=2)  # hundreds of quantities of a study are resampled alike
-def _resampled(count: int, samples: int = 1000) -> Float[np.ndarray, "sample document"]:
+def _closest_within(group: np.ndarray, others: np.ndarray, caliper: float) -> tuple[np.ndarray, np.ndarray]:
+    """By a sparse matching of those within the caliper, where everyone may also stay alone, at the cost of a pair out of reach."""
+    members, candidates = (np.flatnonzero(np.isfinite(covariates).all(1)) for covariates in (group, others))
+    tree = KDTree(group[members])
+    near = tree.sparse_distance_matrix(KDTree(others[candidates]), caliper, p=np.inf, output_type="coo_matrix")
+    distance = np.linalg.norm(group[members[near.row]] - others[candidates[near.col]], axis=1)
+    # All costs are raised by 1, which changes no optimum as every member has one: SciPy takes 0 for no edge.
+    costs = sparse.coo_array((1 + distance, (near.row, near.col)), shape=near.shape)
+    alone = sparse.diags_array(np.full(len(members), 1 + _out_of_reach(distance, near.shape)))
+    rows, columns = min_weight_full_bipartite_matching(sparse.hstack([costs, alone], format="csr"))
+    paired = columns < len(candidates)
+    return members[rows[paired]], candidates[columns[paired]]
+
+
+def _out_of_reach(distance: np.ndarray, shape: tuple[int, int]) -> float:
+    """A cost above that of all pairs within reach together."""
+    return 1 + distance.max(initial=0) * (min(shape) + 1)
+
+
+@lru_cache(maxsize=4)  # hundreds of quantities of a study are resampled alike, from a few choices of documents
+def _resampled(count: int, samples: int) -> Float[np.ndarray, "sample document"]:
     """How often each of `count` documents is drawn, in samples with replacement."""
     return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=samples).astype(float)

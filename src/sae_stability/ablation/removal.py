@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from scipy.linalg import cho_factor, cho_solve
+from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +26,9 @@ from sae_stability.language.interventions import Predictions, Reading, intervene
 from sae_stability.saes.ensemble import Ensemble
 
 RIDGE = 1e-6  # of a feature's mean energy: refitted directions of features that hardly fire stay finite
+EXACT = 4096  # features, up to which the refitted decoder is solved for directly
+TOLERANCE = 1e-6  # of the residual of the normal equations, above that
+STEPS = 1000  # of conjugate gradients at most
 
 Members = dict[Name, Bool[Tensor, "seed d_sae"]]
 
@@ -76,7 +80,7 @@ def reselected(ensemble: Ensemble, activations: Activations, document: Int[np.nd
     """The squared error without each set once codes are chosen again and the decoder is fitted again.
 
     The decoder is fitted on every other document and judged on the rest, with nothing removed (`intact`) as well as without
-    each set. Memory: d_sae^2 numbers for each thread.
+    each set. Memory beside the codes is that of `_least_squares`, for each thread.
     """
     kinds, document = np.unique(document[: len(activations)], return_inverse=True)
     judged = document % 2 == 1
@@ -146,9 +150,37 @@ def _less(alone: Ensemble, gone: Bool[Tensor, "d_sae"]) -> Ensemble:
 
 
 def _least_squares(codes: sparse.csr_array, x: np.ndarray, judged: np.ndarray) -> np.ndarray:
-    """What codes predict of x, on the judged tokens, by directions and an offset fitted on the others."""
+    """What codes predict of x, on the judged tokens, by directions and an offset fitted on the others.
+
+    Up to `EXACT` features the normal equations are solved by a Cholesky factor: two matrices of d_sae^2 float64 (0.3 GB at 4,096).
+    Above, by conjugate gradients (Hestenes & Stiefel 1952, doi:10.6028/jres.049.044) to a residual of `TOLERANCE`, or at most
+    `STEPS` of them: a few matrices [d_sae, d_in], and minutes at 16,384. With fewer tokens than features they converge slowly.
+    """
     codes = sparse.hstack([codes, np.ones((codes.shape[0], 1))], format="csr", dtype=np.float64)  # squares lose half the digits
     fitted = codes[~judged]
+    if codes.shape[1] > EXACT + 1:  # the offset is one more
+        return codes[judged] @ _conjugate_gradients(fitted, x[~judged])
     squares = (fitted.T @ fitted).toarray()
     squares[np.diag_indices_from(squares)] += RIDGE * max(squares.trace() / len(squares), 1e-12)
     return codes[judged] @ cho_solve(cho_factor(squares), fitted.T @ x[~judged])
+
+
+def _conjugate_gradients(
+    codes: Float[sparse.csr_array, "token feature"], x: Float[np.ndarray, "token d_in"]
+) -> Float[np.ndarray, "feature d_in"]:
+    """The same directions from products with codes alone. All columns of x are one system, each direction scaled by its energy."""
+    energy = np.asarray(codes.multiply(codes).sum(0)).ravel()
+    ridge = RIDGE * max(energy.mean(), 1e-12)
+    shape, by_feature, scale = (codes.shape[1], x.shape[1]), codes.T.tocsr(), (energy + ridge)[:, None]
+
+    def operator(function) -> LinearOperator:
+        return LinearOperator((np.prod(shape),) * 2, lambda flat: function(flat.reshape(shape)).ravel(), dtype=np.float64)
+
+    solution, _ = cg(
+        operator(lambda directions: by_feature @ (codes @ directions) + ridge * directions),
+        (by_feature @ x).ravel(),
+        rtol=TOLERANCE,
+        maxiter=STEPS,
+        M=operator(lambda directions: directions / scale),
+    )
+    return solution.reshape(shape)

@@ -23,6 +23,7 @@ LATENTS = (1, 2, 4, 8)  # of the other seed, that may predict a feature together
 PREDICTED = 0.5  # share of its variance from which a feature counts as predicted
 CONTAINED = 0.5  # share of its firings from which a feature counts as part of another
 BROADER = 2  # times as often as the feature fires the latent of which it is a part
+CELLS = 2**20  # covariances with latents that are held at a time, for each latent chosen
 RAREST = 50  # firings on either half of the tokens; below, no regression can be judged
 TRANSPLANTS = ("removed", "averaged", "transplanted")
 FATES = ("rotated", "split", "merged", "missing", "too rare")
@@ -63,28 +64,17 @@ def translate(features: sparse.csr_array, latents: sparse.csr_array, fitted: Boo
     Latents are chosen one after another, each the one that takes most off what is left (orthogonal matching pursuit); choice and
     coefficients come from the `fitted` tokens, and are judged on the others.
     """
-    (squares, across, _), judged = (_moments(features[rows], latents[rows]) for rows in (fitted, ~fitted))
-    length = squares.diagonal().clamp_min(1e-12).sqrt()
-    count, most = features.shape[1], LATENTS[-1]
-    chosen = torch.zeros(count, 0, dtype=torch.long)
-    left = across
-    explained = []
-    for size in range(1, most + 1):
-        gain = (left / length[:, None]).abs().T
-        best = gain.scatter(1, chosen, -1.0).argmax(1)
-        chosen = torch.cat([chosen, best[:, None]], 1)
-        weights = torch.linalg.solve(_within(squares, chosen) + 1e-6 * torch.eye(size), across.T.gather(1, chosen)[:, :, None])
-        left = across - torch.einsum("lfk,fk->lf", squares[:, chosen], weights[:, :, 0])
-        if size in LATENTS:
-            explained.append(_explained(weights, chosen, *judged))
+    halves = [_Moments(features[rows], latents[rows]) for rows in (fitted, ~fitted)]
+    # A chunk of features at a time: its covariances with all latents are what is held in memory.
+    chunks = np.array_split(np.arange(features.shape[1]), max(1, -(-features.shape[1] * latents.shape[1] // CELLS)))
+    first, explained = (np.concatenate(found) for found in zip(*(_pursue(*halves, chunk) for chunk in chunks), strict=True))
     fires, others = (matrix.copy() for matrix in (features, latents))
     fires.data, others.data = ((matrix.data > 0).astype(np.float32) for matrix in (fires, others))
-    first = chosen[:, 0].numpy()
     together = np.asarray(fires.multiply(others[:, first]).sum(0)).ravel()
     own, theirs = (np.asarray(matrix.sum(0)).ravel() for matrix in (fires, others))
     rarer = np.minimum(*(np.asarray(fires[rows].sum(0)).ravel() for rows in (fitted, ~fitted)))
     often = np.maximum(own, 1)
-    return Translation(torch.stack(explained, 1).numpy(), together / often, theirs[first] / often, rarer.astype(int))
+    return Translation(explained, together / often, theirs[first] / often, rarer.astype(int))
 
 
 def translate_to_next(
@@ -142,14 +132,55 @@ def transplant(
     return intervene(site, edits, "transplant")
 
 
-def _moments(features: sparse.csr_array, latents: sparse.csr_array) -> tuple[Tensor, Tensor, Tensor]:
-    """Covariances of latents [latent, latent] and of latents with features [latent, feature], and the features' variances."""
-    rows = features.shape[0]
-    ours, theirs = (np.asarray(matrix.mean(0)).ravel() for matrix in (features, latents))
-    squares = (latents.T @ latents).toarray() / rows - np.outer(theirs, theirs)
-    across = (latents.T @ features).toarray() / rows - np.outer(theirs, ours)
-    variance = np.asarray(features.multiply(features).mean(0)).ravel() - ours**2
-    return tuple(torch.from_numpy(np.asarray(array, dtype=np.float64)) for array in (squares, across, variance))
+class _Moments:
+    """Covariances of features and latents on some tokens, computed where they are asked for."""
+
+    def __init__(self, features: sparse.csr_array, latents: sparse.csr_array):
+        self.features, self.latents, self.rows = features.tocsc(), latents.tocsc(), features.shape[0]
+        self.feature_mean, self.latent_mean = (np.asarray(matrix.mean(0)).ravel() for matrix in (features, latents))
+        self.variance = self._double(np.asarray(features.multiply(features).mean(0)).ravel() - self.feature_mean**2)
+        self.latent_variance = self._double(
+            np.asarray(latents.multiply(latents).sum(0)).ravel() / self.rows - self.latent_mean * self.latent_mean
+        )
+
+    def of_latents(self, columns: Int[np.ndarray, "column"], rows=slice(None)) -> Float[Tensor, "latent column"]:
+        """Covariances of some latents, or all, with others of them."""
+        together = (self.latents[:, rows].T @ self.latents[:, columns]).toarray() / self.rows
+        return self._double(together - np.outer(self.latent_mean[rows], self.latent_mean[columns]))
+
+    def with_features(self, chunk: Int[np.ndarray, "feature"], rows=slice(None)) -> Float[Tensor, "latent feature"]:
+        """Covariances of some latents, or all, with some features."""
+        together = (self.latents[:, rows].T @ self.features[:, chunk]).toarray() / self.rows
+        return self._double(together - np.outer(self.latent_mean[rows], self.feature_mean[chunk]))
+
+    @staticmethod
+    def _double(array: np.ndarray) -> Float[Tensor, "*any"]:
+        return torch.from_numpy(np.asarray(array, dtype=np.float64))
+
+
+def _pursue(
+    fitted: _Moments, judged: _Moments, chunk: Int[np.ndarray, "feature"]
+) -> tuple[Int[np.ndarray, "feature"], Float[np.ndarray, "feature latents"]]:
+    """The first latent chosen for each feature, and the share of its variance that the first 1, 2, 4 and 8 explain."""
+    across, length = fitted.with_features(chunk), fitted.latent_variance.clamp_min(1e-12).sqrt()
+    left, chosen = across, torch.zeros(len(chunk), 0, dtype=torch.long)
+    squares = across.new_zeros(*across.shape, 0)  # [latent, feature, size]: covariances with the latents chosen for the feature
+    weights = {}
+    for size in range(1, LATENTS[-1] + 1):
+        gain = (left / length[:, None]).abs().T
+        best = gain.scatter(1, chosen, -1.0).argmax(1)
+        chosen = torch.cat([chosen, best[:, None]], 1)
+        squares = torch.cat([squares, fitted.of_latents(best.numpy())[:, :, None]], 2)
+        among = squares.gather(0, chosen.T[:, :, None].expand(-1, -1, size)).transpose(0, 1)
+        fit = torch.linalg.solve(among + 1e-6 * torch.eye(size), across.T.gather(1, chosen)[:, :, None])
+        left = across - torch.einsum("lfk,fk->lf", squares, fit[:, :, 0])
+        weights[size] = fit
+    names, place = np.unique(chosen.numpy(), return_inverse=True)
+    place = torch.from_numpy(place.reshape(chosen.shape))
+    squares, across = judged.of_latents(names, names), judged.with_features(chunk, names)
+    variance = judged.variance[chunk]
+    shares = [_explained(weights[size], place[:, :size], squares, across, variance) for size in LATENTS]
+    return chosen[:, 0].numpy(), torch.stack(shares, 1).numpy()
 
 
 def _within(squares: Tensor, chosen: Tensor) -> Float[Tensor, "feature size size"]:

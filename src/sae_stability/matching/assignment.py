@@ -32,17 +32,12 @@ class Assignment:
     cosine: Float[np.ndarray, "a"]
     """Of each pair; NaN where there is none."""
     bound: float
-    """No pairing has a larger mean cosine."""
+    """No pairing has a larger mean cosine; where every pair was looked at, it is that of this one."""
 
     @property
     def mean(self) -> float:
         """The mean cosine of all pairs, MCC."""
         return float(np.nanmean(self.cosine))
-
-    @property
-    def gap(self) -> float:
-        """How much larger the mean cosine of the best pairing can be at most; 0 where every pair was looked at."""
-        return self.bound - self.mean
 
 
 def assign(A: Float[Tensor, "a d_in"] | np.ndarray, B: Float[Tensor, "b d_in"] | np.ndarray, exact: int = EXACT) -> Assignment:

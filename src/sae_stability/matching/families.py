@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import gammaln
 from torch import Tensor
 
-from sae_stability.matching.pairs import CHUNK
+from sae_stability.matching.pairs import CHUNK, reaches
 
 Edges = tuple[Int[np.ndarray, "edge"], Int[np.ndarray, "edge"], Float[np.ndarray, "edge"]]
 
@@ -84,7 +84,7 @@ def _edges(W_dec: Tensor, threshold: float, alive: Tensor) -> Edges:
         for t in range(s + 1, seeds):
             for start in range(0, d_sae, CHUNK):
                 block = directions[s, start : start + CHUNK] @ directions[t].T
-                rows, columns = (block >= threshold).nonzero(as_tuple=True)
+                rows, columns = reaches(block, threshold).nonzero(as_tuple=True)
                 found.append((rows + s * d_sae + start, columns + t * d_sae, block[rows, columns]))
     return tuple(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
 

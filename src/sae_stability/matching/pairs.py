@@ -18,6 +18,7 @@ from sae_stability import threads
 CHUNK = 1024  # rows
 SLAB = 512  # columns that one thread keeps up to date: what it remembers of them fits in its cache
 NOTHING = -2.0  # lower than any similarity
+ROUNDING = 1e-6  # a cosine of 1 comes out of float32 as 1 - 1e-7, and must pass a threshold of 1
 
 Similarities = Callable[[Int[Tensor, "row"]], Float[Tensor, "row b"]]
 """Gives the similarities of some features of one dictionary with all features of the other, in a tensor of its own."""
@@ -58,6 +59,11 @@ def compare(similarities: Similarities, a_alive: Bool[Tensor, "a"], b_alive: Boo
 def cosines(A: Float[Tensor, "a d_in"], B: Float[Tensor, "b d_in"]) -> Similarities:
     """Of directions at unit length."""
     return lambda rows: A[rows] @ B.T
+
+
+def reaches(similarity: Float[Tensor, "*any"], threshold: float) -> Bool[Tensor, "*any"]:
+    """Whether similarities reach a threshold, up to rounding: all that judges likeness asks here, so that no two answers differ."""
+    return similarity >= threshold - ROUNDING
 
 
 def weaker(one: Similarities, other: Similarities) -> Similarities:

@@ -18,13 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_stability.errors import UserError
-from sae_stability.matching.pairs import Similarities, compare, cosines
+from sae_stability.matching.pairs import ROUNDING, Similarities, compare, cosines, reaches
 from sae_stability.statistics import Interval, LatentShares, binomial_interval, fit_beta_binomial, jackknife
 
 STABLE, UNSTABLE = 0.9, 0.1
 """Bands: stable from STABLE up, unstable up to UNSTABLE, the rest intermediate."""
 BANDS = ("stable", "intermediate", "unstable")
-ROUNDING = 1e-6  # a cosine of 1 comes out of float32 as 1 - 1e-7, and must pass a threshold of 1
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Stability:
     @property
     def matched(self) -> Bool[Tensor, "seed seed d_sae"]:
         """[s, t, i]: whether feature i of seed s reappears in seed t."""
-        return self.best_cosine >= self.threshold - ROUNDING
+        return reaches(self.best_cosine, self.threshold)
 
     @property
     def mutual(self) -> Bool[Tensor, "seed seed d_sae"]:
@@ -57,7 +56,7 @@ class Stability:
     @property
     def ambiguous(self) -> Bool[Tensor, "seed seed d_sae"]:
         """[s, t, i]: a match whose runner-up reaches the threshold too, or which does not hold in both directions."""
-        return self.matched & ((self.runner_up >= self.threshold - ROUNDING) | ~self.mutual)
+        return self.matched & (reaches(self.runner_up, self.threshold) | ~self.mutual)
 
     @property
     def trials(self) -> int:
