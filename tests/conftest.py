@@ -7,14 +7,38 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["SAE_STABILITY_RESULTS"] = str(Path(__file__).parents[1] / ".pytest_cache" / "results")  # not the user's
 
-import pytest
-import torch
+import jaxtyping
+from beartype import BeartypeConf, beartype
 
-from sae_stability import cli, pipeline
-from sae_stability.book import build, page
-from sae_stability.language import pretraining
-from sae_stability.loading import load_study
-from sae_stability.study import Cell
+# Shapes in signatures hold at run time: every call in these modules is checked. Those with kernels are left out: numba compiles no
+# function that is wrapped, and the lengths of sparse rows are sums of others.
+CHECKED = (
+    *("statistics", "triggers", "sources", "evaluation", "ablation", "methods"),
+    *("language.activations", "language.interventions", "language.norms", "language.site", "language.corpus", "language.streaming"),
+    *("matching.reappearance", "matching.criteria", "matching.assignment", "matching.families"),
+    *(
+        "saes.parameters",
+        "saes.relu",
+        "saes.gated",
+        "saes.jumprelu",
+        "saes.topk",
+        "saes.batchtopk",
+        "saes.matryoshka",
+        "saes.ensemble",
+    ),
+    *("saes.sae", "saes.formats", "saes.reference", "training.revival", "experiments.activity"),
+)
+typed = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+jaxtyping.install_import_hook([f"sae_stability.{module}" for module in CHECKED], f"{__name__}.typed")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from sae_stability import cli, pipeline  # noqa: E402
+from sae_stability.book import build, page  # noqa: E402
+from sae_stability.language import pretraining  # noqa: E402
+from sae_stability.loading import load_study  # noqa: E402
+from sae_stability.study import Cell  # noqa: E402
 
 WORDS = [
     "the",

@@ -4,12 +4,13 @@ A seed takes part in every pair, so pair statistics get a delete-one-seed jackkn
 averaged over text; features are never resampled as if independent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 from scipy import optimize, sparse, special, stats
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
@@ -122,13 +123,13 @@ def bootstrap_ratio(
     return Interval(float(transform(numerator.sum() / denominator.sum())), float(low), float(high))
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     """Student's interval of the mean of independent values, such as one number a seed. One value has no interval, none no mean."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return Interval(float(values[0]) if len(values) else float("nan"), float("nan"), float("nan"))
-    reach = stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return Interval(float(values.mean()), float(values.mean() - reach), float(values.mean() + reach))
+    sample = np.asarray(values, dtype=float)
+    if len(sample) < 2:
+        return Interval(float(sample[0]) if len(sample) else float("nan"), float("nan"), float("nan"))
+    reach = stats.t.ppf(0.5 + confidence / 2, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample))
+    return Interval(float(sample.mean()), float(sample.mean() - reach), float(sample.mean() + reach))
 
 
 def over_seeds_and_documents(

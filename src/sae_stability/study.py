@@ -280,14 +280,15 @@ def digest(value: Any) -> str:
 def complaint(error: ValidationError, schema: type[BaseModel]) -> str:
     """The first of pydantic's complaints, in one line that names the field and the mend."""
     first = error.errors()[0]
-    path = [part for part in first["loc"] if not _is_type(part)]
-    field, parent, known = ".".join(map(str, path)), schema, None
-    for part in path:
-        known = parent.model_fields.get(part) if parent is not None else None
+    path = [str(part) for part in first["loc"] if not _is_type(part)]
+    field, parent, known = ".".join(path), schema, None
+    for place, part in enumerate(path):
+        known = parent.model_fields.get(part)
         inner = next((kind for kind in _kinds(known) if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        parent = inner if part is not path[-1] else parent
+        if place < len(path) - 1 and inner is not None:
+            parent = inner
     if first["type"] == "extra_forbidden":
-        return f"{field}: unknown key{nearest(str(path[-1]), parent.model_fields if parent else ())}; drop it or correct it"
+        return f"{field}: unknown key{nearest(path[-1], parent.model_fields)}; drop it or correct it"
     described = known.description if known is not None and known.description else ""
     if first["type"] == "missing":
         return f"{field}: missing; add '{field}: {described}'"

@@ -173,9 +173,9 @@ def at_equal_frequency(features: pd.DataFrame) -> pd.DataFrame:
     """
     unstable, stable = (features[features["band"] == band] for band in ("unstable", "stable"))
     spread = max(float(np.log(features["frequency"]).std()), 1e-12)
-    logs = [np.log(part["frequency"].to_numpy())[:, None] / spread for part in (unstable, stable)]
-    one, other = matched_pairs(*logs, CALIPER)
-    return pd.concat([unstable.iloc[one], stable.iloc[other]])
+    ours, theirs = (np.log(part["frequency"].to_numpy())[:, None] / spread for part in (unstable, stable))
+    chosen, partners = matched_pairs(ours, theirs, CALIPER)
+    return pd.concat([unstable.iloc[chosen], stable.iloc[partners]])
 
 
 def compare(features: pd.DataFrame) -> pd.DataFrame:

@@ -6,7 +6,7 @@ chosen again among the features that are left, and their decoder is fitted again
 first reading gives back what the features write (PAPER, Function).
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,7 +136,7 @@ def on_prediction(site: Reading, ensemble: Ensemble, members: Members, readings:
     return intervene(site, edits, "removal, prediction")
 
 
-def _of_seed(members: Members, seed: int) -> dict[Name, Bool[Tensor, "d_sae"]]:
+def _of_seed(members: Mapping[Hashable, Bool[Tensor, "seed d_sae"]], seed: int) -> dict[Name, Bool[Tensor, "d_sae"]]:
     """The sets that are given for a seed."""
     return {name: member[seed] for name, member in members.items() if seed < len(member)}
 

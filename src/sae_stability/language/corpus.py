@@ -128,16 +128,16 @@ def pack(documents: list[str], tokenizer, context: int) -> Contexts:
     if bos is None:
         raise UserError("model: its tokenizer has neither a BOS nor an EOS token; set one in tokenizer_config.json")
     separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else bos
-    rows = [tokenizer(batch, add_special_tokens=False)["input_ids"] for batch in _batches(documents, 256)]
-    encoded = [np.asarray([*ids, separator], dtype=np.int32) for ids in chain.from_iterable(rows)]
+    batches = [tokenizer(batch, add_special_tokens=False)["input_ids"] for batch in _batches(documents, 256)]
+    encoded = [np.asarray([*ids, separator], dtype=np.int32) for ids in chain.from_iterable(batches)]
     stream = np.concatenate(encoded)
-    source = np.repeat(np.arange(len(encoded), dtype=np.int32), [len(ids) for ids in encoded])
+    origin = np.repeat(np.arange(len(encoded), dtype=np.int32), [len(ids) for ids in encoded])
 
     width = context - 1
     count = len(stream) // width
-    stream, source = (array[: count * width].reshape(count, width) for array in (stream, source))
-    tokens = np.concatenate([np.full((count, 1), bos, dtype=np.int32), stream], axis=1)
-    document = np.concatenate([source[:, :1], source], axis=1)
+    rows, origins = (array[: count * width].reshape(count, width) for array in (stream, origin))
+    tokens = np.concatenate([np.full((count, 1), bos, dtype=np.int32), rows], axis=1)
+    document = np.concatenate([origins[:, :1], origins], axis=1)
     return Contexts(tokens, document, is_text=(tokens != bos) & (tokens != separator))
 
 
