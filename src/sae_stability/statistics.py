@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from numpy.typing import ArrayLike
 from scipy import optimize, sparse, special, stats
 from scipy.optimize import linear_sum_assignment
@@ -109,8 +109,8 @@ def fit_beta_binomial(counts: Int[np.ndarray, "feature"], trials: int) -> Latent
 
 
 def bootstrap_ratio(
-    numerator: Float[np.ndarray, "document"],
-    denominator: Float[np.ndarray, "document"],
+    numerator: Real[np.ndarray, "document"],
+    denominator: Real[np.ndarray, "document"],
     transform: Callable[[np.ndarray], np.ndarray] = lambda ratio: ratio,
     samples: int = SAMPLES,
     confidence: float = 0.95,
@@ -133,7 +133,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
 
 
 def over_seeds_and_documents(
-    numerator: Float[np.ndarray, "seed document"], denominator: Float[np.ndarray, "*seed document"], confidence: float = 0.95
+    numerator: Real[np.ndarray, "seed document"], denominator: Real[np.ndarray, "*seed document"], confidence: float = 0.95
 ) -> Interval:
     """Mean over seeds of sum(numerator) / sum(denominator), both summed over documents.
 

@@ -8,6 +8,7 @@ first reading gives back what the features write (PAPER, Function).
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ EXACT = 4096  # features, up to which the refitted decoder is solved for directl
 TOLERANCE = 1e-6  # of the residual of the normal equations, above that
 STEPS = 1000  # of conjugate gradients at most
 
+Key = TypeVar("Key", bound=Hashable)
 Members = dict[Name, Bool[Tensor, "seed d_sae"]]
 
 
@@ -136,7 +138,7 @@ def on_prediction(site: Reading, ensemble: Ensemble, members: Members, readings:
     return intervene(site, edits, "removal, prediction")
 
 
-def _of_seed(members: Mapping[Hashable, Bool[Tensor, "seed d_sae"]], seed: int) -> dict[Name, Bool[Tensor, "d_sae"]]:
+def _of_seed(members: Mapping[Key, Bool[Tensor, "seed d_sae"]], seed: int) -> dict[Key, Bool[Tensor, "d_sae"]]:
     """The sets that are given for a seed."""
     return {name: member[seed] for name, member in members.items() if seed < len(member)}
 
