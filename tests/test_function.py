@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from sae_stability import ablation, figures
+from sae_stability import ablation
 from sae_stability.evaluation import Encoded
 from sae_stability.experiments.function import judge_c2, judge_c3, judge_c4, shares
-from sae_stability.figures.function import MEASURE_NAMES
+from sae_stability.figures import function as figures
 from sae_stability.language.activations import Activations
 from sae_stability.language.corpus import Contexts
 from sae_stability.language.interventions import Reading
@@ -97,7 +97,7 @@ def test_the_asymmetry_figure_shows_what_was_planted(planted):
     removed = planted.table.query("reading == 'removed' and set in ['band', 'random', 'paired', 'matched']")
     figure = figures.asymmetry(removed, "x")
     drawn = {}
-    for axis, measure in zip(figure.axes, MEASURE_NAMES, strict=True):
+    for axis, measure in zip(figure.axes, figures.MEASURE_NAMES, strict=True):
         points = [line for line in axis.get_lines() if line.get_marker() not in ("None", "", None)]
         drawn[measure] = {round(float(line.get_xdata()[0]), 2): float(line.get_ydata()[0]) for line in points}
     stable, matched = -0.3, 0.3

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from sae_stability import places
 from sae_stability.experiments import Results, texts
-from sae_stability.figures import COLOURS
+from sae_stability.figures.style import BAND_STYLES
 from sae_stability.files import read_json
 from sae_stability.loading import load_study, read_study
 from sae_stability.matching import BANDS
@@ -251,4 +251,4 @@ def _feature(tokens: pd.DataFrame) -> str:
         f"and fires on {first['frequency']:.2%} of the tokens"
     )
     told += f"; trigger: {first['trigger']}" if "trigger" in first else ""
-    return f'<div class="bar" style="border-color: {COLOURS[first["band"]]}"><p>{told}</p>{"".join(lines)}</div>'
+    return f'<div class="bar" style="border-color: {BAND_STYLES[first["band"]].colour}"><p>{told}</p>{"".join(lines)}</div>'

@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 from matplotlib.scale import SymmetricalLogScale
 from matplotlib.ticker import NullLocator
 
-from sae_stability.figures.style import BAND_MARKERS, COLOURS, band_histograms, new_axes, stacked
+from sae_stability.figures.style import BAND_STYLES, band_histograms, legend_below, new_axes, stacked
 from sae_stability.matching import BANDS
 
 SET_STYLES = {  # marker, filled, what the legend says
@@ -41,7 +41,7 @@ def asymmetry(table: pd.DataFrame, title: str) -> Figure:
             for position, band in enumerate(BANDS):
                 rows = part[(part["set"] == name) & (part["of"] == band)]
                 at = position + 0.2 * (place - (len(sets) - 1) / 2)
-                _point(axis, at, rows, "share", COLOURS[band], marker, filled)
+                _point(axis, at, rows, "share", BAND_STYLES[band].colour, marker, filled)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(MEASURE_NAMES[measure], fontsize="medium")
         axis.set_xticks(range(len(BANDS)), BANDS, rotation=30, ha="right")
@@ -62,9 +62,7 @@ def overlap(features: pd.DataFrame, title: str) -> Figure:
         band_histograms(axis, features, column, np.histogram_bin_edges(features[column], 30))
         axis.set_xlabel(f"{label}, log10")
     axes[0].set_ylabel("density of features")
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", fontsize="small", ncols=len(BANDS)
-    )
+    legend_below(figure, axes[0], columns=len(BANDS))
     return figure
 
 
@@ -81,12 +79,12 @@ def cumulative(table: pd.DataFrame, sizes: dict[str, float], title: str) -> Figu
             axis.plot(part["added"], part["share"], color=colour, linestyle=line, marker="o", markersize=4, label=label)
             axis.fill_between(part["added"], part["share_low"], part["share_high"], color=colour, alpha=0.15, linewidth=0)
         for band, at in (("stable", sizes["stable"]), ("unstable", 1 - sizes["unstable"])):
-            axis.axvline(at, color=COLOURS[band], linewidth=1)
+            axis.axvline(at, color=BAND_STYLES[band].colour, linewidth=1)
         axis.set_title(MEASURE_NAMES[measure], fontsize="medium")
         axis.set_xlabel("share of the features kept")
         axis.set_xticks([0, 0.5, 1])
     axes[0].set_ylabel("share of what all carry")
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", fontsize="small", ncols=2)
+    legend_below(figure, axes[0], columns=2)
     return figure
 
 
@@ -101,10 +99,10 @@ def impact_scatter(features: pd.DataFrame, title: str) -> Figure:
     for axis, (column, (scale, label)) in zip(axes, panels.items(), strict=True):
         values = features[column] * scale
         linear = np.quantile(values.abs(), 0.2)
-        for band in BANDS:
+        for band, style in BAND_STYLES.items():
             part = features["band"] == band
             spread = features.loc[part, "stability"] + generator.uniform(-0.025, 0.025, part.sum())
-            axis.scatter(spread, values[part], s=4, alpha=0.25, color=COLOURS[band], marker=BAND_MARKERS[band], linewidths=0)
+            axis.scatter(spread, values[part], s=4, alpha=0.25, color=style.colour, marker=style.marker, linewidths=0)
         means = values.groupby(features["stability"]).mean()
         axis.plot(means.index, means, color="black", marker="_", markersize=12, linewidth=1, label="mean")
         axis.axhline(0, color="black", linewidth=0.6)
@@ -120,10 +118,10 @@ def orders_check(sample: pd.DataFrame, title: str) -> Figure:
     linear = max(float(values["true"].abs().quantile(0.2)), 1e-9)
     figure, axes = new_axes(title, height=4.0, columns=2, sharey=True)
     for axis, order in zip(axes, ("first_order", "second_order"), strict=True):
-        for band in BANDS:
+        for band, style in BAND_STYLES.items():
             part = sample["band"] == band
-            true, found = values.loc[part, "true"], values.loc[part, order]
-            axis.scatter(true, found, s=18, color=COLOURS[band], marker=BAND_MARKERS[band], label=band)
+            true, approximate = values.loc[part, "true"], values.loc[part, order]
+            axis.scatter(true, approximate, s=18, color=style.colour, marker=style.marker, label=band)
         ends = [float(values.min().min()), float(values.max().max())]
         axis.plot(ends, ends, color="black", linewidth=0.8, label="equal")
         for along in ("x", "y"):
@@ -131,7 +129,7 @@ def orders_check(sample: pd.DataFrame, title: str) -> Figure:
         axis.set_title(order.replace("_", " "), fontsize="medium")
         axis.set_xlabel("true change, µnats")
     axes[0].set_ylabel("approximate change,\nµnats a token")
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", fontsize="small", ncols=4)
+    legend_below(figure, axes[0], columns=4)
     return figure
 
 
@@ -140,7 +138,7 @@ def fates(table: pd.DataFrame, names: tuple[str, ...], title: str) -> Figure:
     figure, (axis,) = new_axes(title, height=2.6)
     stacked(axis, table, "fate", names)
     axis.set(xlabel="% of the features of the band")
-    figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower center", fontsize="small", ncols=len(names))
+    legend_below(figure, axis, columns=len(names))
     return figure
 
 
@@ -150,7 +148,8 @@ def transplants(table: pd.DataFrame, title: str) -> Figure:
     figure, axes = new_axes(title, height=4.2, columns=2)
     for axis, band in zip(axes, ("stable", "unstable"), strict=True):
         for place, what in enumerate(names):
-            _point(axis, place, table[(table["band"] == band) & (table["what"] == what)], "change", COLOURS[band], "o", True)
+            rows = table[(table["band"] == band) & (table["what"] == what)]
+            _point(axis, place, rows, "change", BAND_STYLES[band].colour, "o", True)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(f"{band} features", fontsize="medium")
         axis.set_xticks(range(len(names)), names.values(), rotation=30, ha="right")
@@ -174,6 +173,6 @@ def _signed_log(axis, along: str, linear: float, lowest: float, highest: float) 
     """A scale along `x` or `y` that is logarithmic on both sides of zero, with few enough ticks to be read on a phone."""
     decade = 10.0 ** np.floor(np.log10(max(abs(lowest), abs(highest))))
     marked = [decade, *([decade / 10] if along == "y" and decade / 10 > linear else [])]
-    ticks = [tick for tick in (*(-of for of in marked), 0, *marked) if tick >= min(lowest, 0)]
+    ticks = [tick for tick in (*(-mark for mark in marked), 0, *marked) if tick >= min(lowest, 0)]
     axis.set(**{f"{along}scale": SymmetricalLogScale(None, linthresh=linear), f"{along}ticks": ticks})
     getattr(axis, f"{along}axis").set_minor_locator(NullLocator())

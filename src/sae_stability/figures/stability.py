@@ -1,10 +1,20 @@
-"""What reappears: by seeds, thresholds, criteria, variants, families."""
+"""What reappears: by seeds, thresholds, criteria, cells, families."""
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sae_stability.figures.style import COLOURS, DASHES, HATCHES, NAMES, new_axes
+from sae_stability.figures.style import (
+    BAND_STYLES,
+    KINDS,
+    count_ticks,
+    legend_below,
+    line_with_interval,
+    new_axes,
+    new_panels,
+    shares_of_matches,
+)
+from sae_stability.matching import BANDS
 from sae_stability.statistics import LatentShares
 
 
@@ -12,12 +22,13 @@ def stability_histogram(features: pd.DataFrame, latent: LatentShares, title: str
     """In how many other seeds features reappear, with the beta-binomial fit. Columns: matches, trials, band."""
     figure, (axis,) = new_axes(title)
     trials = int(features["trials"].iloc[0])
-    share = features["matches"].value_counts(normalize=True).reindex(range(trials + 1), fill_value=0) * 100
+    share = shares_of_matches(features)
     bands = features.groupby("matches")["band"].first()
-    axis.bar(share.index, share, color=[COLOURS[bands.get(count, "intermediate")] for count in share.index], width=0.85)
+    colours = [BAND_STYLES[bands.get(count, "intermediate")].colour for count in share.index]
+    axis.bar(share.index, share, color=colours, width=0.85)
     axis.plot(share.index, 100 * latent.expected_counts(trials), "ko-", markersize=4, linewidth=1, label="beta-binomial fit")
-    for band in ("unstable", "intermediate", "stable"):
-        axis.bar(0, 0, color=COLOURS[band], label=f"{band}: {(features['band'] == band).mean():.0%}")
+    for band in reversed(BANDS):
+        axis.bar(0, 0, color=BAND_STYLES[band].colour, label=f"{band}: {(features['band'] == band).mean():.0%}")
     axis.legend(frameon=False)
     axis.set(xlabel=f"other seeds in which the feature reappears (of {trials})", ylabel="% of live features")
     axis.set_xticks(range(trials + 1))
@@ -26,49 +37,27 @@ def stability_histogram(features: pd.DataFrame, latent: LatentShares, title: str
 
 def against_nulls(features: pd.DataFrame, title: str) -> Figure:
     """The same histogram beside that of each null, at an equal number of seeds. Columns: kind, matches, trials."""
-    kinds = [kind for kind in HATCHES if kind in set(features["kind"])]
-    figure, axes = new_axes(title, columns=len(kinds), sharey=True)
+    kinds = list(dict.fromkeys(features["kind"]))
+    names = [KINDS[kind].name for kind in kinds]
+    figure, axes = new_panels(title, names, "other seeds\nwith a match", "% of live features")
     for axis, kind in zip(axes, kinds, strict=True):
-        part = features[features["kind"] == kind]
-        trials = int(part["trials"].iloc[0])
-        share = part["matches"].value_counts(normalize=True).reindex(range(trials + 1), fill_value=0) * 100
-        axis.bar(share.index, share, color=COLOURS[kind], hatch=HATCHES[kind], edgecolor="white", width=0.85)
-        axis.set_title(NAMES[kind], fontsize="medium")
-        axis.set_xlabel("other seeds\nwith a match")
-        axis.set_xticks(range(trials + 1))
-    axes[0].set_ylabel("% of live features")
+        share, style = shares_of_matches(features[features["kind"] == kind]), KINDS[kind]
+        axis.bar(share.index, share, color=style.colour, hatch=style.hatch, edgecolor="white", width=0.85)
+        count_ticks(axis, share.index[-1])
     return figure
 
 
-def variant_histograms(features: pd.DataFrame, title: str) -> Figure:
-    """One panel a variant: the share of features by matches, in the model and its null. Columns: variant, kind, matches, trials."""
-    names = list(dict.fromkeys(features["variant"]))
-    rows = -(-len(names) // 3)
-    figure, axes = new_axes(title, height=2.1 * rows + 0.9, columns=min(3, len(names)), rows=rows, sharey=True)
-    for axis, name in zip(axes, names, strict=False):
-        of = features[features["variant"] == name]
-        places = range(int(of["trials"].iloc[0]) + 1)
-        for kind in ("real", "surrogate"):
-            share = of.loc[of["kind"] == kind, "matches"].value_counts(normalize=True).reindex(places, fill_value=0) * 100
-            shift = -0.2 if kind == "real" else 0.2
-            axis.bar(
-                share.index + shift,
-                share,
-                width=0.4,
-                color=COLOURS[kind],
-                hatch=HATCHES[kind],
-                edgecolor="white",
-                label=NAMES[kind],
-            )
-        axis.set_title(name, fontsize="medium")
-        axis.set_xticks(places)
-    for axis in axes[len(names) :]:
-        axis.set_visible(False)
-    for axis in axes[max(0, len(names) - 3) : len(names)]:
-        axis.set_xlabel("other seeds\nwith a match")
-    for axis in axes[::3]:
-        axis.set_ylabel("% of live features")
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
+def cell_histograms(features: pd.DataFrame, title: str) -> Figure:
+    """One panel a cell: the share of features by matches, in the model and its surrogate. Columns: name, kind, matches, trials."""
+    names = list(dict.fromkeys(features["name"]))
+    figure, axes = new_panels(title, names, "other seeds\nwith a match", "% of live features")
+    for axis, name in zip(axes, names, strict=True):
+        for kind, shift in (("real", -0.2), ("surrogate", 0.2)):
+            share = shares_of_matches(features[(features["name"] == name) & (features["kind"] == kind)])
+            colour, _, hatch, label = KINDS[kind]
+            axis.bar(share.index + shift, share, width=0.4, color=colour, hatch=hatch, edgecolor="white", label=label)
+        count_ticks(axis, share.index[-1])
+    legend_below(figure, axes[0], columns=2)
     return figure
 
 
@@ -79,23 +68,23 @@ def criteria(table: pd.DataFrame, title: str) -> Figure:
     """
     figure, (axis,) = new_axes(title, height=4.4)
     names = list(dict.fromkeys(table["criterion"]))[::-1]
-    shown = (
+    series = (
         ("real", "mean_stability", "o", "model, at the study's threshold"),
         ("surrogate", "mean_stability", "s", "surrogate, at the study's threshold"),
         ("real", "mean_stability_adjusted", "D", "model, at the adjusted threshold"),
     )
-    for place, (kind, column, marker, label) in enumerate(shown):
-        of = table[table["kind"] == kind].set_index("criterion").loc[names]
-        reach = np.abs(of[[f"{column}_low", f"{column}_high"]].to_numpy().T - of[column].to_numpy())
-        face = "white" if column.endswith("adjusted") else COLOURS[kind]
+    for place, (kind, column, marker, label) in enumerate(series):
+        rows, colour = table[table["kind"] == kind].set_index("criterion").loc[names], KINDS[kind].colour
+        reach = np.abs(rows[[f"{column}_low", f"{column}_high"]].to_numpy().T - rows[column].to_numpy())
+        face = "white" if column.endswith("adjusted") else colour
         axis.errorbar(
-            of[column], np.arange(len(names)) + 0.18 * (1 - place), xerr=np.nan_to_num(reach), fmt=marker, color=COLOURS[kind],
+            rows[column], np.arange(len(names)) + 0.18 * (1 - place), xerr=np.nan_to_num(reach), fmt=marker, color=colour,
             markerfacecolor=face, markersize=6, elinewidth=1, label=label,
         )  # fmt: skip
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="mean stability", xlim=(-0.02, 1.02))
     axis.grid(axis="y", color="#EEEEEE")
-    figure.legend(frameon=False, loc="outside lower center", fontsize="small")
+    legend_below(figure, axis)
     return figure
 
 
@@ -105,13 +94,13 @@ def by_seeds(table: pd.DataFrame, title: str) -> Figure:
     Columns: seeds, and stable_share, unstable_share, latent_stable_share, latent_unstable_share with _low and _high.
     """
     figure, axes = new_axes(title, columns=2, sharey=True)
-    for axis, fitted in zip(axes, ("", "latent_"), strict=True):
-        for band, dashes, marker in (("stable", "-", "o"), ("unstable", "--", "s")):
-            column = f"{fitted}{band}_share"
-            axis.plot(table["seeds"], table[column], dashes, marker=marker, markersize=3, color=COLOURS[band], label=band)
+    for axis, prefix in zip(axes, ("", "latent_"), strict=True):
+        for band in ("stable", "unstable"):
+            column, (colour, marker, line) = f"{prefix}{band}_share", BAND_STYLES[band]
+            axis.plot(table["seeds"], table[column], linestyle=line, marker=marker, markersize=3, color=colour, label=band)
             low, high = table[f"{column}_low"], table[f"{column}_high"]
-            axis.fill_between(table["seeds"], low, high, color=COLOURS[band], alpha=0.2, linewidth=0)
-        axis.set_title("true shares, by the fit" if fitted else "bands, as counted", fontsize="medium")
+            axis.fill_between(table["seeds"], low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.set_title("true shares, by the fit" if prefix else "bands, as counted", fontsize="medium")
         axis.set(xlabel="seeds", ylabel="share of live features", ylim=(0, None))
     axes[0].legend(frameon=False)
     return figure
@@ -120,11 +109,11 @@ def by_seeds(table: pd.DataFrame, title: str) -> Figure:
 def unique_families(table: pd.DataFrame, title: str) -> Figure:
     """Families met by so many seeds. Columns: kind, seeds, families, features (live ones a seed, on average)."""
     figure, (axis,) = new_axes(title)
-    for kind, part in table.groupby("kind", sort=False):
-        axis.plot(part["seeds"], part["families"], "o" + DASHES[kind], markersize=4, color=COLOURS[kind], label=NAMES[kind])
-    ours = table[table["kind"] == "real"]
-    nothing = ours["seeds"] * ours["features"]
-    axis.plot(ours["seeds"], nothing, ":", color="black", label="if no feature came back")
+    for kind, rows in table.groupby("kind", sort=False):
+        colour, line, _, name = KINDS[kind]
+        axis.plot(rows["seeds"], rows["families"], linestyle=line, marker="o", markersize=4, color=colour, label=name)
+    real = table[table["kind"] == "real"]
+    axis.plot(real["seeds"], real["seeds"] * real["features"], ":", color="black", label="if no feature came back")
     axis.set(xlabel="seeds", ylabel="unique families", ylim=(0, None))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False)
@@ -132,13 +121,14 @@ def unique_families(table: pd.DataFrame, title: str) -> Figure:
 
 
 def family_sizes(families: pd.DataFrame, title: str) -> Figure:
-    """The share of features in families of each size. Columns: kind, size."""
+    """What share of the features belongs to families of each size, in the model and its surrogate. Columns: kind, size."""
     figure, (axis,) = new_axes(title)
     sizes = np.arange(1, families["size"].max() + 1)
     for kind, shift in (("real", -0.2), ("surrogate", 0.2)):
         members = families.loc[families["kind"] == kind].groupby("size")["size"].sum().reindex(sizes, fill_value=0)
+        colour, _, hatch, name = KINDS[kind]
         share = 100 * members / members.sum()
-        axis.bar(sizes + shift, share, width=0.4, color=COLOURS[kind], hatch=HATCHES[kind], edgecolor="white", label=NAMES[kind])
+        axis.bar(sizes + shift, share, width=0.4, color=colour, hatch=hatch, edgecolor="white", label=name)
     axis.set(xlabel="seeds in which the family has a member", ylabel="% of live features", xticks=sizes)
     axis.legend(frameon=False)
     return figure
@@ -147,54 +137,39 @@ def family_sizes(families: pd.DataFrame, title: str) -> Figure:
 def neighbours(features: pd.DataFrame, threshold: float, title: str) -> Figure:
     """Cosines of features with the nearest one elsewhere. Columns: mean_best_cosine, nearest_within."""
     figure, (axis,) = new_axes(title)
-    bins = np.linspace(0, 1, 51)
-    columns = (
-        ("mean_best_cosine", "stable", "in another seed, mean over seeds"),
-        ("nearest_within", "unstable", "in its own dictionary"),
-    )
-    for column, colour, label in columns:
-        filled = column == "mean_best_cosine"
-        axis.hist(
-            features[column], bins, weights=np.full(len(features), 100 / len(features)), label=label, color=COLOURS[colour],
-            histtype="stepfilled" if filled else "step", alpha=0.6 if filled else 1, linewidth=2, linestyle="-" if filled else "--",
-        )  # fmt: skip
-    axis.axvline(threshold, color="black", linewidth=1)
-    axis.annotate(f"{threshold:g}", (threshold, axis.get_ylim()[1]), xytext=(3, 0), textcoords="offset points", va="top")
+    bins, weights = np.linspace(0, 1, 51), np.full(len(features), 100 / len(features))
+    colours = [BAND_STYLES[band].colour for band in ("stable", "unstable")]
+    filled = {"color": colours[0], "histtype": "stepfilled", "alpha": 0.6, "label": "in another seed, mean over seeds"}
+    outlined = {"color": colours[1], "histtype": "step", "linestyle": "--", "label": "in its own dictionary"}
+    for column, style in (("mean_best_cosine", filled), ("nearest_within", outlined)):
+        axis.hist(features[column], bins, weights=weights, linewidth=2, **style)
+    _mark_threshold(axis, threshold, axis.get_ylim()[1])
     axis.set(xlabel="cosine with the nearest other feature", ylabel="% of live features", xlim=(0, 1))
-    figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize="small")
+    legend_below(figure, axis, columns=2)
     return figure
 
 
 def thresholds(table: pd.DataFrame, threshold: float, adjusted: float, title: str) -> Figure:
     """Mean stability against the cosine threshold. Columns: kind, threshold, mean_stability, _low, _high."""
     figure, (axis,) = new_axes(title, height=4.4)
-    for kind, part in table.groupby("kind", sort=False):
-        axis.plot(part["threshold"], part["mean_stability"], linestyle=DASHES[kind], color=COLOURS[kind], label=NAMES[kind])
-        axis.fill_between(
-            part["threshold"],
-            part["mean_stability_low"],
-            part["mean_stability_high"],
-            color=COLOURS[kind],
-            alpha=0.2,
-            linewidth=0,
-        )
-    axis.axvline(threshold, color="black", linewidth=1)
-    axis.annotate(f"{threshold:g}", (threshold, 1.0), xytext=(3, 0), textcoords="offset points", va="top")
+    for kind, rows in table.groupby("kind", sort=False):
+        line_with_interval(axis, rows, "threshold", "mean_stability", kind)
+    _mark_threshold(axis, threshold, 1.0)
     if abs(adjusted - threshold) > 0.005:
-        axis.axvline(adjusted, color=COLOURS["surrogate"], linewidth=1, linestyle="-.", label="1 % of surrogate pairs")
+        axis.axvline(adjusted, color=KINDS["surrogate"].colour, linewidth=1, linestyle="-.", label="1 % of surrogate pairs")
     axis.set(xlabel="cosine from which two features are the same", ylabel="mean stability", ylim=(-0.02, 1.02))
-    figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower center", fontsize="small", ncols=2)
+    legend_below(figure, axis, columns=2)
     return figure
 
 
 def against_frequency(features: pd.DataFrame, title: str, bins: int = 10) -> Figure:
     """Mean stability in ten equal groups of firing frequency, one line a seed. Columns: seed, frequency, stability."""
     figure, (axis,) = new_axes(title)
-    group = pd.qcut(features["frequency"], bins, labels=False, duplicates="drop")
+    group, colour = pd.qcut(features["frequency"], bins, labels=False, duplicates="drop"), KINDS["real"].colour
     centre = features["frequency"].groupby(group).median()
     lines = features.groupby([group, "seed"])["stability"].mean().unstack()
-    axis.plot(centre, lines, color=COLOURS["real"], alpha=0.25, linewidth=1)
-    axis.plot(centre, lines.mean(axis=1), "o-", color=COLOURS["real"], label="mean over seeds")
+    axis.plot(centre, lines, color=colour, alpha=0.25, linewidth=1)
+    axis.plot(centre, lines.mean(axis=1), "o-", color=colour, label="mean over seeds")
     axis.set(xscale="log", xlabel="share of tokens on which the feature fires", ylabel="mean stability", ylim=(-0.02, 1.02))
     axis.legend(frameon=False)
     return figure
@@ -203,11 +178,16 @@ def against_frequency(features: pd.DataFrame, title: str, bins: int = 10) -> Fig
 def growth(table: pd.DataFrame, decay_from: float, title: str) -> Figure:
     """Mean stability against training tokens. Columns: kind, tokens, mean_stability, _low, _high."""
     figure, (axis,) = new_axes(title)
-    axis.axvspan(decay_from, table["tokens"].max(), color="#EEEEEE", label="the rate decays")
-    for kind, part in table.groupby("kind", sort=False):
-        low, high = (part[f"mean_stability_{end}"] for end in ("low", "high"))
-        axis.plot(part["tokens"], part["mean_stability"], "o" + DASHES[kind], color=COLOURS[kind], label=NAMES[kind])
-        axis.fill_between(part["tokens"], low, high, color=COLOURS[kind], alpha=0.2, linewidth=0)
+    if decay_from < table["tokens"].max():
+        axis.axvspan(decay_from, table["tokens"].max(), color="#EEEEEE", label="the rate decays")
+    for kind, rows in table.groupby("kind", sort=False):
+        line_with_interval(axis, rows, "tokens", "mean_stability", kind, marker="o")
     axis.set(xscale="log", xlabel="training tokens", ylabel="mean stability", ylim=(-0.02, 1.02))
     axis.legend(frameon=False)
     return figure
+
+
+def _mark_threshold(axis, threshold: float, top: float) -> None:
+    """A vertical line at the study's threshold, with its value beside its upper end."""
+    axis.axvline(threshold, color="black", linewidth=1)
+    axis.annotate(f"{threshold:g}", (threshold, top), xytext=(3, 0), textcoords="offset points", va="top")

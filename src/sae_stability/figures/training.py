@@ -5,16 +5,17 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from sae_stability.figures.style import COLOURS, DASH_CYCLE, DASHES, NAMES, VARIANT_COLOURS, in_thousands, new_axes
+from sae_stability.figures.style import BAND_STYLES, KINDS, in_thousands, legend_below, new_axes, series_style
 
 
 def training_curves(curve: pd.DataFrame, title: str) -> Figure:
     """Explained variance of each seed against training tokens. Columns: seed, kind, tokens, explained_variance."""
     figure, (axis,) = new_axes(title)
     for kind, part in curve.groupby("kind", sort=False):
+        style = KINDS[kind]
         sns.lineplot(
             part, x="tokens", y="explained_variance", units="seed", estimator=None, ax=axis,
-            color=COLOURS[kind], linestyle=DASHES[kind], alpha=0.6, linewidth=1, label=NAMES[kind],
+            color=style.colour, linestyle=style.line, alpha=0.6, linewidth=1, label=style.name,
         )  # fmt: skip
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
@@ -30,27 +31,25 @@ def training_curves(curve: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def variant_curves(curve: pd.DataFrame, title: str) -> Figure:
-    """Explained variance of each seed of each variant. Columns: variant, seed, tokens, explained_variance."""
+def cell_curves(curve: pd.DataFrame, title: str) -> Figure:
+    """Explained variance of each seed of each cell. Columns: name, seed, tokens, explained_variance."""
     figure, (axis,) = new_axes(title, height=4.8)
-    names = list(dict.fromkeys(curve["variant"]))
-    late = curve[curve["tokens"] > 0.2 * curve["tokens"].max()]
-    ends = curve[curve["tokens"] == curve["tokens"].max()].groupby("variant")["explained_variance"].mean()
-    for place, name in enumerate(names):
-        for index, (_, part) in enumerate(curve[curve["variant"] == name].groupby("seed")):
-            axis.plot(
-                part["tokens"], part["explained_variance"], DASH_CYCLE[place % 2], color=VARIANT_COLOURS[place], linewidth=1,
-                label=f"{name}, {ends[name]:.3f}" if index == 0 else None,
-            )  # fmt: skip
-    low, high = late["explained_variance"].min(), late["explained_variance"].max()
+    for position, (name, cell) in enumerate(curve.groupby("name", sort=False)):
+        colour, line = series_style(position)
+        end = cell.loc[cell["tokens"] == cell["tokens"].max(), "explained_variance"].mean()
+        label = f"{name}, {end:.3f}"
+        for _, seed in cell.groupby("seed"):
+            axis.plot(seed["tokens"], seed["explained_variance"], linestyle=line, color=colour, linewidth=1, label=label)
+            label = None  # one entry in the legend a cell
+    late = curve.loc[curve["tokens"] > 0.2 * curve["tokens"].max(), "explained_variance"]
+    low, high = late.min(), late.max()
     axis.set(
         xlabel="training tokens",
         ylabel="explained variance of the batches",
         ylim=(low - 0.1 * (high - low), high + 0.05 * (high - low)),
     )
-    figure.legend(
-        frameon=False, title="one line a seed, its variant and end", ncols=3, loc="outside lower center", fontsize="small"
-    )
+    longest = max(map(len, curve["name"].unique()))
+    legend_below(figure, axis, columns=3 if longest < 16 else 1, title="one line a seed, its cell and end")
     axis.xaxis.set_major_formatter(in_thousands)
     return figure
 
@@ -59,7 +58,8 @@ def step_times(times: pd.DataFrame, floor_ms: float, title: str) -> Figure:
     """Milliseconds a step and seed takes. Columns: contestant, ms."""
     figure, (axis,) = new_axes(title, height=0.45 * len(times) + 1.4)
     ordered = times.sort_values("ms", ascending=False)
-    colours = [COLOURS["real"] if name.startswith("ours") else COLOURS["intermediate"] for name in ordered["contestant"]]
+    ours, theirs = KINDS["real"].colour, BAND_STYLES["intermediate"].colour
+    colours = [ours if name.startswith("ours") else theirs for name in ordered["contestant"]]
     bars = axis.barh(ordered["contestant"], ordered["ms"], color=colours, height=0.7)
     axis.bar_label(bars, [f"{value:.0f}" for value in ordered["ms"]], padding=3, fontsize="small")
     axis.axvline(floor_ms, color="black", linestyle=":", label=f"floor, {floor_ms:.0f} ms")
@@ -71,7 +71,7 @@ def step_times(times: pd.DataFrame, floor_ms: float, title: str) -> Figure:
 def frequencies(features: pd.DataFrame, title: str) -> Figure:
     """How often live features fire. Columns: frequency."""
     figure, (axis,) = new_axes(title)
-    sns.histplot(np.log10(features["frequency"]), bins=40, color=COLOURS["real"], ax=axis, stat="percent")
+    sns.histplot(np.log10(features["frequency"]), bins=40, color=KINDS["real"].colour, ax=axis, stat="percent")
     axis.set(xlabel="share of tokens on which the feature fires", ylabel="% of live features")
     axis.xaxis.set_major_formatter(lambda power, _: f"$10^{{{power:g}}}$")
     return figure

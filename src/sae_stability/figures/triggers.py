@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sae_stability.figures.style import COLOURS, band_histograms, new_axes, stacked
+from sae_stability.figures.style import BAND_STYLES, band_histograms, legend_below, new_axes, stacked
 from sae_stability.triggers import CLASSES
 
 QUANTITIES = {
@@ -27,25 +27,26 @@ def trigger_classes(table: pd.DataFrame, title: str) -> Figure:
         stacked(axis, part, "trigger", CLASSES)
         axis.set_title(name, fontsize="medium")
     axes[-1].set_xlabel("% of the features")
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", fontsize="small", ncols=3)
+    legend_below(figure, axes[0], columns=3)
     return figure
 
 
 def deltas(table: pd.DataFrame, title: str) -> Figure:
     """Cliff's delta of unstable against stable features. Columns: features, quantity, delta, delta_low, delta_high."""
     figure, (axis,) = new_axes(title, height=4.6)
+    colour = BAND_STYLES["unstable"].colour
     styles = {"all": ("o", True, -0.15, "all features"), "equal frequency": ("D", False, 0.15, "of equal frequency")}
     for chosen, (marker, filled, shift, label) in styles.items():
         part = table[table["features"] == chosen].set_index("quantity").reindex(QUANTITIES)
         at = np.arange(len(part)) + shift
-        axis.hlines(at, part["delta_low"], part["delta_high"], color=COLOURS["unstable"], linewidth=1.5)
-        face = COLOURS["unstable"] if filled else "white"
-        axis.plot(part["delta"], at, marker, color=COLOURS["unstable"], markerfacecolor=face, label=label)
+        axis.hlines(at, part["delta_low"], part["delta_high"], color=colour, linewidth=1.5)
+        face = colour if filled else "white"
+        axis.plot(part["delta"], at, marker, color=colour, markerfacecolor=face, label=label)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(QUANTITIES)), QUANTITIES.values())
     axis.invert_yaxis()
     axis.set(xlabel="Cliff's delta, unstable against stable", xlim=(-1.05, 1.05))
-    figure.legend(*axis.get_legend_handles_labels(), frameon=False, loc="outside lower center", fontsize="small", ncols=2)
+    legend_below(figure, axis, columns=2)
     return figure
 
 
