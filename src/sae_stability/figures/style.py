@@ -1,9 +1,10 @@
 """What all figures share: size, panels, and how bands, kinds and cells are drawn everywhere.
 
-Colours are those of Okabe & Ito, which colour-blind readers tell apart, and one of Tol's. What a colour says, a line style, a marker
-or a hatch says too.
+Colours are those of Okabe & Ito, which colour-blind readers tell apart, and one of Tol's. What a colour says, a line style, a
+marker or a hatch says too.
 """
 
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -98,7 +99,7 @@ def new_panels(title: str, names: Sequence[str], xlabel: str, ylabel: str) -> tu
         if position % columns == 0:
             axis.set_ylabel(ylabel)
     for axis, name in zip(axes, names, strict=False):
-        axis.set_title(name, fontsize="medium" if len(name) < 16 else "small", wrap=True)
+        axis.set_title(textwrap.fill(name, 17), fontsize="medium")
     return figure, axes[: len(names)]
 
 

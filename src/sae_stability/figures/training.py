@@ -33,7 +33,9 @@ def training_curves(curve: pd.DataFrame, title: str) -> Figure:
 
 def cell_curves(curve: pd.DataFrame, title: str) -> Figure:
     """Explained variance of each seed of each cell. Columns: name, seed, tokens, explained_variance."""
-    figure, (axis,) = new_axes(title, height=4.8)
+    names = curve["name"].unique()
+    columns = 3 if max(map(len, names)) < 16 else 1
+    figure, (axis,) = new_axes(title, height=4.2 + 0.3 * -(-len(names) // columns))
     for position, (name, cell) in enumerate(curve.groupby("name", sort=False)):
         colour, line = series_style(position)
         end = cell.loc[cell["tokens"] == cell["tokens"].max(), "explained_variance"].mean()
@@ -48,8 +50,7 @@ def cell_curves(curve: pd.DataFrame, title: str) -> Figure:
         ylabel="explained variance of the batches",
         ylim=(low - 0.1 * (high - low), high + 0.05 * (high - low)),
     )
-    longest = max(map(len, curve["name"].unique()))
-    legend_below(figure, axis, columns=3 if longest < 16 else 1, title="one line a seed, its cell and end")
+    legend_below(figure, axis, columns, title="one line a seed, its cell and end")
     axis.xaxis.set_major_formatter(in_thousands)
     return figure
 
