@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
@@ -132,11 +132,14 @@ def line_interval(line: Mapping, spec: str = ".3f") -> str:
     return _interval(line["value"], line["ci_low"], line["ci_high"], spec)
 
 
+def estimate(value: float | None, spec: str = ".3f") -> str:
+    """An estimate alone. What has no value, such as the mean of an empty band, is not defined."""
+    return "not defined" if value is None or math.isnan(value) else f"{value:{spec}}"
+
+
 def _interval(value: float | None, low: float | None, high: float | None, spec: str) -> str:
-    if value is None or math.isnan(value):
-        return "not defined"
     ends = "" if low is None or math.isnan(low) else f" [{low:{spec}}, {high:{spec}}]"
-    return f"{value:{spec}}{ends}"
+    return estimate(value, spec) + ends
 
 
 def verdict(line: Mapping) -> str:
@@ -172,11 +175,16 @@ def say(markdown: str) -> None:
     display(Markdown(markdown))
 
 
-def box(title: str, text: str) -> None:
-    """Display a short aside, beside the line of argument; `text` is HTML."""
+def show_html(text: str) -> None:
+    """Display HTML, such as the gallery."""
     from IPython.display import HTML, display
 
-    display(HTML(f'<div class="admonition note"><p class="admonition-title">{title}</p><p>{text}</p></div>'))
+    display(HTML(text))
+
+
+def box(title: str, text: str) -> None:
+    """Display a short aside, beside the line of argument; `text` is HTML."""
+    show_html(f'<div class="admonition note"><p class="admonition-title">{title}</p><p>{text}</p></div>')
 
 
 def published(name: str) -> tuple[dict[str, pd.DataFrame], dict]:
@@ -218,13 +226,29 @@ def judged(line: dict, note: str = "") -> str:
 
 def by_cell(book: Book, claim: str, headings: list[str]) -> str:
     """The verdict of a claim on every cell of the grid, with its conditions under the given headings."""
+    columns: dict[str, Column] = {claim: lambda row: verdict(book.claim(claim, row["cell"]))}
+    for place, heading in enumerate(headings):
+        columns[heading] = lambda row, place=place: line_interval(book.claim(claim, row["cell"])["conditions"][place], ".2f")
+    return _grid(book, columns)
+
+
+def by_claim(book: Book, headings: dict[str, str]) -> str:
+    """The verdicts of several claims on every cell of the grid, each with its statistic; `headings` by claim."""
+
+    def found(row: pd.Series, claim: str) -> str:
+        line = book.claim(claim, row["cell"])
+        return f"{verdict(line)}: {line_interval(line, '.2f')}"
+
+    return _grid(book, {heading: partial(found, claim=claim) for claim, heading in headings.items()})
+
+
+def _grid(book: Book, columns: Mapping[str, Column]) -> str:
+    """A table of the cells of the grid, each by what tells it from the others."""
     rows = book.others()
     if rows.empty:
         return "This study has one cell; `grid: {variant: [relu, gated]}` in its file adds others."
-    columns: dict[str, Column] = {"cell": "{name}", claim: lambda row: verdict(book.claim(claim, row["cell"]))}
-    for place, heading in enumerate(headings):
-        columns[heading] = lambda row, place=place: line_interval(book.claim(claim, row["cell"])["conditions"][place], ".2f")
-    return markdown_table(rows, columns)
+    note = "" if rows["cell_on_target"].all() else "\n\nA dagger marks a cell that misses its L0."
+    return markdown_table(rows, {"cell": "{name}", **columns}) + note
 
 
 def gallery(examples: pd.DataFrame) -> str:
