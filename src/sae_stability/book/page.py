@@ -27,6 +27,15 @@ from sae_stability.pipeline import Plan, compute
 from sae_stability.study import Cell, Study
 
 SIGNS = {"supported": "✓", "not supported": "✗", "inconclusive": "~", "not tested": "–"}
+FURTHER_NULLS = {
+    "randomised": "the activations of a model whose *weights are shuffled*. That model computes nothing useful, but it does tell its "
+    "tokens apart, so there are features to find in it. What comes back there owes nothing to what the model has learned.",
+    "whitened": "*whitened* activations, rotated and stretched until their covariance is the identity. No direction has more variance "
+    "than another. What comes back there does not need the shape of the covariance.",
+    "token-conditional": "*Gaussian data around each token*: the token's mean activation and noise with the covariance that is left. "
+    "The only features in it are those of single tokens. What comes back there needs no context.",
+}
+"""What nulls beside the surrogate are trained on, and what they say."""
 Column = str | Callable[[pd.Series], str]
 """How a column of a printed table is made of a row: a format string over its columns (`"{l0:.1f}"`), or a function."""
 
@@ -229,7 +238,7 @@ def by_cell(book: Book, claim: str, headings: list[str]) -> str:
     columns: dict[str, Column] = {claim: lambda row: verdict(book.claim(claim, row["cell"]))}
     for place, heading in enumerate(headings):
         columns[heading] = lambda row, place=place: line_interval(book.claim(claim, row["cell"])["conditions"][place], ".2f")
-    return _grid(book, columns)
+    return grid_table(book, columns)
 
 
 def by_claim(book: Book, headings: dict[str, str]) -> str:
@@ -239,10 +248,10 @@ def by_claim(book: Book, headings: dict[str, str]) -> str:
         line = book.claim(claim, row["cell"])
         return f"{verdict(line)}: {line_interval(line, '.2f')}"
 
-    return _grid(book, {heading: partial(found, claim=claim) for claim, heading in headings.items()})
+    return grid_table(book, {heading: partial(found, claim=claim) for claim, heading in headings.items()})
 
 
-def _grid(book: Book, columns: Mapping[str, Column]) -> str:
+def grid_table(book: Book, columns: Mapping[str, Column]) -> str:
     """A table of the cells of the grid, each by what tells it from the others."""
     rows = book.others()
     if rows.empty:
