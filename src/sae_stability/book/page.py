@@ -1,15 +1,16 @@
 """What chapters call: a study's results, tables and verdicts as text, figures with their alt texts.
 
-page = book.open(study)        # the results of a study, computed where they are missing
-book.table("cells")            # a table of all cells
-book.claim("C2")               # the main cell's line of the ledger
-say(f"... {interval(row, 'mean_stability', '.0%')} ...")
+book = page.open_study(study)  # the results of a study, computed where they are missing
+book.table("cells")            # the main cell's rows of a table
+book.claim("C2")               # its line of the ledger
+page.say(f"... {page.interval(book.row, 'mean_stability', '.0%')} ...")
 """
 
 import html
+import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,16 +25,18 @@ from sae_stability.files import read_json
 from sae_stability.loading import load_study, read_study
 from sae_stability.matching import BANDS
 from sae_stability.pipeline import Plan, compute
-from sae_stability.study import Cell, Study
+from sae_stability.store import git_commit
+from sae_stability.study import ASIDE, Cell, Study
 
 SIGNS = {"supported": "✓", "not supported": "✗", "inconclusive": "~", "not tested": "–"}
 FURTHER_NULLS = {
-    "randomised": "the activations of a model whose *weights are shuffled*. That model computes nothing useful, but it does tell its "
-    "tokens apart, so there are features to find in it. What comes back there owes nothing to what the model has learned.",
-    "whitened": "*whitened* activations, rotated and stretched until their covariance is the identity. No direction has more variance "
-    "than another. What comes back there does not need the shape of the covariance.",
-    "token-conditional": "*Gaussian data around each token*: the token's mean activation and noise with the covariance that is left. "
-    "The only features in it are those of single tokens. What comes back there needs no context.",
+    "randomised": "the activations of a model whose *weights are shuffled*. That model computes nothing useful, but it does tell "
+    "its tokens apart, so there are features to find in it. What comes back there owes nothing to what the model has learned: where "
+    "as much comes back as in the model, reappearance alone is no sign that a feature is learned.",
+    "whitened": "*whitened* activations, rotated and stretched until their covariance is the identity. No direction has more "
+    "variance than another. What comes back there does not need the shape of the covariance.",
+    "token-conditional": "*Gaussian data around each token*: the token's mean activation and noise with the covariance that is "
+    "left. The only features in it are those of single tokens. What comes back there needs no context.",
 }
 """What nulls beside the surrogate are trained on, and what they say."""
 Column = str | Callable[[pd.Series], str]
@@ -61,6 +64,11 @@ class Book:
         return self.plan.results(self.cell)
 
     @property
+    def model(self) -> str:
+        """What readers call the main cell's language model."""
+        return Path(self.cell.model).name
+
+    @property
     def folder(self) -> Path:
         return self.plan.store.folder
 
@@ -69,7 +77,7 @@ class Book:
         try:
             rows = self.plan.store.table(name)
         except FileNotFoundError:
-            return pd.DataFrame(columns=["cell"])
+            return pd.DataFrame(columns=["cell", "cell_on_target"])
         return rows if every_cell else rows[rows["cell"] == self.cell.id].reset_index(drop=True)
 
     @cached_property
@@ -81,6 +89,16 @@ class Book:
     def ledger(self) -> list[dict]:
         """Every line of every cell."""
         return self.plan.store.claims()
+
+    @property
+    def lines(self) -> list[dict]:
+        """The main cell's lines of the ledger."""
+        return [line for line in self.ledger if line["cell"] == self.cell.id]
+
+    @property
+    def commits(self) -> tuple[str, str]:
+        """The commit at which the ledger was computed, and the one at hand."""
+        return short(self.plan.store.provenance("claims.json")["commit"]), short(git_commit())
 
     def claim(self, claim: str, cell: str | None = None) -> dict:
         """The line of a claim on a cell, by default the main one."""
@@ -95,10 +113,14 @@ class Book:
     def others(self, name: str = "cells") -> pd.DataFrame:
         """The rows of the cells of the grid, with what tells each apart in the column `name`; its † says that it misses its L0."""
         rows = self.table(name, every_cell=True)
-        rows = rows[rows["cell"] != self.cell.id].reset_index(drop=True)
-        named = [self.study.names[cell] for cell in rows["cell"]]
-        missed = ["" if hit else " †" for hit in rows["cell_on_target"]]
-        return rows.assign(name=[name + sign for name, sign in zip(named, missed, strict=True)])
+        return self.named(rows[rows["cell"] != self.cell.id])
+
+    def named(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Rows of some cells, with what tells these cells apart in the column `name`."""
+        cells = {id: self.study.cells[id] for id in rows["cell"]}
+        names = told_apart(cells.values()) if len(cells) > 1 else self.study.names
+        signs = ["" if hit else " †" for hit in rows["cell_on_target"]]
+        return rows.reset_index(drop=True).assign(name=[names[id] + sign for id, sign in zip(rows["cell"], signs, strict=True)])
 
     def stages(self) -> pd.DataFrame:
         """What each stage took: name, seconds (of its last part, where it was interrupted), peak_memory_gb, machine."""
@@ -121,13 +143,34 @@ def open_study(name: str) -> Book:
     return book
 
 
+def told_apart(cells: Iterable[Cell]) -> dict[str, str]:
+    """What tells some cells from one another, for readers, by their ids: the keys that vary among them.
+
+    `Study.names` does so for all cells of a study. In the grid alone fewer keys vary: what it shares is not said of each.
+    """
+    dumps = {cell.id: cell.model_dump() for cell in cells}
+
+    def differ(keys: list[str]) -> int:
+        return len({json.dumps([dump[key] for key in keys]) for dump in dumps.values()})
+
+    varied = [key for key in Cell.model_fields if differ([key]) > 1]
+    telling = [key for key in varied if key not in ASIDE]
+    keys = telling if differ(telling) == len(dumps) else varied
+    return {id: ", ".join(dump[key] if key == "variant" else f"{key}={dump[key]}" for key in keys) for id, dump in dumps.items()}
+
+
 def markdown_table(rows: pd.DataFrame, columns: Mapping[str, Column]) -> str:
     """Rows as a Markdown table; `columns` says under which heading stands what of a row."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    for _, row in rows.iterrows():
+    for _, row in rows.astype(object).iterrows():  # else a row of numbers alone would turn its counts into floats
         cells = (column(row) if callable(column) else column.format(**row) for column in columns.values())
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def listed(rows: pd.DataFrame, item: str) -> str:
+    """Rows in a sentence, each by a format string over its columns, with commas between them."""
+    return ", ".join(item.format(**row) for _, row in rows.iterrows())
 
 
 def interval(row: Mapping, name: str, spec: str = ".3f") -> str:
