@@ -1,0 +1,225 @@
+"""What chapters derive from the results of a study, beyond its tables: quantities, comparisons and groups. Pages print them."""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from sae_stability.book.page import Book
+from sae_stability.experiments import Results, ensembles, matching
+from sae_stability.experiments import stability as tables
+from sae_stability.experiments.columns import interval_columns
+from sae_stability.matching import BANDS, Stability
+from sae_stability.statistics import mean_interval
+from sae_stability.statistics import Interval, difference
+from sae_stability.study import Cell, Study
+
+
+class RandomCosines(NamedTuple):
+    """What the cosines of random directions are like."""
+
+    spread: float
+    """Standard deviation of the cosine of two."""
+    above: float
+    """Probability that the cosine of two reaches the threshold."""
+    best: float
+    """Median of the best cosine of one with all features of a dictionary of random directions."""
+
+
+def random_cosines(threshold: float, d_in: int, d_sae: int) -> RandomCosines:
+    """How close random directions come to one another.
+
+    The squared cosine of two uniform directions in `d_in` dimensions has the distribution Beta(1/2, (d_in - 1)/2).
+    """
+    squared = stats.beta(0.5, (d_in - 1) / 2)
+    one_below = 0.5 ** (1 / d_sae)  # the best of d_sae lies below its median with probability one half
+    return RandomCosines(d_in**-0.5, 0.5 * squared.sf(threshold**2), squared.isf(2 * (1 - one_below)) ** 0.5)
+
+
+def d_in(results: Results) -> int:
+    """The dimension of the activations of a cell."""
+    return ensembles.ensemble(results).W_dec.shape[2]
+
+
+def stability_by_kind(results: Results, threshold: float) -> dict[str, Stability]:
+    """The stability of the ensemble of a cell (`real`) and of its nulls, judged at a threshold."""
+    return {kind: matching.stability(results, kind).at(threshold) for kind in results.cell.kinds}
+
+
+def live_features(results: Results, threshold: float) -> pd.DataFrame:
+    """The rows of table `features` of a cell's ensemble, judged at a threshold; dead features take no part."""
+    features = tables.features_at(results, "real", threshold)
+    return features[features["alive"]].reset_index(drop=True)
+
+
+def at_equal_seeds(results: Results, threshold: float) -> pd.DataFrame:
+    """Matches of each live feature in studies of as many seeds as the smallest ensemble has. Columns: kind, matches, trials."""
+    return tables.at_equal_seeds(results, threshold)
+
+
+def grid_at_equal_seeds(book: Book) -> pd.DataFrame:
+    """The same of each cell of the grid and its surrogate, at its own threshold, with what tells the cell apart as `name`."""
+    parts = []
+    for row in book.others().itertuples():
+        cell = book.study.cells[row.cell]
+        matches = tables.at_equal_seeds(book.plan.results(cell), cell.threshold)
+        parts.append(matches[matches["kind"].isin(["real", "surrogate"])].assign(name=row.name))
+    return pd.concat(parts, ignore_index=True)
+
+
+def share_back_everywhere(features: pd.DataFrame) -> pd.Series:
+    """The share of features that come back in every other seed, by kind. Columns: kind, matches, trials."""
+    return (features["matches"] == features["trials"]).groupby(features["kind"], sort=False).mean()
+
+
+def compared(mean: Interval, null: Interval) -> str:
+    """Whether more comes back in the model than in a null, in words that follow the difference of the two means."""
+    apart = difference(mean, null)
+    if np.isnan(apart.low):
+        return "has no interval: seeds are few"
+    if apart.low > 0:
+        return "says that more comes back in the model"
+    return "says that more comes back in this null" if apart.high < 0 else "does not tell the two apart"
+
+
+def seeds_needed(by_seeds: pd.DataFrame, within: float) -> int | None:
+    """From how many seeds on the fitted share of stable features is known within `within` on either side; None where it never is.
+
+    Columns: seeds, latent_stable_share_low and _high; its rows are in the order of seeds.
+    """
+    reach = (by_seeds["latent_stable_share_high"] - by_seeds["latent_stable_share_low"]) / 2
+    known = by_seeds.loc[reach <= within, "seeds"]
+    return int(known.iloc[0]) if len(known) else None
+
+
+def share_in_families(families: pd.DataFrame, size: int) -> float:
+    """The share of features whose family has `size` members. Columns: size; one row a family."""
+    return families.loc[families["size"] == size, "size"].sum() / families["size"].sum()
+
+
+def with_live_features(unique: pd.DataFrame, features: pd.DataFrame) -> pd.DataFrame:
+    """The table `unique` with how many live features a seed has on average, by kind, as the column `features`."""
+    living = features[features["alive"]].groupby("kind")["seed"].agg(["size", "nunique"])
+    return unique.assign(features=unique["kind"].map(living["size"] / living["nunique"]))
+
+
+def frequency_correlations(features: pd.DataFrame) -> pd.Series:
+    """Spearman's rank correlation of stability and firing frequency, by seed. Columns: seed, frequency, stability."""
+    ranks = features.groupby("seed")[["frequency", "stability"]].rank()
+    return ranks.groupby(features["seed"]).apply(lambda seed: seed["frequency"].corr(seed["stability"]))
+
+
+def keys_that_differ(study: Study) -> list[str]:
+    """The keys in which some cell of the grid differs from the main one, in the order of the schema."""
+    cells = list(study.cells.values())
+    return [key for key in Cell.model_fields if any(getattr(cell, key) != getattr(cells[0], key) for cell in cells)]
+
+
+def side_by_side(removals: pd.DataFrame, names: Mapping[str, tuple[str, str, str]], kind: str = "real") -> pd.DataFrame:
+    """Several removals of each band in one row; `names` says which (measure, reading, set) of the table stands under which name.
+
+    Columns: band, and for each name NAME_share and NAME_change, with their ends NAME_share_low and so on.
+    """
+    estimates = [f"{column}{end}" for column in ("share", "change") for end in ("", "_low", "_high")]
+    table = removals[removals["kind"] == kind].set_index(["measure", "reading", "set", "of"])[estimates]
+    rows = []
+    for band in BANDS:
+        parts = [table.loc[(*removal, band)].add_prefix(f"{name}_") for name, removal in names.items()]
+        rows.append(pd.concat([pd.Series({"band": band}), *parts]))
+    return pd.DataFrame(rows).infer_objects()
+
+
+def band_sizes(sets: pd.DataFrame, kind: str = "real") -> pd.DataFrame:
+    """The share of each band among features and in their energy, and how much of that energy has a match: means over seeds."""
+    sizes = sets[sets["kind"] == kind].groupby("band")[["share", "energy_share", "support"]]
+    return sizes.mean().reindex(BANDS)
+
+
+def matched_comparisons(removals: pd.DataFrame, sets: pd.DataFrame, measures: Iterable[str]) -> pd.DataFrame:
+    """Each band beside its matches: one row a measure and band of which some energy has a match.
+
+    Columns: measure, band, support, and `side_by_side`'s for paired, matched and difference.
+    """
+    roles = {"paired": "paired", "matched": "matched", "difference": "paired less matched"}
+    parts = []
+    for measure in measures:
+        compared = side_by_side(removals, {name: (measure, "removed", members) for name, members in roles.items()})
+        parts.append(compared.assign(measure=measure))
+    compared = pd.concat(parts, ignore_index=True).merge(band_sizes(sets)["support"], left_on="band", right_index=True)
+    return compared[compared["support"] > 0]
+
+
+def kept_by_order(removals: pd.DataFrame, measures: Iterable[str]) -> pd.DataFrame:
+    """What is kept as features are added in several orders, from none of them to all.
+
+    Columns: measure, order, added (the share of the features), share, share_low, share_high.
+    """
+    kept = removals[(removals["kind"] == "real") & (removals["reading"] == "kept") & removals["measure"].isin(list(measures))]
+    kept = kept[kept["set"].str.startswith("by ")]
+    kept = kept.assign(order=kept["set"].str.removeprefix("by "), added=kept["of"].astype(float))
+    shares = ["share", "share_low", "share_high"]
+    curves = [kept[["measure", "order", "added", *shares]]]
+    for end in (0.0, 1.0):  # without any feature nothing is kept, and with all of them everything
+        curves.append(kept[["measure", "order"]].drop_duplicates().assign(added=end, **dict.fromkeys(shares, end)))
+    return pd.concat(curves, ignore_index=True)
+
+
+def rank_correlations(features: pd.DataFrame, quantity: str, others: list[str]) -> pd.Series:
+    """Spearman's rank correlation of a quantity with each of `others` over the features of a seed, on average over seeds.
+
+    Seeds in which one of the two is the same for all features have no part; NaN where all are such.
+    """
+    by_seed = features.groupby("seed")[[quantity, *others]].corr("spearman")[quantity].unstack()
+    return by_seed[others].mean()
+
+
+def order_errors(sample: pd.DataFrame) -> pd.DataFrame:
+    """How far approximate changes of the cross-entropy are from the true ones, by their order.
+
+    Columns: rank_correlation (Spearman's), error: the sum of the absolute differences, by that of the absolute true changes.
+    """
+    orders = ["first_order", "second_order"]
+    differences = sample[orders].sub(sample["true"], axis=0)
+    ranks = sample[[*orders, "true"]].corr("spearman")["true"]
+    return pd.DataFrame({"rank_correlation": ranks[orders], "error": differences.abs().sum() / sample["true"].abs().sum()})
+
+
+def shares_by_band(features: pd.DataFrame, column: str, names: Iterable[str]) -> pd.DataFrame:
+    """The share of each band's features that has each of `names` in a column: a row a band that has features, a column a name."""
+    shares = features.groupby("band")[column].value_counts(normalize=True).unstack(fill_value=0)
+    present = [band for band in BANDS if band in shares.index]
+    return shares.reindex(index=present, columns=list(names), fill_value=0.0)
+
+
+def explanation_scores(explanations: pd.DataFrame) -> pd.DataFrame:
+    """How well explanations tell when features fire, by engine and band: means over features.
+
+    Columns: engine, band, features (how many), f1, precision, recall, words, surface (the share that is of surface form).
+    """
+    counted = explanations.assign(words=explanations["text"].str.split().str.len())
+    scores = counted.groupby(["engine", "band"])[["f1", "precision", "recall", "words", "surface"]].mean()
+    scores.insert(0, "features", counted.groupby(["engine", "band"]).size())
+    order = [(engine, band) for engine in counted["engine"].unique() for band in BANDS if (engine, band) in scores.index]
+    return scores.reindex(order).reset_index()
+
+
+def f1_difference(explanations: pd.DataFrame) -> pd.Series:
+    """The mean F1 of unstable features less that of stable ones, one number a seed that has both, with Student's interval.
+
+    Entries: difference, difference_low, difference_high, seeds (how many).
+    """
+    by_seed = explanations.groupby(["seed", "band"])["f1"].mean().unstack().reindex(columns=list(BANDS))
+    differences = (by_seed["unstable"] - by_seed["stable"]).dropna()
+    return pd.Series({**interval_columns("difference", mean_interval(differences)), "seeds": len(differences)})
+
+
+def best_middle_worst(explanations: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the best, the middle and the worst explanation of each band, by F1; fewer where a band has fewer."""
+    chosen = []
+    for band in BANDS:
+        ranked = explanations[explanations["band"] == band].sort_values("f1", ascending=False)
+        places = sorted({0, len(ranked) // 2, len(ranked) - 1}) if len(ranked) else []
+        chosen.append(ranked.iloc[places])
+    return pd.concat(chosen)
