@@ -12,8 +12,7 @@ from sae_stability.experiments import Results, ensembles, matching
 from sae_stability.experiments import stability as tables
 from sae_stability.experiments.columns import interval_columns
 from sae_stability.matching import BANDS, Stability
-from sae_stability.statistics import mean_interval
-from sae_stability.statistics import Interval, difference
+from sae_stability.statistics import Interval, difference, mean_interval
 from sae_stability.study import Cell, Study
 
 

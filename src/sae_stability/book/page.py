@@ -31,8 +31,8 @@ from sae_stability.study import ASIDE, Cell, Study
 SIGNS = {"supported": "✓", "not supported": "✗", "inconclusive": "~", "not tested": "–"}
 FURTHER_NULLS = {
     "randomised": "the activations of a model whose *weights are shuffled*. That model computes nothing useful, but it does tell "
-    "its tokens apart, so there are features to find in it. What comes back there owes nothing to what the model has learned: where "
-    "as much comes back as in the model, reappearance alone is no sign that a feature is learned.",
+    "its tokens apart, so there are features to find in it. What comes back there owes nothing to what the model has learned: "
+    "where as much comes back as in the model, reappearance alone is no sign that a feature is learned.",
     "whitened": "*whitened* activations, rotated and stretched until their covariance is the identity. No direction has more "
     "variance than another. What comes back there does not need the shape of the covariance.",
     "token-conditional": "*Gaussian data around each token*: the token's mean activation and noise with the covariance that is "
@@ -184,9 +184,9 @@ def line_interval(line: Mapping, spec: str = ".3f") -> str:
     return _interval(line["value"], line["ci_low"], line["ci_high"], spec)
 
 
-def estimate(value: float | None, spec: str = ".3f") -> str:
+def estimate(value: float | None, spec: str = ".3f", missing: str = "not defined") -> str:
     """An estimate alone. What has no value, such as the mean of an empty band, is not defined."""
-    return "not defined" if value is None or math.isnan(value) else f"{value:{spec}}"
+    return missing if value is None or math.isnan(value) else f"{value:{spec}}"
 
 
 def _interval(value: float | None, low: float | None, high: float | None, spec: str) -> str:
@@ -252,18 +252,27 @@ def code(text: str) -> str:
 
 
 def scoreboard(lines: list[dict]) -> str:
-    """The ledger of a cell as a table: what is claimed, what is found."""
-    rows = []
-    for line in lines:
-        found = f"{SIGNS[line['verdict']]} {line['verdict']}"
-        if line["value"] is not None:
-            found += f"<br>{line_interval(line, '.2f')}"
-        rows.append({"id": line["id"], "claim": line["claim"], "found": found})
-    return markdown_table(pd.DataFrame(rows), {"": "{id}", "claim or question": "{claim}", "verdict here": "{found}"})
+    """The ledger of a cell as a table: what is claimed, and the verdict with the statistic behind it."""
+
+    def judgement(line: pd.Series) -> str:
+        statistic = "" if pd.isna(line["value"]) else f"<br>{line_interval(line, '.2f')}"
+        return f"{SIGNS[line['verdict']]} {line['verdict']}{statistic}"
+
+    return markdown_table(pd.DataFrame(lines), {"": "{id}", "claim or question": "{claim}", "verdict here": judgement})
+
+
+def rules(lines: list[dict]) -> str:
+    """What is asked of each claim that is tested, in words."""
+    tested = (line for line in lines if line["rule"])
+    return "\n\n".join(
+        f"**Rule of {line['id']}.** The statistic is the {line['statistic']}; the verdict is {line['rule']}." for line in tested
+    )
 
 
 def judged(line: dict, note: str = "") -> str:
     """A verdict with its conditions, as Markdown. Every rule is spelled out on the first page."""
+    if line["verdict"] == "not tested":
+        return f"**{line['id']} is not tested** in this study."
     signs = {True: "met", False: "failed", None: "open"}
     columns: dict[str, Column] = {
         "condition": "{what}",
@@ -271,9 +280,8 @@ def judged(line: dict, note: str = "") -> str:
         "bound": lambda part: f"{'below' if part['below'] else 'above'} {part['bound']:g}",
         " ": lambda part: signs[part["met"]],
     }
-    conditions = pd.DataFrame(line["conditions"]).astype(object)
-    conditions = conditions.where(conditions.notna(), None)
-    return f"**{line['id']} is {line['verdict']}** {line['scope']}{note}.\n\n{markdown_table(conditions, columns)}"
+    conditions = markdown_table(pd.DataFrame(line["conditions"]), columns)
+    return f"**{line['id']} is {line['verdict']}** {line['scope']}{note}.\n\n{conditions}"
 
 
 def by_cell(book: Book, claim: str, headings: list[str]) -> str:
