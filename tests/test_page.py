@@ -1,8 +1,14 @@
+import html
+import re
 from types import SimpleNamespace
 
 import pandas as pd
+from markdown_it import MarkdownIt
 
+from sae_stability import ledger
 from sae_stability.book import page
+from sae_stability.statistics import Interval
+from sae_stability.study import Study
 
 
 def line(cell: str, value: float | None, verdict: str, scope: str = "in this model") -> dict:
@@ -48,3 +54,138 @@ def test_a_dagger_is_explained_only_where_one_stands():
 def test_a_study_of_one_cell_says_how_to_have_more():
     cells = pd.DataFrame({"cell": [], "name": [], "cell_on_target": []})
     assert "one cell" in page.by_claim(grid(cells, []), {"C2": "C2"})
+
+
+KEYS = {
+    "model": "docstrings-2l",
+    "hook_name": "blocks.1.hook_resid_pre",
+    "tokens": 1000,
+    "batch": 100,
+    "d_sae": 64,
+    "k": 4,
+    "seeds": 4,
+}
+
+
+def book_of(grid: dict | None = None, claims: list[dict] | None = None, tables: dict | None = None, **keys) -> page.Book:
+    """A book whose results are given, and not computed."""
+    study = Study(name="planted", grid=grid or {}, **(KEYS | keys))
+    store = SimpleNamespace(study=study, claims=lambda: claims or [], table=lambda name: (tables or {})[name])
+    return page.Book(SimpleNamespace(study=study, store=store, stages=[]))
+
+
+def cells_of(study: Study, **columns) -> pd.DataFrame:
+    return pd.DataFrame({"cell": list(study.cells), "cell_on_target": True, **columns})
+
+
+def test_a_table_has_one_line_a_row_and_keeps_counts_whole():
+    rows = pd.DataFrame({"seed": [0, 1], "l0": [8.0, 7.96]})
+    table = page.markdown_table(rows, {"seed": "{seed}", "L0": "{l0:.1f}", "twice": lambda row: f"{2 * row['seed']}"})
+    assert table.splitlines() == ["| seed | L0 | twice |", "| --- | --- | --- |", "| 0 | 8.0 | 0 |", "| 1 | 8.0 | 2 |"]
+
+
+def test_a_ledger_of_two_cells_gives_each_its_own_lines():
+    book = book_of({"seeds": [3]})  # the same recipe twice, with other seeds
+    main, other = book.study.cells
+    book = book_of({"seeds": [3]}, [line(other, 0.2, "not supported"), line(main, 0.6, "supported")])
+    assert book.claim("C2")["value"] == 0.6
+    assert book.claim("C2", other)["value"] == 0.2
+    assert [each["cell"] for each in book.lines] == [main]
+
+
+def test_cells_of_a_grid_are_named_by_what_tells_them_from_each_other():
+    grid = {"variant": ["topk", "relu"], "seeds": [3], "tokens": [500]}  # all of it has fewer tokens: that tells none apart
+    tables = {"cells": cells_of(book_of(grid).study)}
+    assert list(book_of(grid, tables=tables).others()["name"]) == ["topk", "relu"]
+    grid = {"variant": ["topk", "relu"], "d_sae": [32, 64]}
+    tables = {"cells": cells_of(book_of(grid).study).assign(cell_on_target=[True, True, False, True])}
+    assert list(book_of(grid, tables=tables).others()["name"]) == ["topk, d_sae=32", "relu, d_sae=32 †", "relu, d_sae=64"]
+
+
+def test_the_only_other_cell_is_named_by_what_tells_it_from_the_main_cell():
+    grid = {"threshold": [0.5]}
+    tables = {"cells": cells_of(book_of(grid).study)}
+    assert list(book_of(grid, tables=tables).others()["name"]) == ["threshold=0.5"]
+
+
+def test_cells_that_differ_in_seeds_alone_are_named_by_them():
+    grid = {"seeds": [2, 3]}
+    tables = {"cells": cells_of(book_of(grid).study)}
+    assert list(book_of(grid, tables=tables).others()["name"]) == ["seeds=2", "seeds=3"]
+
+
+def test_a_table_that_the_study_lacks_is_empty():
+    book = book_of()
+    book.plan.store.table = lambda name: pd.read_parquet(f"no/{name}.parquet")
+    assert book.others("translations").empty
+
+
+def test_stages_are_those_of_the_plan_each_with_all_of_its_entries():
+    provenances = {
+        "seeds/0": {"seconds": 2.0, "peak_memory_gb": 1.0, "machine": "this one"},
+        "seeds/1": {"seconds": 3.0, "peak_memory_gb": 1.5, "machine": "this one"},
+        "left over": {"seconds": 100.0, "peak_memory_gb": 9.0, "machine": "another"},
+    }
+    stages = [
+        SimpleNamespace(name="ensemble", entries={"seeds/0": "", "seeds/1": ""}),
+        SimpleNamespace(name="new", entries={"new": ""}),
+    ]
+    book = page.Book(SimpleNamespace(stages=stages, store=SimpleNamespace(provenance=provenances.get)))
+    (stage,) = book.stages().to_dict("records")
+    assert stage == {"name": "ensemble", "seconds": 5.0, "peak_memory_gb": 1.5, "machine": "this one"}
+
+
+def test_the_scoreboard_shows_verdict_and_statistic_and_untested_claims_too():
+    tested = line("a", 0.5, "supported") | {"claim": "it holds", "rule": "above it", "statistic": "share"}
+    board = page.scoreboard([tested, ledger.not_tested("C9")]).splitlines()
+    assert board[2] == "| C2 | it holds | ✓ supported<br>0.50 [0.40, 0.60] |"
+    assert board[3] == f"| C9 | {ledger.CLAIMS['C9']} | – not tested |"
+    assert page.rules([tested, ledger.not_tested("C9")]) == "**Rule of C2.** The statistic is the share; the verdict is above it."
+
+
+def judged_line(*intervals: Interval) -> dict:
+    conditions = [ledger.Condition("a share", interval, 0.5, below=place == 1) for place, interval in enumerate(intervals)]
+    return ledger.judged(ledger.Rule("C1", "share", "it lies above"), intervals[0], Interval(0.1, 0, 0.2), conditions) | {
+        "cell": "a"
+    }
+
+
+def test_a_verdict_stands_with_its_conditions_met_failed_and_open():
+    nothing = float("nan")
+    text = page.judged(judged_line(Interval(0.7, 0.6, 0.8), Interval(0.7, 0.6, 0.8), Interval(0.6, nothing, nothing)), ", really")
+    first, _, *table = text.splitlines()
+    assert first == "**C1 is not supported** in this model, on this corpus, really."
+    assert table[2:] == [
+        "| a share | 0.700 [0.600, 0.800] | above 0.5 | met |",
+        "| a share | 0.700 [0.600, 0.800] | below 0.5 | failed |",
+        "| a share | 0.600 | above 0.5 | open |",
+    ]
+
+
+def test_a_claim_that_is_not_tested_says_so():
+    assert page.judged(ledger.not_tested("C9")) == "**C9 is not tested** in this study."
+
+
+def test_each_cell_of_the_grid_has_its_verdict_with_its_conditions():
+    cells = pd.DataFrame({"cell": ["a"], "name": ["relu"], "cell_on_target": [True]})
+    judged = judged_line(Interval(0.7, 0.6, 0.8), Interval(0.2, 0.1, 0.3))
+    table = page.by_cell(grid(cells, [judged | {"cell": "a"}]), "C1", ["separation", "share"])
+    assert table.splitlines()[0] == "| cell | C1 | separation | share |"
+    assert table.splitlines()[2] == "| relu | supported | 0.70 [0.60, 0.80] | 0.20 [0.10, 0.30] |"
+
+
+def test_code_in_a_table_is_no_markup():
+    text = "nulls=_surrogate_ *a* `b` $c$ [d](e) a|b <i> \\* &amp;"
+    table = MarkdownIt().enable("table").render(f"| x |\n| --- |\n| {page.code(text)} |")
+    (shown,) = re.findall(r"<td><code>(.*)</code></td>", table)
+    assert html.unescape(shown) == text
+    assert html.unescape(page.code("a\nb")) == "<code>a↵b</code>"
+
+
+def test_the_gallery_escapes_what_the_corpus_says_and_marks_what_fires():
+    rows = {"band": "stable", "feature": 1, "rank": 1, "offset": [0, 1], "token": ["<script>", "\n"], "activation": [2.0, 0.0]}
+    table = pd.DataFrame(rows).assign(stability=1.0, matches=3, trials=3, frequency=0.1)
+    shown = page.gallery(table)
+    assert re.search(r"<mark [^>]*>&lt;script&gt;</mark>↵</code>", shown)
+    assert "<script>" not in shown
+    assert "comes back in 3 of 3 other seeds and fires on 10.00% of the tokens" in shown
