@@ -138,9 +138,11 @@ def stacked(axis: Axes, table: pd.DataFrame, column: str, names: Sequence[str]) 
 
 
 def band_histograms(axis: Axes, table: pd.DataFrame, column: str, bins: Float[np.ndarray, "edge"]) -> None:
-    """The distribution of a quantity in each band, as outlines. Columns: band, and that one."""
+    """The distribution of a quantity in each band that has features, as outlines. Columns: band, and that one."""
     for band, style in BAND_STYLES.items():
         values = table.loc[table["band"] == band, column].clip(bins[0], bins[-1])
+        if values.empty:
+            continue
         options = {"histtype": "step", "color": style.colour, "linestyle": style.line, "linewidth": 1.8}
         axis.hist(values, bins, density=True, label=band, **options)
     axis.set_yticks([])
