@@ -1,0 +1,125 @@
+"""What the chapter on stability derives: closed forms, planted tables, and other ways to the same number."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import spearmanr
+
+from sae_stability.book import derived
+from sae_stability.statistics import Interval
+from sae_stability.study import Study
+
+
+def directions(count: int, d_in: int) -> np.ndarray:
+    drawn = np.random.default_rng(count).standard_normal((count, d_in))
+    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+def test_random_directions_are_as_close_as_the_formula_says():
+    d_in, d_sae = 12, 50
+    cosines = directions(4000, d_in) @ directions(d_sae, d_in).T
+    chance = derived.random_cosines(0.5, d_in, d_sae)
+    assert cosines.std() == pytest.approx(chance.spread, rel=0.02)
+    assert (cosines >= 0.5).mean() == pytest.approx(chance.above, rel=0.05)
+    assert np.median(cosines.max(1)) == pytest.approx(chance.best, abs=0.02)
+
+
+def test_on_a_circle_the_probability_is_that_of_an_angle():
+    assert derived.random_cosines(0.5, 2, 10).above == pytest.approx(1 / 3)  # within 60 degrees on either side
+    assert derived.random_cosines(0.5, 2, 1).best == pytest.approx(0, abs=1e-9)  # half of the directions lie behind
+
+
+def test_dead_features_take_no_part(monkeypatch):
+    table = pd.DataFrame({"feature": [0, 1, 2], "alive": [True, False, True]})
+    monkeypatch.setattr(derived.tables, "features_at", lambda results, kind, threshold: table)
+    live = derived.live_features(None, 0.7)
+    assert live["feature"].tolist() == [0, 2]
+    assert live.index.tolist() == [0, 1]
+
+
+def test_stability_is_judged_at_the_threshold_that_is_asked_for(monkeypatch):
+    matched = SimpleNamespace(at=lambda threshold: f"at {threshold}")
+    monkeypatch.setattr(derived.matching, "stability", lambda results, kind: matched)
+    results = SimpleNamespace(cell=SimpleNamespace(kinds=["real", "surrogate", "whitened"]))
+    assert derived.stability_by_kind(results, 0.8) == dict.fromkeys(["real", "surrogate", "whitened"], "at 0.8")
+
+
+def test_cells_of_one_variant_are_compared_apart_and_at_their_own_thresholds(monkeypatch):
+    cells = {id: SimpleNamespace(id=id, threshold=threshold) for id, threshold in (("a", 0.6), ("b", 0.8))}
+    others = pd.DataFrame({"cell": ["a", "b"], "name": ["topk, d_sae=256", "topk, d_sae=512 †"]})
+
+    def matches(results, threshold):
+        return pd.DataFrame({"kind": ["real", "surrogate", "whitened"], "matches": round(10 * threshold), "trials": 9})
+
+    monkeypatch.setattr(derived.tables, "at_equal_seeds", matches)
+    book = SimpleNamespace(
+        others=lambda: others, study=SimpleNamespace(cells=cells), plan=SimpleNamespace(results=lambda cell: cell)
+    )
+    table = derived.grid_at_equal_seeds(book)
+    assert table.groupby("name", sort=False)["matches"].unique().map(list).to_dict() == {
+        "topk, d_sae=256": [6],
+        "topk, d_sae=512 †": [8],
+    }
+    assert set(table["kind"]) == {"real", "surrogate"}
+
+
+def test_back_everywhere_counts_features_with_a_match_in_every_other_seed():
+    features = pd.DataFrame({"kind": ["real"] * 4 + ["surrogate"] * 2, "matches": [3, 3, 3, 2, 0, 2], "trials": 3})
+    assert derived.share_back_everywhere(features).to_dict() == {"real": 0.75, "surrogate": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("mean", "null", "words"),
+    [
+        ((0.6, 0.5, 0.7), (0.1, 0.0, 0.2), "more comes back in the model"),
+        ((0.1, 0.0, 0.2), (0.6, 0.5, 0.7), "more comes back in this null"),
+        ((0.3, 0.1, 0.5), (0.2, 0.0, 0.4), "does not tell the two apart"),
+        ((0.6, np.nan, np.nan), (0.1, 0.0, 0.2), "seeds are few"),
+    ],
+)
+def test_a_difference_is_put_into_words_by_its_interval(mean, null, words):
+    assert words in derived.compared(Interval(*mean), Interval(*null))
+
+
+def test_seeds_are_enough_from_the_first_number_that_knows_the_share():
+    table = pd.DataFrame({"seeds": [3, 4, 5], "latent_stable_share_low": [0.1, 0.2, 0.25]})
+    table["latent_stable_share_high"] = [0.5, 0.38, 0.35]
+    assert derived.seeds_needed(table, 0.05) == 5
+    assert derived.seeds_needed(table, 0.1) == 4
+    assert derived.seeds_needed(table, 0.01) is None
+
+
+def test_shares_in_families_add_up_over_their_sizes():
+    families = pd.DataFrame({"size": [1, 1, 2, 4]})
+    assert [derived.share_in_families(families, size) for size in (1, 2, 3, 4)] == [0.25, 0.25, 0, 0.5]
+
+
+def test_live_features_are_counted_a_seed_and_a_kind():
+    unique = pd.DataFrame({"kind": ["real", "real", "surrogate"], "seeds": [1, 2, 1], "families": [3, 5, 2]})
+    features = pd.DataFrame({"kind": ["real"] * 6 + ["surrogate"] * 2, "seed": [3, 3, 3, 7, 7, 7, 3, 3]})
+    features["alive"] = [True, True, True, True, False, False, True, True]
+    assert derived.with_live_features(unique, features)["features"].tolist() == [2, 2, 2]
+
+
+def test_rank_correlations_are_spearmans_with_ties_a_seed():
+    generator = np.random.default_rng(0)
+    features = pd.DataFrame({"seed": np.repeat([2, 9], 40), "frequency": generator.random(80)})
+    features["stability"] = generator.integers(0, 4, 80) / 3
+    correlations = derived.frequency_correlations(features)
+    assert correlations.index.tolist() == [2, 9]
+    for seed, part in features.groupby("seed"):
+        assert correlations[seed] == pytest.approx(spearmanr(part["frequency"], part["stability"]).statistic)
+
+
+def test_a_seed_whose_features_are_all_alike_has_no_rank_correlation():
+    features = pd.DataFrame({"seed": 0, "frequency": [0.1, 0.2, 0.3], "stability": 0.5})
+    assert derived.frequency_correlations(features).isna().all()
+
+
+def test_keys_that_differ_are_those_of_some_cell_from_the_main_one():
+    keys = {"model": "none", "hook_name": "blocks.0.hook_resid_post", "tokens": 2048, "d_sae": 24, "k": 3, "seeds": 3}
+    study = Study(name="s", **keys, grid={"variant": ["topk", "relu"], "d_sae": [24, 48], "seeds": [3]})
+    assert derived.keys_that_differ(study) == ["variant", "d_sae"]
+    assert derived.keys_that_differ(Study(name="s", **keys)) == []
