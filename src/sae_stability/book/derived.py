@@ -116,6 +116,30 @@ def keys_that_differ(study: Study) -> list[str]:
     return [key for key in Cell.model_fields if any(getattr(cell, key) != getattr(cells[0], key) for cell in cells)]
 
 
+def training_ends(curve: pd.DataFrame) -> pd.DataFrame:
+    """Explained variance at the end of training, by kind: min, max, and size, the number of seeds.
+
+    Columns of `curve`: kind, tokens, explained_variance; one row a seed and point. Seeds that diverged have no end.
+    """
+    last = curve[curve["tokens"] == curve["tokens"].max()]
+    return last.groupby("kind", sort=False)["explained_variance"].agg(["min", "max", "size"])
+
+
+def variants_side_by_side(book: Book) -> list[pd.DataFrame]:
+    """The cells that share everything but their variant, in groups of two or more: their rows of the table `cells`.
+
+    Added to them: name, and the means over their SAEs of loss_recovered, dead_share and training_seconds.
+    """
+    groups: dict[str, list[str]] = {}
+    for cell in book.study.cells.values():
+        groups.setdefault(cell.model_dump_json(exclude={"variant"}), []).append(cell.id)
+    cells, saes = book.table("cells", every_cell=True), book.table("saes", every_cell=True)
+    means = saes.groupby("cell", as_index=False)[["loss_recovered", "dead", "training_seconds"]].mean()
+    cells = cells.merge(means, on="cell")
+    cells = cells.assign(dead_share=cells["dead"] / cells["d_sae"])
+    return [book.named(cells[cells["cell"].isin(group)]) for group in groups.values() if len(group) > 1]
+
+
 def side_by_side(removals: pd.DataFrame, names: Mapping[str, tuple[str, str, str]], kind: str = "real") -> pd.DataFrame:
     """Several removals of each band in one row; `names` says which (measure, reading, set) of the table stands under which name.
 
