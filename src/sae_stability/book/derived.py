@@ -240,9 +240,9 @@ def f1_difference(explanations: pd.DataFrame) -> pd.Series:
 
 def best_middle_worst(explanations: pd.DataFrame) -> pd.DataFrame:
     """The rows of the best, the middle and the worst explanation of each band, by F1; fewer where a band has fewer."""
-    chosen = []
+    chosen, by_f1 = [], explanations.sort_values("f1", ascending=False)
     for band in BANDS:
-        ranked = explanations[explanations["band"] == band].sort_values("f1", ascending=False)
+        ranked = by_f1[by_f1["band"] == band]
         places = sorted({0, len(ranked) // 2, len(ranked) - 1}) if len(ranked) else []
         chosen.append(ranked.iloc[places])
     return pd.concat(chosen)
