@@ -302,3 +302,48 @@ def test_features_are_drawn_with_the_marker_of_their_band():
         assert [len(scatter.get_offsets()) for scatter in scatters] == [4, 4, 4]
         drawn = [to_hex(scatter.get_facecolor()[0]).upper() for scatter in scatters]
         assert drawn == [BAND_STYLES[band].colour for band in BANDS]
+
+
+def test_approximations_stand_against_the_true_changes_by_band():
+    sample = pd.DataFrame(
+        {"band": list(BANDS), "true": [1e-6, 2e-6, 3e-6], "first_order": [2e-6, 3e-6, 4e-6], "second_order": [1e-6, 2e-6, 3e-6]}
+    )
+    figure = function.orders_check(sample, "title")
+    assert titles(figure) == ["first order", "second order"]
+    for axis, shift in zip(figure.axes, (1, 0), strict=True):
+        scatters = [artist for artist in axis.collections if isinstance(artist, PathCollection)]
+        points = np.array([scatter.get_offsets()[0] for scatter in scatters])
+        assert points[:, 1] - points[:, 0] == pytest.approx([shift] * 3)  # in micronats
+    assert entries(figure.legends[0]) == [*BANDS, "equal"]
+
+
+def test_only_bands_that_have_features_are_outlined():
+    features = pd.DataFrame({"band": ["stable", "unstable"] * 10, "log_energy": np.linspace(-3, 0, 20), "log_frequency": -1.0})
+    figure = function.overlap(features, "title")
+    assert entries(figure.legends[0]) == ["stable", "unstable"]
+
+
+def test_sets_stand_beside_their_band():
+    rows = [
+        {
+            "measure": "prediction",
+            "set": chosen,
+            "of": band,
+            **{key: float(value) for key, value in with_interval("share", share).items()},
+        }
+        for chosen, share in (("band", 0.8), ("random", 0.4))
+        for band in BANDS
+    ]
+    (axis,) = function.asymmetry(pd.DataFrame(rows), "title").axes
+    points = {round(line.get_xdata()[0], 2): line.get_ydata()[0] for line in axis.get_lines() if line.get_marker() in ("o", "D")}
+    assert points == {-0.1: 0.8, 0.9: 0.8, 1.9: 0.8, 0.1: 0.4, 1.1: 0.4, 2.1: 0.4}
+
+
+def test_what_is_kept_is_drawn_in_the_order_of_features():
+    table = pd.DataFrame(
+        {"measure": "prediction", "order": "energy", "added": [1.0, 0.0, 0.5], **with_interval("share", [1.0, 0.0, 0.7])}
+    )
+    (axis,) = function.cumulative(table, {"stable": 0.2, "unstable": 0.3}, "title").axes
+    drawn = next(line for line in axis.get_lines() if line.get_label() == "most energetic first")
+    assert drawn.get_ydata().tolist() == [0, 0.7, 1]
+    assert [line.get_xdata()[0] for line in axis.get_lines()[-2:]] == [0.2, 0.7]
