@@ -40,3 +40,9 @@ def test_training_ends_where_the_last_tokens_are_read():
     ends = derived.training_ends(curve)
     assert ends.loc["real"].to_list() == [0.7, 0.8, 2]
     assert ends.loc["surrogate"].to_list() == [0.6, 0.6, 1]
+
+
+def test_a_stage_counts_with_its_report():
+    rows = [("a/quality", 2.0, 1.5), ("a/quality/report", 0.5, 1.0), ("a/stability/report", 1.0, 2.0)]
+    stages = derived.with_reports(pd.DataFrame(rows, columns=["name", "seconds", "peak_memory_gb"]))
+    assert stages.to_numpy().tolist() == [["a/quality", 2.5, 1.5], ["a/stability", 1.0, 2.0]]

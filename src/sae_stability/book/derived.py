@@ -140,6 +140,15 @@ def variants_side_by_side(book: Book) -> list[pd.DataFrame]:
     return [book.named(cells[cells["cell"].isin(group)]) for group in groups.values() if len(group) > 1]
 
 
+def with_reports(stages: pd.DataFrame) -> pd.DataFrame:
+    """Stages, each with the report on it: seconds add up, and the larger peak of memory counts.
+
+    Columns: name, seconds, peak_memory_gb. A report's name is that of its stage and `/report`.
+    """
+    names = stages["name"].str.removesuffix("/report")
+    return stages.groupby(names, sort=False).agg({"seconds": "sum", "peak_memory_gb": "max"}).reset_index()
+
+
 def side_by_side(removals: pd.DataFrame, names: Mapping[str, tuple[str, str, str]], kind: str = "real") -> pd.DataFrame:
     """Several removals of each band in one row; `names` says which (measure, reading, set) of the table stands under which name.
 
