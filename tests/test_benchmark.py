@@ -60,3 +60,10 @@ def test_peers_are_named_with_what_was_installed():
     }
     first = benchmark.peers(bench).iloc[0]
     assert (first["name"], first["version"], first["times_ours"]) == ("SAELens", "6", 4)
+
+
+def test_the_last_of_ours_at_the_same_l0_counts():
+    measured = quality(
+        ("topk", "saelens", 16.0, 0.80), ("topk", "ours, fastest", 16.5, 0.81), ("topk", "ours, fastest, L0 16", 16.0, 0.805)
+    )
+    assert benchmark.gaps(measured)["topk"] == pytest.approx(0.005)

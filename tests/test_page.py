@@ -189,3 +189,8 @@ def test_the_gallery_escapes_what_the_corpus_says_and_marks_what_fires():
     assert re.search(r"<mark [^>]*>&lt;script&gt;</mark>↵</code>", shown)
     assert "<script>" not in shown
     assert "comes back in 3 of 3 other seeds and fires on 10.00% of the tokens" in shown
+
+
+def test_seeds_are_not_named_where_something_else_tells_cells_apart():
+    study = book_of({"variant": ["relu"], "seeds": [3]}).study
+    assert list(page.told_apart(study.cells.values()).values()) == ["topk", "relu"]
