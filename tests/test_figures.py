@@ -250,12 +250,14 @@ def test_frequencies_add_up_to_all_features():
 
 def test_classes_of_triggers_stack_up_to_all_features_of_a_band():
     table = pd.DataFrame({"band": ["stable"] * 4 + ["unstable"] * 4, "equal_frequency": True})
-    table["trigger"] = [CLASSES[0]] * 3 + [CLASSES[1]] + [CLASSES[1]] * 4
+    table["trigger"] = [CLASSES[0], CLASSES[0], CLASSES[1], CLASSES[2]] + [CLASSES[1]] * 4
     figure = triggers.trigger_classes(table, "title")
     assert titles(figure) == ["all features", "of equal frequency"]
     widths = np.array([bar.get_width() for bar in figure.axes[0].patches]).reshape(len(CLASSES), 2)  # [class, band]
+    starts = np.array([bar.get_x() for bar in figure.axes[0].patches]).reshape(len(CLASSES), 2)
+    assert widths[:3].tolist() == [[50, 0], [25, 100], [25, 0]]
+    assert (starts == widths.cumsum(0) - widths).all()  # each begins where those before it end
     assert widths.sum(0).tolist() == [100, 100]
-    assert widths[0].tolist() == [75, 0]
     assert entries(figure.legends[0]) == list(CLASSES)
 
 
@@ -266,7 +268,7 @@ def test_deltas_stand_at_their_quantities():
         for chosen in ("all", "equal frequency")
         for place, name in enumerate(quantities)
     ]
-    (axis,) = triggers.deltas(pd.DataFrame(rows), "title").axes
+    (axis,) = triggers.deltas(pd.DataFrame(rows[::-1]), "title").axes  # in any order
     points = [line for line in axis.get_lines() if line.get_marker() in ("o", "D")]
     assert all(line.get_xdata() == pytest.approx(np.arange(len(quantities)) / 10) for line in points)
     assert [label.get_text() for label in axis.get_yticklabels()] == list(triggers.QUANTITIES.values())
