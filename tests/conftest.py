@@ -150,6 +150,12 @@ def small(model_folders, text_file) -> list[str]:
 
 
 @pytest.fixture
+def unchecked(monkeypatch):
+    """Wrong shapes reach the functions that refuse them: nothing checks types before."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
 def house(tmp_path, monkeypatch) -> Path:
     """Results of a test's own, for this process and those that it starts."""
     monkeypatch.setenv("SAE_STABILITY_RESULTS", str(tmp_path / "results"))

@@ -139,12 +139,23 @@ def test_what_figures_and_pages_say_computes_nothing(copy):
 def test_what_is_asked_trains_nothing():
     before, after = planned(), planned("threshold=0.6")
     behind = {"function", "function/report", "stability/report", "families", "families/report", "triggers/report"}
+    behind |= {"activity", "activity/report"}
     only_main = {"topk/explanations", "topk/explanations/report", "topk/examples", "topk/examples/report"}
     translated = {"topk/translation", "topk/translation/report"}
     assert changed(before, after) == {*every(*behind), *only_main, *translated, "tables", "claims.json"}
     assert changed(before, planned("notes=other")) == set()
     assert changed(before, planned("ablation_tokens=1000")) >= every("function")
     assert not changed(before, planned("ablation_tokens=1000")) & {*TRAINED, *every("quality", "matching", "stability/report")}
+
+
+def test_a_new_variant_null_or_key_of_the_schema_and_how_results_are_stored_compute_nothing(copy):
+    before = planned()
+    edit(copy / "study.py", '"batchtopk", "matryoshka"]', '"batchtopk", "matryoshka", "seventh"]')
+    edit(copy / "study.py", 'Nulls = Literal["surrogate"', 'Nulls = Literal["noise", "surrogate"')
+    edit(copy / "study.py", "    fixed_order: bool", "    novel: bool = False\n    fixed_order: bool")
+    edit(copy / "store.py", "was altered since it was computed", "has changed")
+    edit(copy / "keys.py", "PACKAGE =", "OTHER = 1\nPACKAGE =")
+    assert changed(before, planned()) == set()
 
 
 @pytest.mark.parametrize("override", ["device=cuda", "threads=1", "dtype=float32", "model_dtype=bfloat16"])
@@ -196,8 +207,8 @@ def test_code_is_followed_through_modules_packages_and_what_is_asked_of_classes(
         "saes.variant",  # a function of a package, and not the module of the same name
         "saes.sparse.above",  # an attribute of a module
         "saes.compiled._dots",  # behind kernels(tensor).dots
-        "errors.UserError",
     } - names <= {"saes.sparse.above"}
+    assert not {name for name in names if name.startswith(("study", "store", "keys", "errors"))}
     assert not {name for name in names if name.startswith(("figures", "book", "cli", "triggers", "saes.jumprelu"))}
 
 

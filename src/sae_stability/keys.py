@@ -5,8 +5,8 @@ results before it. Code is followed by name through the package's own definition
 constants that it names, wherever they are imported from. What is hashed are syntax trees without docstrings: neither a comment
 nor a word of a docstring changes a key, and an edit anywhere else changes those of the results that it can change.
 
-What is looked up by name as the program runs (an SAE variant, a source) is no name in the code: whoever computes with it gives it
-as one more root.
+Modules that carry a study or its results (`CARRIERS`) are not followed. What is looked up by name as the program runs (an SAE
+variant, a source) is no name in the code: whoever computes with it gives it as one more root.
 """
 
 import ast
@@ -23,6 +23,9 @@ from sae_stability.files import sha256
 
 PACKAGE = "sae_stability"
 SOURCE = Path(__file__).parent
+CARRIERS = ("study", "store", "keys", "places", "errors", "loading", "experiments.experiment")
+"""Modules that say what is wanted, and where results stand. They are not followed: what of them a result depends on is among its
+inputs, and a new variant in the schema changes no SAE of the others."""
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 WITHOUT_EFFECT = {"tqdm", "jaxtyping", "psutil"}  # libraries that no number depends on
@@ -295,7 +298,7 @@ def _attribute(module: str, attributes: list[str]) -> Iterator[Definition]:
 
 def _resolved(module: str, name: str) -> Iterator[Definition]:
     """Where a name of a module is defined; nothing for what is not the package's."""
-    if not _is_module(module):
+    if not _is_module(module) or module.partition(".")[2] in CARRIERS:
         return
     bound = read(module)
     if not name or name in bound.definitions:

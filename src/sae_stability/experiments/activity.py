@@ -120,7 +120,6 @@ EXPERIMENT = Experiment(
     "activity",
     compute,
     after=("matching",),
-    reads=("evaluation_tokens",),
+    reads=("threshold", "evaluation_tokens"),
     tables={"activity": activity, "agreement": agreement},
-    report_reads=("threshold",),
 )

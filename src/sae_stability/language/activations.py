@@ -31,9 +31,12 @@ BLOCK = 1 << 12  # tokens whose moments are summed at a time
 class Blocks(Protocol):
     """What SAEs are trained on: blocks of activations, one after another, each read in an order of its seed's own."""
 
-    d_in: int
-    sizes: list[int]
-    """Tokens of each block."""
+    @property
+    def d_in(self) -> int: ...
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each block."""
 
     def __len__(self) -> int: ...
 

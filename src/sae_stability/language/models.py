@@ -66,7 +66,7 @@ def load(name: str, randomised: bool = False, device: str = "cpu", dtype: torch.
         if randomised:
             shuffle_weights(weights)
         bridge = TransformerBridge.boot_transformers(
-            where, hf_model=weights.to(device), tokenizer=load_tokenizer(name), dtype=dtype, device=device
+            where, hf_model=weights.to(torch.device(device)), tokenizer=load_tokenizer(name), dtype=dtype, device=device
         )
     except Exception as error:  # the hub, Transformers and TransformerLens each raise their own kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -8,6 +8,7 @@ steer a penalty read the stream on their own.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ Fit = Callable[[Activations, Int[Tensor, "token"]], Callable]
 class Stream:
     """The text of a source, in blocks of whole contexts, and its activations at some hook points."""
 
-    bridge: object
+    bridge: Any
+    """The language model, a TransformerBridge."""
     contexts: Contexts
     hook_names: list[str]
     tokens: int
@@ -46,7 +48,7 @@ class Stream:
         before = np.cumsum(self.contexts.is_text[order].sum(1))
         count = int(np.searchsorted(before, self.tokens)) + 1
         block = (before[:count] - 1) // self.block_tokens  # of the context's last token
-        self.rows: list[Int[np.ndarray, context]] = np.split(order[:count], np.flatnonzero(np.diff(block)) + 1)
+        self.rows = np.split(order[:count], np.flatnonzero(np.diff(block)) + 1)
         self.sizes = [int(self.contexts.is_text[rows].sum()) for rows in self.rows]
 
     def site(self, hook_name: str) -> "Streamed":

@@ -38,6 +38,10 @@ class Best(NamedTuple):
         nothing = torch.full((features,), NOTHING, device=device)
         return cls(nothing, torch.full((features,), -1, dtype=torch.int64, device=device), nothing.clone())
 
+    def at_least(self, similarity: float) -> "Best":
+        """The same with smaller similarities raised to one."""
+        return Best(self.similarity.clamp(min=similarity), self.partner, self.runner_up.clamp(min=similarity))
+
 
 def compare(similarities: Similarities, a_alive: Bool[Tensor, "a"], b_alive: Bool[Tensor, "b"]) -> tuple[Best, Best]:
     """For each live feature of either dictionary, the live feature of the other that is most like it, from one pass.
@@ -53,7 +57,7 @@ def compare(similarities: Similarities, a_alive: Bool[Tensor, "a"], b_alive: Boo
             threads.call(_two_largest, *tensors, -(-block.shape[1] // SLAB))
         else:
             two_largest(block, rows, of_a, of_b)
-    return tuple(Best(best.similarity.clamp(min=-1), best.partner, best.runner_up.clamp(min=-1)) for best in (of_a, of_b))
+    return of_a.at_least(-1), of_b.at_least(-1)
 
 
 def cosines(A: Float[Tensor, "a d_in"], B: Float[Tensor, "b d_in"]) -> Similarities:
@@ -78,9 +82,9 @@ def correlations(A: sparse.csr_array, B: sparse.csr_array) -> Similarities:
     by_feature = A.T.tocsr()
 
     def block(rows: Int[Tensor, "row"]) -> Float[Tensor, "row b"]:
-        rows = rows.numpy()
-        together = (by_feature[rows] @ B).toarray() / tokens - np.outer(a_mean[rows], b_mean)
-        return torch.from_numpy((together / np.outer(a_spread[rows], b_spread)).astype(np.float32))
+        chosen = rows.numpy()
+        together = (by_feature[chosen] @ B).toarray() / tokens - np.outer(a_mean[chosen], b_mean)
+        return torch.from_numpy((together / np.outer(a_spread[chosen], b_spread)).astype(np.float32))
 
     return block
 

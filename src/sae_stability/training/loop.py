@@ -79,7 +79,8 @@ class Training:
         self.records = {max(1, round(self.steps * point / CURVE_POINTS)) for point in range(1, CURVE_POINTS + 1)}
         self.snapshots = {max(1, round(self.steps * share)) for share in SNAPSHOT_SHARES}
         self.events = self.records | self.snapshots
-        self.step, self.since, self.curve = 0, 0, []
+        self.step, self.since = 0, 0
+        self.curve: list[dict] = []
 
         kind, dtype = variant(recipe.variant), fastest_dtype(device) if recipe.encoder == "fastest" else torch.float32
         methods = [kind(recipe.k, coefficient, dtype) for coefficient in coefficients]
@@ -95,7 +96,7 @@ class Training:
         for _ in range(self.workers):
             self.gradients.put(kind.parameters(*(torch.zeros_like(tensor[0]) for tensor in self.parameters)))
         if folder is not None and (folder / CHECKPOINT).exists():
-            self._resume()
+            self._resume(folder / CHECKPOINT)
         bar.update(self.step * recipe.batch * len(self.trainees))
 
     @property
@@ -127,7 +128,7 @@ class Training:
         if self.step in self.records and self.running:
             self._record()
         if self.folder is not None and time.monotonic() - self.saved_at > self.checkpoint_seconds:
-            self._save()
+            self._save(self.folder / CHECKPOINT)
 
     @property
     def last_visit(self) -> int:
@@ -218,7 +219,7 @@ class Training:
         mean = {name: np.mean([row[name] for row in rows]) for name in ("explained_variance", "l0", "dead")}
         self.bar.set_postfix_str(f"explained {mean['explained_variance']:.3f}, L0 {mean['l0']:.1f}, dead {mean['dead']:.0f}")
 
-    def _save(self) -> None:
+    def _save(self, checkpoint: Path) -> None:
         tensors = {f"parameters/{name}": tensor for name, tensor in self.parameters._asdict().items()}
         for trainee in self.running:
             tensors[f"{trainee.seed}/last_fired"] = trainee.last_fired
@@ -232,11 +233,11 @@ class Training:
             "diverged": [trainee.diverged for trainee in self.trainees],
             "curve": self.curve,
         }
-        save_tensors(self.folder / CHECKPOINT, tensors, metadata)
+        save_tensors(checkpoint, tensors, metadata)
         self.saved_at = time.monotonic()
 
-    def _resume(self) -> None:
-        tensors, metadata = load_file(self.folder / CHECKPOINT), read_metadata(self.folder / CHECKPOINT)
+    def _resume(self, checkpoint: Path) -> None:
+        tensors, metadata = load_file(checkpoint), read_metadata(checkpoint)
         self.step, self.since, self.curve = metadata["step"], metadata["since"], metadata["curve"]
         for name, tensor in self.parameters._asdict().items():
             tensor.copy_(tensors[f"parameters/{name}"])

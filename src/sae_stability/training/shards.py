@@ -133,7 +133,7 @@ def _train(shards: list[Job], device: torch.device, checkpoint_seconds: float, b
                 training.consume(visit, shards[index].blocks.block(visit % len(shards[index].blocks.sizes)))
     ensembles = []
     for index, shard in enumerate(shards):
-        if finished[index]:
+        if finished[index] and shard.folder is not None:
             bar.update(sum(shard.visits) * shard.recipe.batch * len(shard.seeds))
             ensembles.append(Ensemble.open(shard.folder / ENSEMBLE))
             continue
@@ -154,7 +154,7 @@ def _joined(job: Job, parts: list[tuple[Job, Ensemble]]) -> Ensemble:
     ensemble = Ensemble.joined([ensemble for _, ensemble in parts])
     if job.folder is None:
         return ensemble
-    folders = [shard.folder for shard, _ in parts]
+    folders = [shard.folder for shard, _ in parts if shard.folder is not None]
     curve = [row for folder in folders for row in read_json(folder / CURVE)]
     order = {seed: place for place, seed in enumerate(job.seeds)}
     write_json(job.folder / CURVE, sorted(curve, key=lambda row: (row["tokens"], order[row["seed"]])))
