@@ -10,9 +10,11 @@ PEERS := .venv-bench
 book: $(READY)  ## compute a study and build its book: make book, make book STUDY=quick
 	$(VENV)/bin/sae-stability run $(STUDY)
 
-test: $(READY)  ## lint, then the whole test suite
+test: $(READY)  ## lint, types, the order of imports, then the whole test suite
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest
 
 publish: $(READY)  ## compute a study and keep its tables in published/: make publish STUDY=many-seeds

@@ -4,7 +4,7 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from sae_stability.loading import load_study
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-USAGE_ERROR = typer.BadParameter.__base__.__base__  # ClickException: typer bundles its own click in newer releases
+USAGE_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException: newer releases of typer bundle their own click
 
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -138,13 +138,15 @@ def stability(
     out = out or Path("stability.csv")
     if out.suffix not in {".csv", ".parquet"}:
         raise UserError(f"--out {out}: name a .csv or a .parquet file")
-    if len({model is None, corpus is None, hook_name is None}) > 1:
-        raise UserError("--model, --corpus and --hook-name: give all three, or none")
     _no_widgets()
     from sae_stability import existing
     from sae_stability.files import replacing
 
-    site = existing.Site(model, corpus, hook_name, tokens) if model is not None else None
+    site = None
+    if model is not None and corpus is not None and hook_name is not None:
+        site = existing.Site(model, corpus, hook_name, tokens)
+    elif any(given is not None for given in (model, corpus, hook_name)):
+        raise UserError("--model, --corpus and --hook-name: give all three, or none")
     compared = existing.compare(paths, threshold, site)
     table = compared.table()
     with replacing(out) as temporary:

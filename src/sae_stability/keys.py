@@ -240,9 +240,11 @@ def _named(statement: ast.AST, module: Module, name: str) -> Iterator[Definition
             yield from _resolved(source, inside) if inside or not attributes else _attribute(source, attributes)
 
 
-def _parts(node: ast.Name | ast.Attribute) -> list[str]:
+def _parts(node: ast.expr) -> list[str]:
     """`a`, `b` and `c` of `a.b.c`."""
-    return [node.id] if isinstance(node, ast.Name) else [*_parts(node.value), node.attr]
+    if isinstance(node, ast.Attribute):
+        return [*_parts(node.value), node.attr]
+    return [node.id] if isinstance(node, ast.Name) else []
 
 
 def _free(node: ast.AST, bound: frozenset[str]) -> Iterator[ast.Name | ast.Attribute]:
@@ -252,7 +254,7 @@ def _free(node: ast.AST, bound: frozenset[str]) -> Iterator[ast.Name | ast.Attri
             yield node
         return
     if isinstance(node, ast.Attribute):
-        base = node
+        base: ast.expr = node
         while isinstance(base, ast.Attribute):
             base = base.value
         if isinstance(base, ast.Name):
@@ -270,12 +272,12 @@ def _free(node: ast.AST, bound: frozenset[str]) -> Iterator[ast.Name | ast.Attri
                 yield from _free(child, inner if field in ("body", "elt", "key", "value", "generators") else bound)
 
 
-def _local(function: ast.AST) -> set[str]:
+def _local(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> set[str]:
     """The names that a function binds: its parameters, and what it assigns."""
     parameters = function.args
     named = [*parameters.posonlyargs, *parameters.args, *parameters.kwonlyargs, parameters.vararg, parameters.kwarg]
     bound = {parameter.arg for parameter in named if parameter is not None}
-    waiting = list(function.body) if isinstance(function.body, list) else [function.body]
+    waiting: list[ast.AST] = [*function.body] if isinstance(function.body, list) else [function.body]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -283,7 +285,7 @@ def _local(function: ast.AST) -> set[str]:
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
             bound |= {node.name} if hasattr(node, "name") else set()
         elif not isinstance(node, COMPREHENSIONS):
-            waiting += ast.iter_child_nodes(node)
+            waiting += list(ast.iter_child_nodes(node))
     return bound
 
 

@@ -98,7 +98,8 @@ class Book:
     @property
     def commits(self) -> tuple[str, str]:
         """The commit at which the ledger was computed, and the one at hand."""
-        return short(self.plan.store.provenance("claims.json")["commit"]), short(git_commit())
+        provenance = self.plan.store.provenance("claims.json") or {"commit": "unknown"}
+        return short(provenance["commit"]), short(git_commit())
 
     def claim(self, claim: str, cell: str | None = None) -> dict:
         """The line of a claim on a cell, by default the main one."""
@@ -284,11 +285,16 @@ def judged(line: dict, note: str = "") -> str:
     return f"**{line['id']} is {line['verdict']}** {line['scope']}{note}.\n\n{conditions}"
 
 
+def _condition(book: Book, claim: str, place: int, row: pd.Series) -> str:
+    """The interval of one condition of a claim on the cell of a row."""
+    return line_interval(book.claim(claim, row["cell"])["conditions"][place], ".2f")
+
+
 def by_cell(book: Book, claim: str, headings: list[str]) -> str:
     """The verdict of a claim on every cell of the grid, with its conditions under the given headings."""
     columns: dict[str, Column] = {claim: lambda row: verdict(book.claim(claim, row["cell"]))}
     for place, heading in enumerate(headings):
-        columns[heading] = lambda row, place=place: line_interval(book.claim(claim, row["cell"])["conditions"][place], ".2f")
+        columns[heading] = partial(_condition, book, claim, place)
     return grid_table(book, columns)
 
 

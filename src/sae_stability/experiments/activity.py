@@ -108,7 +108,7 @@ def agreement(results: Results) -> pd.DataFrame:
 
             return jackknife(estimate, len(sums))
 
-        columns = {"matches": int(known.sum())}
+        columns: dict[str, float] = {"matches": int(known.sum())}
         for name, values in quantities.items():
             columns |= interval_columns(name, mean(values))
         return pd.DataFrame([columns])

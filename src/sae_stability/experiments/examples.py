@@ -23,7 +23,7 @@ def compute(results: Results, folder: Path) -> None:
     ensemble = ensembles.ensemble(results)
     table = stability.features_at(results, "real", results.cell.threshold)
     first = table[(table["seed"] == ensemble.seeds[0]) & table["alive"]]
-    chosen = {}
+    chosen: dict[int, str] = {}
     for band in BANDS:
         ranked = first[first["band"] == band].sort_values(["frequency", "feature"])["feature"].tolist()
         places = {round(quantile * (len(ranked) - 1)) for quantile in EXAMPLE_QUANTILES} if ranked else set()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from pydantic import BaseModel
@@ -85,7 +85,8 @@ class Results:
     def reading(self, keys: frozenset[str]) -> "Results":
         """The same where no other keys of the study and the cell can be read."""
         declared = frozenset(keys) | EVERYWHERE
-        return Results(self.store, Declared(self.cell, declared), Declared(self.study, declared, self.is_main), self.entries)
+        cell, study = Declared(self.cell, declared), Declared(self.study, declared, self.is_main)
+        return Results(self.store, cast(Cell, cell), cast(Study, study), self.entries)
 
 
 @dataclass(frozen=True)

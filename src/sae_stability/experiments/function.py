@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -64,7 +65,9 @@ def compute(results: Results, folder: Path) -> None:
     for kind in KINDS:
         ensemble, matched = ensembles.ensemble(results, kind), matching.stability(results, kind)
         encoded = Encoded.of(ensemble, texts.activations(results, "evaluation", kind).first(CODE_TOKENS))
-        detail = "bands" if kind == "surrogate" else "curves" if results.is_main else "controls"
+        detail: Literal["bands", "controls", "curves"] = (
+            "bands" if kind == "surrogate" else "curves" if results.is_main else "controls"
+        )
         measured, removed = ablation.measure(encoded, matched, document, site, tokens_alone=study.loss_tokens, detail=detail)
         save_tensors(folder / f"{kind}.safetensors", measured.tensors(), {})
         if kind == "real" and results.is_main:
@@ -96,21 +99,22 @@ def shares(effects: Effects) -> pd.DataFrame:
 
     Sets named `paired less matched` and `band less random` are differences of two. Ablations of the whole site have a change only.
     """
-    rows = []
+    rows: list[dict] = []
     for entry in effects.sums:
         measure, reading, *name = entry.split("/")
         if len(name) == 2 and tuple(name) != NONE:
+            members = (name[0], name[1])
             row = {"measure": measure, "reading": reading, "set": name[0], "of": name[1]}
-            row |= interval_columns("share", effects.share(measure, reading, tuple(name)))
-            rows.append(row | interval_columns("change", effects.raw(measure, reading, tuple(name))))
+            share, change = effects.share(measure, reading, members), effects.raw(measure, reading, members)
+            rows.append({**row, **interval_columns("share", share), **interval_columns("change", change)})
     for measure, band, (group, less) in product(MEASURES, BANDS, (("paired", "matched"), ("band", "random"))):
         if f"{measure}/removed/{group}/{band}" in effects.sums:
             apart = effects.share(measure, "removed", (group, band), less=(less, band))
             row = {"measure": measure, "reading": "removed", "set": f"{group} less {less}", "of": band}
-            rows.append(row | interval_columns("share", apart))
+            rows.append({**row, **interval_columns("share", apart)})
     for ablated in ("zero", "mean"):
         row = {"measure": "prediction", "reading": ablated, "set": "site", "of": ""}
-        rows.append(row | interval_columns("change", effects.site(ablated)))
+        rows.append({**row, **interval_columns("change", effects.site(ablated))})
     return pd.DataFrame(rows)
 
 

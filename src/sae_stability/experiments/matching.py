@@ -33,7 +33,8 @@ def compute(results: Results, folder: Path) -> None:
 def stability(results: Results, kind: str = "real", criterion: str = "decoder") -> Stability:
     """The stability of the live features of an ensemble by one of `CRITERIA`, at the cell's threshold."""
     tensors = _load(results.folder("matching") / f"{kind}.safetensors")
-    return Stability(*(tensors[f"{criterion}/{part}"] for part in PARTS), tensors["alive"], results.cell.threshold)
+    best_cosine, partner, runner_up = (tensors[f"{criterion}/{part}"] for part in PARTS)
+    return Stability(best_cosine, partner, runner_up, tensors["alive"], results.cell.threshold)
 
 
 def by_criterion(results: Results, kind: str = "real") -> dict[str, Stability]:

@@ -91,7 +91,8 @@ def by_seeds(results: Results) -> pd.DataFrame:
         chosen = {tuple(sorted(generator.permutation(len(matched.alive))[:seeds].tolist())) for _ in range(SUBSETS)}
         subsets = []
         for positions in sorted(chosen):
-            subset, row = matched.among(list(positions)), {}
+            subset = matched.among(list(positions))
+            row: dict[str, float] = {}
             for band, interval in subset.shares().items():
                 row |= interval_columns(f"{band}_share", interval)
             for band, interval in subset.latent_shares().items():
@@ -202,7 +203,7 @@ def thresholds(results: Results) -> pd.DataFrame:
 
 
 def judge(results: Results) -> list[dict]:
-    nulls = {kind: matching.stability(results, kind) for kind in results.cell.nulls}
+    nulls = {str(kind): matching.stability(results, kind) for kind in results.cell.nulls}
     return [judge_c1(matching.stability(results), nulls)]
 
 

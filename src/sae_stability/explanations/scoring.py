@@ -25,7 +25,8 @@ SEMANTIC = (
 class Said(Protocol):
     """An explanation in words that can be put to the test."""
 
-    text: str
+    @property
+    def text(self) -> str: ...
 
     def detect(self, windows: list[list[str]]) -> list[bool]:
         """Whether the feature fires somewhere in each window of tokens, going by the explanation."""
@@ -34,7 +35,8 @@ class Said(Protocol):
 class Engine(Protocol):
     """What explains features; it sees windows, and not which band a feature is in."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def explain(self, shown: list[Window]) -> Said | None:
         """What the feature fires on; None where the engine has nothing to say."""

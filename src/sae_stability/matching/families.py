@@ -86,7 +86,8 @@ def _edges(W_dec: Tensor, threshold: float, alive: Tensor) -> Edges:
                 block = directions[s, start : start + CHUNK] @ directions[t].T
                 rows, columns = reaches(block, threshold).nonzero(as_tuple=True)
                 found.append((rows + s * d_sae + start, columns + t * d_sae, block[rows, columns]))
-    return tuple(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+    first, second, cosines = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+    return first, second, cosines
 
 
 def _log_choose(n: np.ndarray | int, k: np.ndarray) -> np.ndarray:

@@ -105,8 +105,8 @@ class Stability:
     def among(self, seeds: list[int]) -> "Stability":
         """What a study of only these seeds (positions) would have found."""
         index = torch.tensor(seeds)
-        pairs = (tensor[index][:, index] for tensor in (self.best_cosine, self.partner, self.runner_up))
-        return Stability(*pairs, self.alive[index], self.threshold)
+        best_cosine, partner, runner_up = (tensor[index][:, index] for tensor in (self.best_cosine, self.partner, self.runner_up))
+        return Stability(best_cosine, partner, runner_up, self.alive[index], self.threshold)
 
     def mean(self) -> Interval:
         """Mean stability of live features, with its jackknife interval over seeds."""
