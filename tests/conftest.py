@@ -6,13 +6,30 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest
-import torch
+import jaxtyping
+from beartype import BeartypeConf, beartype
 
-from sae_stability import book, cli, pipeline
-from sae_stability.config import ROOT, Cell, load_study
-from sae_stability.language import pretraining
-from sae_stability.store import Store, locked
+# Shapes in signatures hold at run time: every call in these modules is checked. Those with kernels are left out: numba compiles no
+# function that is wrapped.
+CHECKED = (
+    "statistics",
+    "triggers",
+    "ablation",
+    "matching.reappearance",
+    "matching.criteria",
+    "matching.assignment",
+    "matching.families",
+)
+typed = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+jaxtyping.install_import_hook([f"sae_stability.{module}" for module in CHECKED], f"{__name__}.typed")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from sae_stability import book, cli, pipeline  # noqa: E402
+from sae_stability.config import ROOT, Cell, load_study  # noqa: E402
+from sae_stability.language import pretraining  # noqa: E402
+from sae_stability.store import Store, locked  # noqa: E402
 
 WORDS = [
     "the",
@@ -39,6 +56,14 @@ WORDS = [
     "given",
     "shape",
 ]
+
+
+@pytest.fixture
+def unchecked():
+    """Calls as users make them: what has the wrong shape reaches the function, which says so."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -101,6 +101,7 @@ def test_features_that_nobody_has_as_a_candidate_are_paired_all_the_same():
 
 
 @pytest.mark.parametrize(("A", "B"), [(torch.ones(3, 2), torch.ones(3, 4)), (torch.ones(3, 2), torch.full((3, 2), torch.nan))])
+@pytest.mark.usefixtures("unchecked")
 def test_what_can_not_be_paired_is_said(A, B):
     with pytest.raises(UserError, match="W_dec"):
         assign(A, B)

@@ -183,6 +183,7 @@ def test_weights_under_training_and_numpy_arrays_are_taken_as_they_are():
         ((torch.ones(2, 4, 2), 0.7, torch.ones(2, 3)), "alive"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_what_can_not_be_compared_is_said(arguments, named):
     with pytest.raises(UserError, match=named):
         stability(*arguments)

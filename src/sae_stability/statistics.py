@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from scipy import optimize, sparse, special, stats
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
@@ -108,8 +108,8 @@ def fit_beta_binomial(counts: Int[np.ndarray, "feature"], trials: int) -> Latent
 
 
 def bootstrap_ratio(
-    numerator: Float[np.ndarray, "document"],
-    denominator: Float[np.ndarray, "document"],
+    numerator: Real[np.ndarray, "document"],
+    denominator: Real[np.ndarray, "document"],
     transform: Callable[[np.ndarray], np.ndarray] = lambda ratio: ratio,
     samples: int = SAMPLES,
     confidence: float = 0.95,
@@ -122,7 +122,7 @@ def bootstrap_ratio(
     return Interval(float(transform(numerator.sum() / denominator.sum())), float(low), float(high))
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def mean_interval(values: Sequence[float] | Float[np.ndarray, "value"], confidence: float = 0.95) -> Interval:
     """Student's interval of the mean of independent values, such as one number a seed. One value has no interval, none no mean."""
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
@@ -132,7 +132,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
 
 def over_seeds_and_documents(
-    numerator: Float[np.ndarray, "seed document"], denominator: Float[np.ndarray, "*seed document"], confidence: float = 0.95
+    numerator: Real[np.ndarray, "seed document"], denominator: Real[np.ndarray, "*seed document"], confidence: float = 0.95
 ) -> Interval:
     """Mean over seeds of sum(numerator) / sum(denominator), both summed over documents.
 

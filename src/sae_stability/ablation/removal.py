@@ -138,7 +138,7 @@ def on_prediction(
     return intervene(bridge, hook_name, contexts, tokens, edits, "removal, prediction")
 
 
-def _of_seed(members: Members, seed: int) -> dict[Name, Bool[Tensor, "d_sae"]]:
+def _of_seed(members: dict[Name | None, Bool[Tensor, "seed d_sae"]], seed: int) -> dict[Name | None, Bool[Tensor, "d_sae"]]:
     """The sets that are given for a seed."""
     return {name: member[seed] for name, member in members.items() if seed < len(member)}
 

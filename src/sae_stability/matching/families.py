@@ -89,7 +89,7 @@ def _edges(W_dec: Tensor, threshold: float, alive: Tensor) -> Edges:
     return tuple(torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
 
 
-def _log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:
+def _log_choose(n: np.ndarray | int, k: np.ndarray) -> np.ndarray:
     """The logarithm of the binomial coefficient; minus infinity where k > n."""
     inside = gammaln(n + 1) - gammaln(k + 1) - gammaln(np.maximum(n - k, 0) + 1)
     return np.where(k <= n, inside, -np.inf)
