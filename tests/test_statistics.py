@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from scipy import stats
 
 from sae_stability import statistics
@@ -187,6 +188,11 @@ def test_pairs_within_the_caliper_are_matched_as_well_as_all_pairs(seed, count, 
     assert len(set(sparse[0])) == len(set(sparse[1])) == len(sparse[0])
     if covariates == 2 and not step:  # on a line, or with ties, two pairings can be equally close
         assert set(zip(*dense, strict=True)) == set(zip(*sparse, strict=True))
+
+
+def test_shapes_in_signatures_hold_while_testing():
+    with pytest.raises(TypeCheckError, match="covariate"):
+        matched_pairs(np.zeros((2, 1)), np.zeros((2, 2)), 0.1)
 
 
 def test_many_features_are_paired_without_a_matrix_of_all_distances():

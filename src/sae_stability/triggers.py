@@ -209,7 +209,7 @@ def cliffs_delta(features: pd.DataFrame, quantity: str) -> float:
 def surface_share(features: pd.DataFrame, band: str) -> Interval:
     """The share of the features of a band whose trigger is of surface form, of those that are not too rare: mean over seeds."""
     known = features[(features["band"] == band) & (features["firings"] >= FEWEST)]
-    return mean_interval(known["trigger"].isin(SURFACE).groupby(known["seed"]).mean())
+    return mean_interval(known["trigger"].isin(SURFACE).groupby(known["seed"]).mean().to_numpy())
 
 
 def shuffled_share(features: pd.DataFrame, band: str) -> float:

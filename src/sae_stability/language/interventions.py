@@ -87,7 +87,7 @@ def intervene(reading: Reading, edits: Edits, described: str = "interventions") 
 
 
 def _cross_entropies(
-    logits: Iterable[Float[Tensor, "row vocabulary"]], likely: Float[Tensor, "target vocabulary"], targets: Int[Tensor, "target"]
+    logits: Iterable[Float[Tensor, "_ vocabulary"]], likely: Float[Tensor, "target vocabulary"], targets: Int[Tensor, "target"]
 ) -> tuple[Float[np.ndarray, "target"], Float[np.ndarray, "target"]]:
     """In nats: of each target, and in the mean over tokens that are as likely as `likely` says; `logits` come in chunks.
 
