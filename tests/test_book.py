@@ -1,4 +1,3 @@
-import html
 import http.server
 import re
 import shutil
@@ -9,7 +8,7 @@ import nbformat
 import pytest
 
 from sae_stability import places
-from sae_stability.book import build, page
+from sae_stability.book import build
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -111,23 +110,3 @@ def test_staging_hides_injected_parameters_and_places_alt_texts():
     assert "remove-cell" in staged.cells[0].metadata.tags
     assert staged.cells[1].metadata.mystnb["image"]["alt"] == "what it shows"
     assert staged.cells[1].metadata.mystnb["figure"] == {"caption": "in short", "name": "fig"}
-
-
-def test_code_in_a_table_is_no_markup():
-    from markdown_it import MarkdownIt
-
-    text = "nulls=_surrogate_ *a* `b` $c$ [d](e) a|b <i> \\* &amp;"
-    table = MarkdownIt().enable("table").render(f"| x |\n| --- |\n| {page.code(text)} |")
-    (shown,) = re.findall(r"<td><code>(.*)</code></td>", table)
-    assert html.unescape(shown) == text
-    assert html.unescape(page.code("a\nb")) == "<code>a↵b</code>"
-
-
-def test_the_gallery_escapes_what_the_corpus_says():
-    import pandas as pd
-
-    rows = {"band": "stable", "feature": 1, "rank": 1, "offset": [0, 1], "token": ["<script>", "\n"], "activation": [2.0, 0.0]}
-    table = pd.DataFrame(rows).assign(stability=1.0, matches=3, trials=3, frequency=0.1)
-    shown = page.gallery(table)
-    assert "<script>" not in shown
-    assert "&lt;script&gt;" in shown

@@ -255,21 +255,28 @@ class Study(Cell):
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """What tells each cell from the others, for readers, by its id: the keys that vary among the cells."""
-        dumps = {cell.id: cell.model_dump() for cell in self.cells.values()}
-        varies = [key for key in Cell.model_fields if len({json.dumps(dump[key]) for dump in dumps.values()}) > 1]
-        told = [key for key in varies if key not in ASIDE] or varies
-        if len({json.dumps([dump[key] for key in told]) for dump in dumps.values()}) < len(dumps):
-            told = varies
-        plain = {
-            id: ", ".join(str(dump[key]) if key == "variant" else f"{key}={dump[key]}" for key in told)
-            for id, dump in dumps.items()
-        }
-        return {id: name or self.variant for id, name in plain.items()}
+        """What tells each cell from the others, for readers, by its id; a single cell goes by its variant."""
+        return told_apart(self.cells.values()) if len(self.cells) > 1 else {self.main.id: self.variant}
 
     @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def told_apart(cells: Iterable[Cell]) -> dict[str, str]:
+    """What tells some cells from one another, for readers, by their ids: the keys that vary among them.
+
+    In the grid alone fewer keys may vary than in the study: what the grid shares is not said of each.
+    """
+    dumps = {cell.id: cell.model_dump() for cell in cells}
+
+    def differ(keys: list[str]) -> int:
+        return len({json.dumps([dump[key] for key in keys]) for dump in dumps.values()})
+
+    varied = [key for key in Cell.model_fields if differ([key]) > 1]
+    telling = [key for key in varied if key not in ASIDE]
+    keys = telling if differ(telling) == len(dumps) else varied
+    return {id: ", ".join(dump[key] if key == "variant" else f"{key}={dump[key]}" for key in keys) for id, dump in dumps.items()}
 
 
 def digest(value: Any) -> str:

@@ -7,10 +7,9 @@ page.say(f"... {page.interval(book.row, 'mean_stability', '.0%')} ...")
 """
 
 import html
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from sae_stability.loading import load_study, read_study
 from sae_stability.matching import BANDS
 from sae_stability.pipeline import Plan, compute
 from sae_stability.store import git_commit
-from sae_stability.study import ASIDE, Cell, Study
+from sae_stability.study import Cell, Study, told_apart
 
 SIGNS = {"supported": "✓", "not supported": "✗", "inconclusive": "~", "not tested": "–"}
 FURTHER_NULLS = {
@@ -142,22 +141,6 @@ def open_study(name: str) -> Book:
     if not all(book.plan.is_done(book.plan.stage(stage)) for stage in ("tables", "claims.json")):
         compute(book.study)
     return book
-
-
-def told_apart(cells: Iterable[Cell]) -> dict[str, str]:
-    """What tells some cells from one another, for readers, by their ids: the keys that vary among them.
-
-    `Study.names` does so for all cells of a study. In the grid alone fewer keys vary: what it shares is not said of each.
-    """
-    dumps = {cell.id: cell.model_dump() for cell in cells}
-
-    def differ(keys: list[str]) -> int:
-        return len({json.dumps([dump[key] for key in keys]) for dump in dumps.values()})
-
-    varied = [key for key in Cell.model_fields if differ([key]) > 1]
-    telling = [key for key in varied if key not in ASIDE]
-    keys = telling if differ(telling) == len(dumps) else varied
-    return {id: ", ".join(dump[key] if key == "variant" else f"{key}={dump[key]}" for key in keys) for id, dump in dumps.items()}
 
 
 def markdown_table(rows: pd.DataFrame, columns: Mapping[str, Column]) -> str:
