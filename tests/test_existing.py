@@ -138,6 +138,15 @@ def test_python_takes_a_site_too(tmp_path, text_file):
     assert compared.found.alive.any(1).all()
 
 
+def test_a_model_in_bfloat16_fires_nearly_the_same_features(tmp_path, text_file):
+    saes = [formats.load(path) for path in site_saes(tmp_path, models.load("docstrings-2l").cfg.d_model)]
+    given = ("docstrings-2l", str(text_file), "blocks.1.hook_resid_pre", 2000)
+    full, half = (Site(*given, model_dtype=dtype).count(saes, 24) for dtype in (torch.float32, torch.bfloat16))
+    assert half.tokens == full.tokens
+    assert not torch.equal(half.counts, full.counts)
+    assert (half.counts - full.counts).abs().sum() < 0.05 * full.counts.sum()
+
+
 def test_only_held_out_documents_are_read_and_no_more_than_it_takes(text_file, monkeypatch):
     bridge, packed = models.load("docstrings-2l"), []
     pack = corpus.pack

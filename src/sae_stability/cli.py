@@ -4,7 +4,7 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,8 @@ USAGE_ERROR: Any = typer.BadParameter.__mro__[2]  # ClickException: newer releas
 
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
+Device = Literal["cpu", "cuda"]
+Precision = Literal["float32", "bfloat16"]
 STUDY = Annotated[str, typer.Argument(help="A name in studies/, or the path of a .yaml file.")]
 SET = Annotated[
     list[str] | None,
@@ -126,6 +128,8 @@ def stability(
     corpus: Annotated[str | None, typer.Option(help="On this text: a file, a folder, a dataset id or docstrings.")] = None,
     hook_name: Annotated[str | None, typer.Option(help="At this site, such as blocks.2.hook_resid_post.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="On so many tokens.")] = 200_000,
+    device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
+    model_dtype: Annotated[Precision, typer.Option(help="In which it computes.")] = "float32",
 ) -> None:
     """Which features of SAEs that already exist come back in the others. They should differ in their seed alone.
 
@@ -139,12 +143,14 @@ def stability(
     if out.suffix not in {".csv", ".parquet"}:
         raise UserError(f"--out {out}: name a .csv or a .parquet file")
     _no_widgets()
+    import torch
+
     from sae_stability import existing
     from sae_stability.files import replacing
 
     site = None
     if model is not None and corpus is not None and hook_name is not None:
-        site = existing.Site(model, corpus, hook_name, tokens)
+        site = existing.Site(model, corpus, hook_name, tokens, device, getattr(torch, model_dtype))
     elif any(given is not None for given in (model, corpus, hook_name)):
         raise UserError("--model, --corpus and --hook-name: give all three, or none")
     compared = existing.compare(paths, threshold, site)

@@ -142,6 +142,10 @@ class Site:
     corpus: str
     hook_name: str
     tokens: int
+    device: str = "cpu"
+    """Where the model runs."""
+    model_dtype: torch.dtype = torch.float32
+    """In which it computes; the SAEs encode in float32."""
 
     def count(self, saes: list[Dictionary], d_sae: int) -> Firings:
         """Count on how many of about `tokens` held-out tokens each feature fires.
@@ -152,7 +156,7 @@ class Site:
         from sae_stability.language import models
         from sae_stability.language.activations import BATCH, forward
 
-        bridge = models.load(self.model)
+        bridge = models.load(self.model, device=self.device, dtype=self.model_dtype)
         models.check_hook(bridge, self.hook_name)
         contexts = self._contexts(bridge)
         counts, seen = torch.zeros(len(saes), d_sae, dtype=torch.int64), 0
