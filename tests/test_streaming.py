@@ -9,6 +9,7 @@ from sae_stability.language import corpus, models
 from sae_stability.language.activations import Activations, collect
 from sae_stability.language.streaming import Stream
 from sae_stability.loading import load_study
+from sae_stability.sources import Surrogate, Whitened
 from sae_stability.training import train
 
 HOOK = "blocks.1.hook_resid_post"
@@ -61,17 +62,26 @@ def test_one_forward_pass_feeds_all_sites(bridge, contexts, monkeypatch):
     stream = Stream(bridge, contexts, [HOOK, other], tokens=600, block_tokens=600)
     for hook in (HOOK, other):
         stream.site(hook).block(0)
-        stream.surrogate(hook).block(0)
+        stream.drawn(hook, Surrogate.fit).block(0)
     assert len(calls) == -(-len(stream.rows[0]) // 16)
 
 
 def test_a_streamed_surrogate_has_the_moments_of_the_first_block(bridge, contexts):
     stream = Stream(bridge, contexts, [HOOK], tokens=4000, dtype=torch.float32, block_tokens=4000)
-    real, drawn = stream.site(HOOK).block(0), stream.surrogate(HOOK).block(0)
-    assert torch.equal(real.mean, drawn.mean)
+    real, drawn = stream.site(HOOK).block(0), stream.drawn(HOOK, Surrogate.fit).block(0)
     spread = real.covariance.diagonal().sqrt().max()
+    assert torch.equal(drawn.mean, Activations.of(drawn.data).mean)  # its own, as of every source
+    assert drawn.scale == pytest.approx(real.scale, rel=0.05)
     assert (drawn.data.mean(0) - real.mean).abs().max() < 0.1 * spread
     assert (torch.cov(drawn.data.T) - real.covariance).norm() < 0.2 * real.covariance.norm()
+
+
+def test_a_streamed_null_is_trained_under_its_own_normalisation(bridge, contexts):
+    stream = Stream(bridge, contexts, [HOOK], tokens=4000, dtype=torch.float32, block_tokens=2000)
+    first, second = (stream.drawn(HOOK, Whitened.fit).block(index) for index in (0, 1))
+    assert first.scale == pytest.approx(1, rel=0.05)  # whitened: the identity as covariance
+    assert (first.scale, len(first)) == (second.scale, stream.sizes[0])
+    assert not torch.equal(first.data[:50], second.data[:50])
 
 
 def test_training_on_blocks_resumes_to_the_same_bits(cell, bridge, contexts, tmp_path, monkeypatch):

@@ -189,7 +189,7 @@ def test_where_every_seed_diverges_the_rate_is_named(cell):
 
 
 def test_clipping_bounds_the_gradient_of_one_seed():
-    gradient = Parameters(torch.full((3, 2), 2.0), torch.full((3,), 2.0), torch.full((3, 2), 2.0), torch.full((1,), 2.0))
+    gradient = Parameters(torch.full((3, 2), 2.0), torch.full((3,), 2.0), torch.full((3, 2), 2.0), torch.full((2,), 2.0))
     loop._clip(gradient, 1.0)
     assert torch.cat([part.flatten() for part in gradient]).norm() == pytest.approx(1.0)
     loop._clip(gradient, 5.0)

@@ -193,7 +193,7 @@ def _closest_within(group: np.ndarray, others: np.ndarray, caliper: float) -> tu
 
 def _out_of_reach(distance: np.ndarray, shape: tuple[int, int]) -> float:
     """A cost above that of all pairs within reach together."""
-    return 1 + distance.max(initial=0) * (min(shape) + 1)
+    return float(1 + distance.max(initial=0) * (min(shape) + 1))
 
 
 @lru_cache(maxsize=4)  # hundreds of quantities of a study are resampled alike, from a few choices of documents
