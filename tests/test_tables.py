@@ -1,0 +1,97 @@
+"""Tables of the quick study against the results that they are made of, and definitions against brute force."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from sae_stability.experiments import ensembles, families, matching, quality, stability
+from sae_stability.experiments.explanations import judge_c6
+from sae_stability.matching import adjusted_threshold, mcc, mean_mcc
+from sae_stability.matching import stability as compare
+from sae_stability.matching.criteria import one_to_one
+
+
+def dictionaries(seeds: int = 3, d_sae: int = 7, d_in: int = 5, seed: int = 0) -> torch.Tensor:
+    return torch.randn(seeds, d_sae, d_in, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_adjusted_threshold_is_reached_by_the_share_that_was_asked():
+    surrogate = compare(dictionaries(4, 200, 6))
+    best = [surrogate.best_cosine[s, t] for s, t in itertools.permutations(range(4), 2)]
+    for share in (0.01, 0.2):
+        reached = (torch.cat(best) >= adjusted_threshold(surrogate, share)).double().mean().item()
+        assert reached == pytest.approx(share, abs=0.002)
+
+
+def test_the_mean_mcc_is_that_of_each_pair_of_seeds():
+    W_dec = dictionaries(3)
+    paired = one_to_one(W_dec, 0.7, torch.ones(3, 7, dtype=torch.bool))
+    pairs = [mcc(W_dec[s], W_dec[t]) for s, t in itertools.combinations(range(3), 2)]
+    assert mean_mcc(paired) == pytest.approx(np.mean(pairs), abs=1e-6)
+
+
+def test_thresholds_growth_and_seeds_end_where_the_cell_is(quick):
+    row, threshold = quick.row, quick.cell.threshold
+    curve = quick.table("thresholds")
+    at = curve[(curve["kind"] == "real") & np.isclose(curve["threshold"], threshold)].iloc[0]
+    assert at["mean_stability"] == pytest.approx(row["mean_stability"])
+    rising = curve[curve["kind"] == "real"].sort_values("threshold")["mean_stability"]
+    assert rising.is_monotonic_decreasing
+    random = curve[np.isclose(curve["threshold"], threshold)].set_index("kind")["mean_stability"]
+    assert random["random directions"] < random["real"]
+    growth = quick.table("growth").query("kind == 'real'").sort_values("tokens")
+    assert growth["tokens"].iloc[-1] == quick.cell.tokens * quick.cell.passes
+    assert growth["mean_stability"].iloc[-1] == pytest.approx(row["mean_stability"])
+    first = ensembles.snapshots(quick.main, "real")[growth["tokens"].iloc[0]]
+    early = compare(first, threshold, quality.alive(quick.main))
+    assert growth["mean_stability"].iloc[0] == pytest.approx(early.mean().value)
+    seeds = quick.table("seeds").set_index("seeds")
+    assert list(seeds.index) == [3, 4]
+    assert seeds.loc[4, "stable_share"] == pytest.approx(row["stable_share"])
+    kept = [matching.stability(quick.main).among(list(of)).shares()["stable"].value for of in itertools.combinations(range(4), 3)]
+    assert min(kept) <= seeds.loc[3, "stable_share"] <= max(kept)
+
+
+def test_matches_are_compared_in_studies_of_equal_size(quick):
+    table = stability.at_equal_seeds(quick.main, quick.cell.threshold)
+    smallest = min(len(ensembles.ensemble(quick.main, kind).seeds) for kind in quick.cell.kinds)
+    assert set(table["trials"]) == {smallest - 1}
+    real = matching.stability(quick.main).among(list(range(smallest)))
+    mean = table.loc[table["kind"] == "real", "matches"].mean() / (smallest - 1)
+    assert mean == pytest.approx(real.counts[real.alive].double().mean().item() / (smallest - 1))
+
+
+def test_the_row_of_a_cell_says_what_was_trained_and_found(quick):
+    row, cell = quick.row, quick.cell
+    assert (row["variant"], row["d_sae"], row["k"], row["seeds"]) == (cell.variant, cell.d_sae, cell.k, len(cell.seed_list))
+    assert row["mcc"] == pytest.approx(mean_mcc(matching.stability(quick.main, "real", "one-to-one")))
+    criteria = quick.table("criteria").set_index(["kind", "criterion"])
+    assert criteria.loc[("real", "decoder"), "mean_stability"] == pytest.approx(row["mean_stability"])
+    assert criteria.loc[("real", "decoder"), "same_band"] == 1
+    assert row["explained_variance"] == pytest.approx(quick.table("saes")["explained_variance"].mean(), abs=1e-3)
+    unique = quick.table("unique").query("kind == 'real'").set_index("seeds")["families"]
+    assert unique.iloc[-1] == pytest.approx(len(families.families(quick.main).size))
+
+
+def explained(unstable: float, stable: float, engine: str = "model") -> pd.DataFrame:
+    """Explanations of twenty features of each band of five seeds, of which about the given shares are of surface form."""
+    rows = [
+        {"seed": seed, "engine": engine, "band": band, "surface": place < round(20 * share) + seed % 2}
+        for seed in range(5)
+        for band, share in (("unstable", unstable), ("stable", stable), ("intermediate", 0.5))
+        for place in range(20)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_c6_asks_for_most_unstable_features_and_more_of_them_than_of_stable_ones():
+    (supported,) = judge_c6(explained(unstable=0.8, stable=0.2))
+    assert supported["verdict"] == "supported"
+    assert supported["value"] == pytest.approx(0.82, abs=0.01)
+    assert supported["null"] == pytest.approx(0.22, abs=0.01)
+    assert judge_c6(explained(unstable=0.2, stable=0.8))[0]["verdict"] == "not supported"  # the bands swapped
+    assert judge_c6(explained(unstable=0.7, stable=0.9))[0]["verdict"] == "not supported"  # most, but fewer than of stable ones
+    assert judge_c6(explained(0.8, 0.2, engine="rules")) == []  # an engine that knows nothing but the surface tests nothing
