@@ -9,12 +9,9 @@ from hypothesis import strategies as st
 from scipy import sparse
 from scipy.sparse.csgraph import NegativeCycleError, bellman_ford
 
+from helpers import drawn
 from sae_stability.errors import UserError
 from sae_stability.matching import assign, mcc
-
-
-def drawn(rows: int, d_in: int, seed: int) -> torch.Tensor:
-    return torch.randn(rows, d_in, generator=torch.Generator().manual_seed(seed))
 
 
 def cosines(A: torch.Tensor, B: torch.Tensor) -> np.ndarray:
@@ -43,7 +40,7 @@ def exchange_helps(cosine: np.ndarray, partner: np.ndarray) -> bool:
 @settings(max_examples=40, deadline=None)
 @given(a=st.integers(1, 6), b=st.integers(1, 6), seed=st.integers(0, 10_000))
 def test_a_pairing_is_the_best_of_all(a, b, seed):
-    A, B = drawn(a, 3, seed), drawn(b, 3, seed + 1)
+    A, B = drawn(a, 3, seed=seed), drawn(b, 3, seed=seed + 1)
     cosine, pairs = cosines(A, B), min(a, b)
     if a <= b:
         all_pairings = (cosine[range(a), list(order)] for order in permutations(range(b), a))
@@ -60,8 +57,8 @@ def test_a_pairing_is_the_best_of_all(a, b, seed):
 
 @pytest.mark.parametrize(("rows", "noise"), [*product([40, 60, 75], [0.3, 3.0])])
 def test_no_exchange_of_partners_makes_a_pairing_better(rows, noise):
-    B = drawn(60, 16, 0)
-    A = torch.cat([B, drawn(15, 16, 1)])[:rows] + noise * drawn(rows, 16, 2)
+    B = drawn(60, 16, seed=0)
+    A = torch.cat([B, drawn(15, 16, seed=1)])[:rows] + noise * drawn(rows, 16, seed=2)
     cosine, found = cosines(A, B), assign(A, B)
     assert not exchange_helps(cosine, found.partner)
     swapped = found.partner.copy()
@@ -72,7 +69,7 @@ def test_no_exchange_of_partners_makes_a_pairing_better(rows, noise):
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), scale=st.floats(0.01, 100))
 def test_order_and_length_of_features_do_not_matter(seed, scale):
-    A, B = drawn(12, 4, seed), drawn(12, 4, seed + 1)
+    A, B = drawn(12, 4, seed=seed), drawn(12, 4, seed=seed + 1)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
     assert mcc(A[order] * scale, B) == pytest.approx(mcc(A, B), abs=1e-5)
     assert mcc(A, B) == pytest.approx(mcc(B, A), abs=1e-5)
@@ -81,9 +78,9 @@ def test_order_and_length_of_features_do_not_matter(seed, scale):
 
 @pytest.mark.parametrize(("a", "b"), [(300, 300), (200, 300), (300, 200)])
 def test_candidates_come_as_near_to_the_best_pairing_as_the_bound_says(a, b):
-    shared = drawn(150, 12, 0)
-    A = torch.cat([shared, drawn(a - 150, 12, 1)])
-    B = torch.cat([shared + 0.2 * drawn(150, 12, 3), drawn(b - 150, 12, 2)])
+    shared = drawn(150, 12, seed=0)
+    A = torch.cat([shared, drawn(a - 150, 12, seed=1)])
+    B = torch.cat([shared + 0.2 * drawn(150, 12, seed=3), drawn(b - 150, 12, seed=2)])
     exact, sparse = assign(A, B), assign(A, B, exact=10)
     assert sparse.mean <= exact.mean + 1e-6 <= sparse.bound + 2e-6
     assert sparse.mean == pytest.approx(exact.mean, abs=0.005)
@@ -94,8 +91,8 @@ def test_candidates_come_as_near_to_the_best_pairing_as_the_bound_says(a, b):
 
 def test_features_that_nobody_has_as_a_candidate_are_paired_all_the_same():
     # All of A crowd round one direction of B: most of B is nobody's candidate, and most of A gets none.
-    A = torch.eye(1, 8) + 0.01 * drawn(40, 8, 0)
-    B = torch.cat([torch.eye(1, 8) + 0.01 * drawn(20, 8, 1), -torch.eye(1, 8) + 0.01 * drawn(20, 8, 2)])
+    A = torch.eye(1, 8) + 0.01 * drawn(40, 8, seed=0)
+    B = torch.cat([torch.eye(1, 8) + 0.01 * drawn(20, 8, seed=1), -torch.eye(1, 8) + 0.01 * drawn(20, 8, seed=2)])
     found = assign(A, B, exact=5)
     assert sorted(found.partner) == list(range(40))
 

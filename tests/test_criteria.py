@@ -4,13 +4,10 @@ import torch
 import torch.nn.functional as F
 from scipy import sparse
 
+from helpers import drawn
 from sae_stability.matching import CRITERIA, by_every_criterion, criteria, stability
 
 ALIVE = torch.ones(3, 20, dtype=torch.bool)
-
-
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def codes(seed: int, tokens: int = 400, features: int = 20) -> np.ndarray:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import drawn, random_ensemble
 from sae_stability.errors import UserError
 from sae_stability.methods.dictionary import Dictionary
 from sae_stability.saes import variant
@@ -20,23 +21,12 @@ D_IN, D_SAE, K, SCALE = 8, 30, 4, 0.4
 every_variant = pytest.mark.parametrize("name", Variants.__args__)
 
 
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 MEAN = 2 * drawn(D_IN, seed=1)
 X = MEAN + 3 * drawn(100, D_IN, seed=2)
 
 
 def ensemble(name: str) -> Ensemble:
-    """Two seeds with nothing left at its starting value."""
-    method, generator = variant(name)(K), torch.Generator().manual_seed(0)
-    saes = [method.initialise(D_IN, D_SAE, generator) for _ in range(2)]
-    stacked = (torch.stack(tensors) for tensors in zip(*saes, strict=True))
-    moved = method.parameters(*(tensor + 0.2 * torch.randn(tensor.shape, generator=generator) for tensor in stacked))
-    if hasattr(moved, "threshold"):
-        moved = moved._replace(threshold=moved.threshold.abs() + 0.4)
-    return Ensemble(name, K, [0, 1], moved, MEAN, SCALE)
+    return random_ensemble(name, D_IN, D_SAE, K, MEAN, SCALE)
 
 
 @every_variant

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from helpers import drawn
 from sae_stability import places
 from sae_stability.errors import UserError
 from sae_stability.existing import ENOUGH, Site, compare
@@ -14,10 +15,6 @@ from sae_stability.matching import mcc, stability
 from sae_stability.saes import formats, variant
 from sae_stability.saes.parameters import Parameters
 from sae_stability.saes.sae import SAE
-
-
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

@@ -7,11 +7,8 @@ from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
+from helpers import drawn
 from sae_stability.matching import families
-
-
-def dictionaries(seeds: int, d_sae: int, d_in: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(seeds, d_sae, d_in, generator=torch.Generator().manual_seed(seed))
 
 
 def by_scipy(W: torch.Tensor, threshold: float) -> np.ndarray:
@@ -32,7 +29,7 @@ def as_sets(labels: np.ndarray) -> set[frozenset]:
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), threshold=st.floats(0.3, 0.95))
 def test_families_are_those_of_scipy_s_complete_linkage(seed, threshold):
-    W = dictionaries(4, 15, 3, seed)
+    W = drawn(4, 15, 3, seed=seed)
     found = families(W, threshold, torch.ones(4, 15, dtype=torch.bool))
     assert as_sets(found.family.ravel()) == as_sets(by_scipy(W, threshold))
 
@@ -40,7 +37,7 @@ def test_families_are_those_of_scipy_s_complete_linkage(seed, threshold):
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_members_of_a_family_come_from_different_seeds_and_all_reach_the_threshold(seed):
-    W = dictionaries(4, 12, 3, seed)
+    W = drawn(4, 12, 3, seed=seed)
     alive = torch.rand(4, 12, generator=torch.Generator().manual_seed(seed)) > 0.2
     found = families(W, 0.6, alive)
     unit = F.normalize(W, dim=2)
@@ -66,7 +63,7 @@ def test_a_chain_of_likenesses_is_not_one_family():
 def test_unique_families_against_seeds_agree_with_enumeration():
     from itertools import combinations
 
-    W = dictionaries(5, 20, 3)
+    W = drawn(5, 20, 3)
     found = families(W, 0.8, torch.ones(5, 20, dtype=torch.bool))
     for n in range(1, 6):
         met = [len(np.unique(found.family[list(kept)])) for kept in combinations(range(5), n)]
@@ -74,13 +71,13 @@ def test_unique_families_against_seeds_agree_with_enumeration():
 
 
 def test_permuted_copies_are_families_of_all_seeds_even_at_a_threshold_of_one():
-    W, generator = dictionaries(1, 50, 8)[0], torch.Generator().manual_seed(0)
+    W, generator = drawn(1, 50, 8)[0], torch.Generator().manual_seed(0)
     copies = torch.stack([W[torch.randperm(50, generator=generator)] for _ in range(4)])
     assert families(copies, 1.0, torch.ones(4, 50, dtype=torch.bool)).size.tolist() == [4] * 50
 
 
 def test_a_permutation_of_features_permutes_the_families():
-    W, order = dictionaries(3, 30, 4), torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    W, order = drawn(3, 30, 4), torch.randperm(30, generator=torch.Generator().manual_seed(1))
     alive = torch.ones(3, 30, dtype=torch.bool)
     plain, moved = families(W, 0.7, alive), families(W[:, order], 0.7, alive)
     assert as_sets(plain.family[:, order.numpy()].ravel()) == as_sets(moved.family.ravel())

@@ -3,11 +3,11 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from helpers import drawn, random_ensemble
 from sae_stability.errors import UserError
-from sae_stability.saes import formats, variant
+from sae_stability.saes import formats
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sae import SAE
 from sae_stability.study import Variants
@@ -15,20 +15,8 @@ from sae_stability.study import Variants
 D_IN, D_SAE, K = 12, 40, 5
 
 
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def trained(name: str, seeds: int = 2) -> Ensemble:
-    """An ensemble with nothing left at its starting value, trained on data far from zero and one."""
-    method, generator = variant(name)(K), torch.Generator().manual_seed(0)
-    saes = [method.initialise(D_IN, D_SAE, generator) for _ in range(seeds)]
-    stacked = (torch.stack(tensors) for tensors in zip(*saes, strict=True))
-    moved = method.parameters(*(tensor + 0.2 * torch.randn(tensor.shape, generator=generator) for tensor in stacked))
-    moved = moved._replace(W_dec=F.normalize(moved.W_dec, dim=2))
-    if hasattr(moved, "threshold"):
-        moved = moved._replace(threshold=moved.threshold.abs() + 0.4)
-    return Ensemble(name, K, list(range(seeds)), moved, mean=3 * drawn(D_IN, seed=1), scale=0.3)
+    return random_ensemble(name, D_IN, D_SAE, K, 3 * drawn(D_IN, seed=1), 0.3, seeds)
 
 
 X = 3 * drawn(D_IN, seed=1) + 3 * drawn(200, D_IN, seed=2)  # raw activations

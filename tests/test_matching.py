@@ -7,13 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from helpers import drawn
 from sae_stability.errors import UserError
 from sae_stability.matching import BANDS, Stability, nearest_within, pairs, stability
 from sae_stability.statistics import jackknife
-
-
-def dictionaries(seeds: int, d_sae: int, d_in: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(seeds, d_sae, d_in, generator=torch.Generator().manual_seed(seed))
 
 
 def brute_force(W: torch.Tensor, alive: torch.Tensor, threshold: float) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +35,7 @@ def brute_force(W: torch.Tensor, alive: torch.Tensor, threshold: float) -> tuple
 @pytest.mark.parametrize("chunk", [3, 4096])
 def test_agrees_with_a_loop_on_every_entry(monkeypatch, chunk):
     monkeypatch.setattr(pairs, "CHUNK", chunk)
-    W = dictionaries(4, 17, 3)
+    W = drawn(4, 17, 3)
     alive = torch.rand(4, 17, generator=torch.Generator().manual_seed(1)) > 0.3
     found = stability(W, 0.8, alive)
     best, probability = brute_force(W, alive, 0.8)
@@ -52,7 +49,7 @@ def test_agrees_with_a_loop_on_every_entry(monkeypatch, chunk):
 
 
 def test_a_permuted_copy_is_perfectly_stable_even_at_a_threshold_of_one():
-    W = dictionaries(1, 50, 8)[0]
+    W = drawn(1, 50, 8)[0]
     found = stability(torch.stack([W, W[torch.randperm(50)], W[torch.randperm(50)]]), threshold=1.0)
     assert (found.probability == 1).all()
     assert found.mean().value == 1
@@ -60,14 +57,14 @@ def test_a_permuted_copy_is_perfectly_stable_even_at_a_threshold_of_one():
 
 def test_random_directions_match_as_often_as_the_sphere_says():
     d_in, d_sae, threshold = 12, 400, 0.75
-    rates = stability(dictionaries(8, d_sae, d_in), threshold).match_rates()
+    rates = stability(drawn(8, d_sae, d_in), threshold).match_rates()
     one_pair = 0.5 * stats.beta.sf(threshold**2, 0.5, (d_in - 1) / 2)  # P(cos >= threshold) of two random directions
     expected = 1 - (1 - one_pair) ** d_sae
     assert np.nanmean(rates) == pytest.approx(expected, abs=0.01)
 
 
 def test_dead_features_match_nothing_and_have_no_stability():
-    W = dictionaries(1, 10, 4)[0].repeat(3, 1, 1)
+    W = drawn(1, 10, 4)[0].repeat(3, 1, 1)
     alive = torch.ones(3, 10, dtype=torch.bool)
     alive[0, 2] = False
     found = stability(W, 0.999, alive)
@@ -79,14 +76,14 @@ def test_dead_features_match_nothing_and_have_no_stability():
 def test_a_dictionary_without_live_features_is_matched_by_none():
     alive = torch.ones(2, 5, dtype=torch.bool)
     alive[1] = False
-    found = stability(dictionaries(2, 5, 3), 0.1, alive)
+    found = stability(drawn(2, 5, 3), 0.1, alive)
     assert (found.probability[0] == 0).all()
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), scale=st.floats(0.01, 100))
 def test_order_and_length_of_features_do_not_matter(seed, scale):
-    W = dictionaries(3, 9, 4, seed)
+    W = drawn(3, 9, 4, seed=seed)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(seed))
     plain, moved = stability(W), stability(W[:, order] * scale)
     torch.testing.assert_close(plain.probability[:, order], moved.probability)
@@ -96,19 +93,19 @@ def test_order_and_length_of_features_do_not_matter(seed, scale):
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), low=st.floats(0.05, 0.9), step=st.floats(0.01, 0.1))
 def test_a_higher_threshold_never_matches_more(seed, low, step):
-    found = stability(dictionaries(3, 12, 3, seed), low)
+    found = stability(drawn(3, 12, 3, seed=seed), low)
     assert (found.at(low + step).counts <= found.counts).all()
 
 
 def test_a_permutation_of_the_seeds_permutes_the_result():
-    W = dictionaries(4, 11, 3)
+    W = drawn(4, 11, 3)
     order = [2, 0, 3, 1]
     torch.testing.assert_close(stability(W[order]).probability, stability(W).probability[order])
     torch.testing.assert_close(stability(W).among(order).best_cosine, stability(W[order]).best_cosine, equal_nan=True)
 
 
 def test_bands_and_latent_shares_of_a_known_mixture():
-    shared, own = dictionaries(1, 30, 200)[0], dictionaries(6, 30, 200, seed=1)
+    shared, own = drawn(1, 30, 200)[0], drawn(6, 30, 200, seed=1)
     W = torch.cat([shared.repeat(6, 1, 1), own], dim=1)  # half come back everywhere, half nowhere
     found = stability(W)
     shares = found.shares()
@@ -144,7 +141,7 @@ def test_shares_are_those_of_features_that_miss_or_match_a_tenth_of_the_seeds_at
 
 def test_bands_of_a_pair_come_from_the_other_seeds():
     # Features alike in seeds 0 and 1 only: with double dipping the pair (0, 1) itself would make them intermediate.
-    W = dictionaries(4, 20, 100)
+    W = drawn(4, 20, 100)
     W[1] = W[0]
     found = stability(W)
     assert (found.counts[0] == 1).all()
@@ -155,7 +152,7 @@ def test_bands_of_a_pair_come_from_the_other_seeds():
 
 def test_bands_of_a_pair_are_those_of_a_study_without_the_other_seed():
     alive = torch.rand(5, 12, generator=torch.Generator().manual_seed(0)) < 0.8
-    found = stability(dictionaries(5, 12, 3), 0.8, alive)
+    found = stability(drawn(5, 12, 3), 0.8, alive)
     for s, t in itertools.product(range(5), range(5)):
         others = [seed for seed in range(5) if seed != t]
         expected = found.among(others).band[others.index(s)] if s != t else np.full(12, -1)
@@ -164,7 +161,7 @@ def test_bands_of_a_pair_are_those_of_a_study_without_the_other_seed():
 
 
 def test_weights_under_training_and_numpy_arrays_are_taken_as_they_are():
-    W = dictionaries(3, 10, 4)
+    W = drawn(3, 10, 4)
     for given_ in (W.clone().requires_grad_(), W.numpy(), W.double()):
         found = stability(given_)
         assert not found.best_cosine.requires_grad
@@ -189,7 +186,7 @@ def test_what_can_not_be_compared_is_said(arguments, named, unchecked):
 
 
 def test_partners_runners_up_and_ambiguity_agree_with_a_loop():
-    W, threshold = dictionaries(3, 25, 3), 0.9
+    W, threshold = drawn(3, 25, 3), 0.9
     alive = torch.rand(3, 25, generator=torch.Generator().manual_seed(2)) > 0.2
     found = stability(W, threshold, alive)
     unit = torch.nn.functional.normalize(W, dim=2)
@@ -224,7 +221,7 @@ def test_the_compiled_pass_finds_what_the_reference_finds():
 
 
 def test_the_nearest_within_a_dictionary_is_never_itself():
-    W = torch.nn.functional.normalize(dictionaries(1, 30, 5)[0], dim=1)
+    W = torch.nn.functional.normalize(drawn(1, 30, 5)[0], dim=1)
     W[7] = W[3]
     alive = torch.ones(30, dtype=torch.bool)
     alive[11] = False
@@ -236,6 +233,6 @@ def test_the_nearest_within_a_dictionary_is_never_itself():
 
 
 def test_the_area_under_the_curve_is_its_integral():
-    found = stability(dictionaries(3, 40, 4))
+    found = stability(drawn(3, 40, 4))
     steps = np.linspace(0, 1, 2001)[1:]
     assert found.area().value == pytest.approx(np.mean([found.at(float(step)).mean().value for step in steps]), abs=1e-3)

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from helpers import drawn
 from sae_stability.experiments import ensembles, families, matching, quality, stability
 from sae_stability.experiments.explanations import judge_c6
 from sae_stability.matching import adjusted_threshold, mcc, mean_mcc
@@ -14,12 +15,8 @@ from sae_stability.matching import stability as compare
 from sae_stability.matching.criteria import one_to_one
 
 
-def dictionaries(seeds: int = 3, d_sae: int = 7, d_in: int = 5, seed: int = 0) -> torch.Tensor:
-    return torch.randn(seeds, d_sae, d_in, generator=torch.Generator().manual_seed(seed))
-
-
 def test_the_adjusted_threshold_is_reached_by_the_share_that_was_asked():
-    surrogate = compare(dictionaries(4, 200, 6))
+    surrogate = compare(drawn(4, 200, 6))
     best = [surrogate.best_cosine[s, t] for s, t in itertools.permutations(range(4), 2)]
     for share in (0.01, 0.2):
         reached = (torch.cat(best) >= adjusted_threshold(surrogate, share)).double().mean().item()
@@ -27,7 +24,7 @@ def test_the_adjusted_threshold_is_reached_by_the_share_that_was_asked():
 
 
 def test_the_mean_mcc_is_that_of_each_pair_of_seeds():
-    W_dec = dictionaries(3)
+    W_dec = drawn(3, 7, 5)
     paired = one_to_one(W_dec, 0.7, torch.ones(3, 7, dtype=torch.bool))
     pairs = [mcc(W_dec[s], W_dec[t]) for s, t in itertools.combinations(range(3), 2)]
     assert mean_mcc(paired) == pytest.approx(np.mean(pairs), abs=1e-6)
