@@ -110,3 +110,13 @@ def test_staging_hides_injected_parameters_and_places_alt_texts():
     assert "remove-cell" in staged.cells[0].metadata.tags
     assert staged.cells[1].metadata.mystnb["image"]["alt"] == "what it shows"
     assert staged.cells[1].metadata.mystnb["figure"] == {"caption": "in short", "name": "fig"}
+
+
+@pytest.mark.parametrize("name", build.chapters())
+def test_a_cell_shows_a_figure_or_says_something(name):
+    """What is staged gives the whole cell the caption and the name of its figure."""
+    cells = nbformat.read(places.root() / "book" / f"{name}.ipynb", as_version=4).cells
+    for cell in cells:
+        shows = cell.source.count("page.show(")
+        assert cell.cell_type != "code" or shows <= 1
+        assert not (shows and re.search(r"page\.(say|box|show_html)\(", cell.source)), cell.source

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
-from sae_stability import store
+from sae_stability import files
 from sae_stability.study import Cell
 from sae_stability.training import train
 
@@ -41,8 +42,8 @@ def run(variant: str, folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(store.TEMPORARY))
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    whole = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(files.TEMPORARY))
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in whole}
 
 
 def kill_again_and_again(variant: str, folder: Path, kills: int) -> int:
@@ -84,19 +85,19 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     x = torch.randn(2048, 8, generator=torch.Generator().manual_seed(0))
     cell = CELL.model_copy(update={"tokens": 2048, "passes": 2})
     train(cell, x, [0, 1], tmp_path / "calm", checkpoint_seconds=0)
-    save, calls = store.save_file, iter(range(10**6))
+    save, calls = safetensors.torch.save_file, iter(range(10**6))
 
     def full(tensors, path, metadata):
         if next(calls) == 4:
             Path(path).write_bytes(b"half a checkpoi")
-            raise store.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise files.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         save(tensors, path, metadata)
 
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(OSError, match="No space left") as stopped:
         train(cell, x, [0, 1], tmp_path / "full", checkpoint_seconds=0)
     assert stopped.value.errno == errno.ENOSPC
-    assert not list((tmp_path / "full").rglob(f"{store.TEMPORARY}*"))
-    monkeypatch.setattr(store, "save_file", save)
+    assert not list((tmp_path / "full").rglob(f"{files.TEMPORARY}*"))
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
     train(cell, x, [0, 1], tmp_path / "full", checkpoint_seconds=0)
     assert contents(tmp_path / "full") == contents(tmp_path / "calm")
