@@ -249,6 +249,8 @@ def test_the_quick_study_is_consistent(quick):
 def test_every_line_of_the_ledger_names_a_cell_and_each_cell_its_own_numbers(quick):
     cells = quick.table("cells", every_cell=True).set_index("cell")
     assert set(cells.index) == set(quick.study.cells)
+    order = [(list(quick.study.cells).index(line["cell"]), list(CLAIMS).index(line["id"])) for line in quick.ledger]
+    assert order == sorted(order)
     for line in quick.ledger:
         assert line["cell"] in quick.study.cells
     for cell in quick.study.cells:

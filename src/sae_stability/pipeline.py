@@ -251,11 +251,8 @@ def write_ledger(store: Store, reports: list[tuple[str, str]], work: Work) -> No
         lines += [{**line, "cell": cell} for line in (read_json(judged) if judged.is_file() else [])]
     tested = {line["id"] for line in lines}
     untested = [{**ledger.not_tested(claim), "cell": store.study.main.id} for claim in ledger.CLAIMS if claim not in tested]
-    order = list(ledger.CLAIMS)
-    main = sorted(
-        [line for line in lines if line["cell"] == store.study.main.id] + untested, key=lambda line: order.index(line["id"])
-    )
-    write_json(work.folder, main + [line for line in lines if line["cell"] != store.study.main.id])
+    cells, claims = list(store.study.cells), list(ledger.CLAIMS)
+    write_json(work.folder, sorted(lines + untested, key=lambda line: (cells.index(line["cell"]), claims.index(line["id"]))))
 
 
 def _compute(compute: Callable[[Results, Path], None], results: Results, work: Work) -> None:
