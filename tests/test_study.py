@@ -15,6 +15,7 @@ import pytest
 
 from sae_stability import pipeline
 from sae_stability.book import page
+from sae_stability.ledger import CLAIMS
 from sae_stability.loading import load_study
 from sae_stability.pipeline import Plan
 
@@ -22,6 +23,7 @@ COMMAND = [sys.executable, "-c", "from sae_stability.cli import main; main()"]
 COMPUTE = """
 import sys
 from sae_stability import pipeline
+from sae_stability.ledger import CLAIMS
 from sae_stability.loading import load_study
 pipeline.compute(load_study("embedded", sys.argv[2:], name=sys.argv[1]))
 """
