@@ -73,6 +73,13 @@ def test_the_row_of_a_cell_says_what_was_trained_and_found(quick):
     assert unique.iloc[-1] == pytest.approx(len(families.families(quick.main).size))
 
 
+def test_each_sae_has_the_mean_stability_of_its_live_features(quick):
+    saes, matched = quick.table("saes").set_index("seed"), matching.stability(quick.main)
+    for position, seed in enumerate(ensembles.ensemble(quick.main).seeds):
+        expected = matched.probability[position].nanmean().item()
+        assert saes.loc[seed, "mean_stability"] == pytest.approx(expected, abs=1e-6)
+
+
 def explained(unstable: float, stable: float, engine: str = "model") -> pd.DataFrame:
     """Explanations of twenty features of each band of five seeds, of which about the given shares are of surface form."""
     rows = [

@@ -8,7 +8,7 @@ import torch
 
 from sae_stability.experiments import ensembles, families, matching, quality, texts
 from sae_stability.experiments.columns import each_kind, interval_columns
-from sae_stability.experiments.experiment import Experiment, Results
+from sae_stability.experiments.experiment import Experiment, Results, Tables
 from sae_stability.language.activations import gaussian
 from sae_stability.ledger import Condition, Rule, judged, named_interval, number
 from sae_stability.matching import BANDS, Stability, adjusted_threshold, band_of, mean_mcc
@@ -238,6 +238,14 @@ def judge_c1(real: Stability, nulls: dict[str, Stability]) -> dict:
     return judged(C1, separation, surrogate.separation(), conditions) | beside
 
 
+def across(tables: Tables) -> Tables:
+    """Add the mean stability of its live features to each SAE's row."""
+    features = tables["features"]
+    live = features[(features["kind"] == "real") & features["alive"]]
+    mean = live.groupby(["cell", "seed"])["stability"].mean().rename("mean_stability").reset_index()
+    return tables | {"saes": tables["saes"].merge(mean, on=["cell", "seed"], how="left")}
+
+
 EXPERIMENT = Experiment(
     "stability",
     None,
@@ -252,4 +260,5 @@ EXPERIMENT = Experiment(
         "thresholds": thresholds,
     },
     claims=judge,
+    across=across,
 )
