@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_stability.errors import UserError
 from sae_stability.language import models
-from sae_stability.language.activations import Activations, collect, forward, whitening
+from sae_stability.language.activations import Activations, collect, forward, kept, longest_norms, whitening
 from sae_stability.language.corpus import Contexts, load, pack
 from sae_stability.language.site import Site
 from sae_stability.matching.criteria import without_top_component
@@ -184,6 +184,23 @@ def test_a_gpu_that_is_not_there_is_one_line(model_folders, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"^device: .*set device to cpu"):
         models.load(str(model_folders["gpt2"]), device="cuda")
+
+
+def test_tokens_that_are_too_long_are_left_out_and_others_read_in_their_place(model_folders, text_file, tmp_path):
+    bridge, hook = models.load(str(model_folders["gpt2"])), "blocks.1.hook_resid_post"
+    contexts = pack(load(str(text_file)).train[:60], bridge.tokenizer, 32)
+    collect(bridge, contexts, {hook: tmp_path / "all.bin"}, 10**6, torch.float32)
+    everything = Activations.open(tmp_path / "all.bin").data
+    norms = everything.norm(dim=1)
+    assert longest_norms(bridge, contexts, [hook], 1.1)[hook] == pytest.approx(1.1 * norms.median().item(), rel=1e-5)
+    longest = norms.quantile(0.7).item()
+    collect(bridge, contexts, {hook: tmp_path / "cut.bin"}, 500, torch.float32, longest={hook: longest})
+    found = Activations.open(tmp_path / "cut.bin").data
+    assert torch.equal(found, everything[norms <= longest][:500])
+    remaining = kept(tmp_path / "cut.bin", contexts)
+    ids = contexts.tokens[contexts.is_text][(norms <= longest).numpy()][:500]
+    assert (remaining.tokens[remaining.is_text][:500] == ids).all()  # rows and tokens stay side by side
+    assert kept(tmp_path / "all.bin", contexts) is contexts
 
 
 class Recorded(TorchDispatchMode):

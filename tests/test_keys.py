@@ -173,6 +173,17 @@ def test_seeds_and_nulls_of_one_study_serve_another():
     assert all(few[entry] == many[entry] for entry in seeds_of[0])
 
 
+@pytest.mark.parametrize(
+    "grid", ["model_dtype: [bfloat16]", "norm_cutoff: [3, 4]", "hook_name: [blocks.0.hook_resid_post]", "k: [4]"]
+)
+def test_every_stage_has_a_name_of_its_own_and_what_it_reads_is_there(grid):
+    stages = Plan(load_study("quick", [f"grid={{{grid}}}"])).stages
+    names = [stage.name for stage in stages]
+    assert len(set(names)) == len(names)
+    for place, stage in enumerate(stages):
+        assert set(stage.after) <= set(names[:place])
+
+
 def test_a_recipe_is_found_whatever_else_its_study_trains():
     alone = Plan(load_study("quick", ["grid={}", "tokens=100_000"], name="alone"))
     study = load_study("quick", ["grid={}", "grid.tokens=[100_000]"], name="beside")

@@ -3,12 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sae_stability.errors import UserError
-from sae_stability.language import norms
-from sae_stability.language.norms import AXES, QUANTILES, describe, kept
+from sae_stability.language.norms import AXES, QUANTILES, describe
 
 CONTEXTS, LENGTH, D_IN = 40, 25, 12
 PLANTED = [3, 257, 999]
@@ -67,23 +64,8 @@ def test_bfloat16_activations_are_described_as_float32_ones(planted):
     np.testing.assert_allclose(half.variance, full.variance, atol=0.01)
 
 
-@given(st.lists(st.floats(0.1, 1000), min_size=1, max_size=50), st.floats(1, 20), st.floats(0.01, 100))
-def test_what_is_kept_does_not_depend_on_the_unit(lengths, cutoff, unit):
-    lengths = np.array(lengths)
-    limit = cutoff * np.median(lengths)
-    clear = abs(lengths - limit) > 1e-9 * limit
-    assert np.array_equal(kept(lengths, cutoff)[clear], kept(unit * lengths, cutoff)[clear])
-    assert kept(lengths, cutoff).mean() >= 0.5
-
-
-def test_the_usual_norm_is_the_median_of_the_first_tokens(monkeypatch):
-    monkeypatch.setattr(norms, "FIRST", 3)
-    lengths = np.array([1.0, 2.0, 3.0, 100.0, 100.0, 100.0, 6.0, 6.1])
-    assert kept(lengths, 3).tolist() == [True, True, True, False, False, False, True, False]
-    assert kept(lengths[3:], 3, median=2.0).tolist() == [False, False, False, True, False]  # a later part of the same stream
-
-
 @pytest.mark.parametrize("cutoff", [0.5, 0, float("nan")])
-def test_a_cutoff_that_leaves_out_usual_tokens_is_one_line(cutoff):
+def test_a_cutoff_that_leaves_out_usual_tokens_is_one_line(planted, cutoff):
+    x, position, token = planted
     with pytest.raises(UserError, match=r"^cutoff: .*give 1 or more$"):
-        kept(np.ones(3), cutoff)
+        describe(torch.from_numpy(x), position, token, cutoff=cutoff)

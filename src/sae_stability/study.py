@@ -60,7 +60,7 @@ class Recipe(BaseModel):
         None, ge=8, le=1 << 20, description="tokens a context; by default what the model takes, at most 256"
     )
     tokens: Tokens = Field(description="unique training tokens read from the corpus")
-    norm_cutoff: PositiveFloat | None = Field(
+    norm_cutoff: Annotated[float, Field(ge=1)] | None = Field(
         None, description="leave out tokens whose activation is longer than so many times the median; by default none is"
     )
     dtype: Dtype = Field("bfloat16", description="of activations")

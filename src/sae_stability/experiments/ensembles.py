@@ -54,7 +54,7 @@ def stages(study: Study) -> Iterable[Stage]:
     if not study.stream:
         for group, (cell, kind, of_seeds) in wanted.items():
             data = texts.activations_entry(study, cell, kind)[0]
-            behind = data if sources.source(kind).drawn else _pass_name(cell, kind)
+            behind = data if sources.source(kind).drawn else texts.pass_name(cell, kind)
             yield Stage(group, of_seeds, partial(train_cached, study, cell, kind), group, (behind,))
         return
     streams: dict[str, dict[str, tuple[Cell, str, dict[str, str]]]] = {}
@@ -180,7 +180,3 @@ def seconds(results: Results, kind: str = "real") -> float:
     """What training took, pilots of a penalty included."""
     provenances = (results.store.provenance(entry) for entry in results.entries[f"ensembles/{kind}"])
     return sum(provenance["seconds"] for provenance in provenances if provenance)
-
-
-def _pass_name(cell: Cell, kind: str) -> str:
-    return f"activations/{kind}/{texts.text_entry(cell.recipe)[0].rpartition('/')[2]}"

@@ -18,7 +18,7 @@ from sae_stability.language.activations import Activations, collect, kept, longe
 from sae_stability.language.corpus import Contexts
 from sae_stability.language.interventions import Reading
 from sae_stability.store import SHARED, Store, Work
-from sae_stability.study import Cell, Recipe, Study
+from sae_stability.study import Cell, Recipe, Study, digest
 
 SPLITS = ("train", "evaluation")
 
@@ -64,8 +64,7 @@ def stages(study: Study) -> Iterable[Stage]:
         for group in _grouped(study, _pass, cells):
             entries = dict(activations_entry(study, cell, kind) for cell in group)
             cells_of = {activations_entry(study, cell, kind)[0]: cell for cell in group}
-            text = text_entry(group[0].recipe)[0]
-            name = f"activations/{kind}/{text.rpartition('/')[2]}"
+            name, text = pass_name(group[0], kind), text_entry(group[0].recipe)[0]
             yield Stage(name, entries, partial(run_model, study, kind, cells_of), f"{SHARED}/{name}", (text,))
     for kind in _kinds(study, drawn=True):
         done = set()
@@ -73,9 +72,14 @@ def stages(study: Study) -> Iterable[Stage]:
             entry, key = activations_entry(study, cell, kind) if kind in cell.kinds else ("", "")
             if entry and entry not in done:
                 done.add(entry)
-                text = text_entry(cell.recipe)[0]
-                behind = f"activations/real/{text.rpartition('/')[2]}"
-                yield Stage(entry, {entry: key}, partial(draw_null, study, kind, cell), entry, (behind,))
+                behind = (pass_name(cell, "real"),)
+                yield Stage(entry, {entry: key}, partial(draw_null, study, kind, cell), entry, behind)
+
+
+def pass_name(cell: Cell, kind: str) -> str:
+    """The name of the stage that computes the activations of a cell, or of one of its nulls, in one pass with those of others."""
+    text = text_entry(cell.recipe)[0].rpartition("/")[2]
+    return f"activations/{kind}/{text}-{digest(_pass(cell))[:6]}"
 
 
 def read_text(cell: Cell, hook_names: list[str], work: Work) -> None:

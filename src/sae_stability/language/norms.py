@@ -11,14 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_stability import threads
 from sae_stability.errors import UserError
 from sae_stability.language.activations import Activations
 
-FIRST = 100_000  # tokens whose median norm is the usual one
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 AXES = 10  # principal axes whose share of the variance is told
 
@@ -51,8 +50,10 @@ def describe(
     Raises `UserError` for a cutoff below 1.
     """
     norms = _norms(x)
+    if not cutoff >= 1:
+        raise UserError(f"cutoff: {cutoff:g} would leave out tokens of the usual length; give 1 or more")
     median = float(np.median(norms))
-    usual = torch.from_numpy(kept(norms, cutoff, median))
+    usual = torch.from_numpy(norms <= cutoff * median)
     relative = pd.DataFrame({"position": position, "token": token, "norm": norms / median})
     outliers = relative[~usual.numpy()].sort_values("norm", ascending=False, kind="stable")
     return Norms(
@@ -63,19 +64,6 @@ def describe(
         _shares_of_variance(x),
         _shares_of_variance(x[usual]),
     )
-
-
-def kept(norms: Float[np.ndarray, "token"], cutoff: float, median: float | None = None) -> Bool[np.ndarray, "token"]:
-    """Which text tokens stay: those whose activation is at most `cutoff` times as long as the usual one.
-
-    The usual norm is the median over the first `FIRST` of `norms` (all where there are fewer), in the order in which they were
-    read,
-    BOS and separators not among them. Of a stream, whose later norms come in other calls, it is given as `median`.
-    Raises `UserError` for a cutoff below 1, which would leave out tokens of the usual length.
-    """
-    if not cutoff >= 1:
-        raise UserError(f"cutoff: {cutoff:g} would leave out tokens of the usual length; give 1 or more")
-    return norms <= cutoff * (np.median(norms[:FIRST]) if median is None else median)
 
 
 def _norms(x: Float[Tensor, "token d_in"]) -> Float[np.ndarray, "token"]:
