@@ -42,7 +42,7 @@ def run(variant: str, folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    whole = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(files.TEMPORARY))
+    whole = sorted(file for file in folder.rglob("*") if file.is_file())
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in whole}
 
 

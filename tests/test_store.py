@@ -81,7 +81,9 @@ def test_an_interrupted_stage_is_not_done_and_keeps_what_it_has(store):
         write_json(work.folder / "half.json", 1)
         raise KeyboardInterrupt
     assert not store.is_done("stage", "key")
-    (store.folder / "stage" / f"{files.TEMPORARY}killed.json").write_text("[")  # a SIGKILL in the middle of a write
+    killed = store.folder / "stage" / f"{files.TEMPORARY}killed.json-x"  # a SIGKILL in the middle of a write
+    killed.mkdir()
+    (killed / "killed.json").write_text("[")
     with store.computing("stage", {"stage": "key"}) as work:
         assert (work.folder / "half.json").exists()
     assert list(store.provenance("stage")["files"]) == ["half.json"]
@@ -100,7 +102,8 @@ def test_files_are_computed_side_by_side_and_each_drops_what_a_kill_left_of_it(s
     folder.mkdir(parents=True)
     leftovers = [folder / f"{files.TEMPORARY}{name}" for name in ("one.json-killed", "one.provenance.json-killed")]
     for leftover in leftovers:
-        leftover.write_text("[")
+        leftover.mkdir()
+        (leftover / ".left-by-a-library").write_text("[")
     with store.computing_file("chapters/other.json", "key") as other:
         other.write_text("2")
         with store.computing_file("chapters/one.json", "key") as one:
@@ -160,6 +163,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise ZeroDivisionError
     assert json.loads(path.read_text()) == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_library_leaves_beside_its_file_is_gone(tmp_path):
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "value.safetensors") as temporary:
+        temporary.with_name(".tmpSTPfGQ").touch()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
 
 
 def test_tensors_and_tables_come_back_and_have_the_same_bytes_every_time(tmp_path):

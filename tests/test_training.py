@@ -277,7 +277,7 @@ def test_a_folder_that_holds_another_training_is_refused(cell, tmp_path):
 def test_what_a_kill_left_half_written_is_cleared(cell, tmp_path):
     x = sparse_data()
     calm = train(cell, x, [0, 1], tmp_path / "calm")
-    leftover = tmp_path / "killed" / "shards" / "0-2" / "snapshots" / f"{TEMPORARY}abc.safetensors"
+    leftover = tmp_path / "killed" / "shards" / "0-2" / "snapshots" / f"{TEMPORARY}abc" / ".tmp0123"
     leftover.parent.mkdir(parents=True)
     leftover.touch()
     assert same(calm, train(cell, x, [0, 1], tmp_path / "killed"))

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,18 +20,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 TEMPORARY = ".writing-"
+"""How the folders begin that files are written in."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place once the block has ended well.
+    """Yield a temporary path that takes the place of `path` once the block has ended well.
 
-    Raises `OSError` with `errno.ENOSPC` where the disk is full, whichever library was writing.
+    It lies in a folder of its own beside `path`, so that what a library leaves beside the file that it writes is found too
+    (safetensors has temporary files of its own). Raises `OSError` with `errno.ENOSPC` where the disk is full, whichever library was writing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}-"))
+    temporary = folder / path.name
     try:
         with telling_of_a_full_disk(path):
             yield temporary
@@ -39,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -68,9 +70,9 @@ def locked(path: Path, described: Path) -> Iterator[None]:
 
 
 def drop(leftovers: Iterable[Path]) -> None:
-    """Remove temporary files that a killed run left behind."""
+    """Remove the temporary folders that a killed run left behind."""
     for leftover in list(leftovers):
-        leftover.unlink(missing_ok=True)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

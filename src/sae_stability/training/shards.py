@@ -159,7 +159,7 @@ def _joined(job: Job, parts: list[tuple[Job, Ensemble]]) -> Ensemble:
     order = {seed: place for place, seed in enumerate(job.seeds)}
     write_json(job.folder / CURVE, sorted(curve, key=lambda row: (row["tokens"], order[row["seed"]])))
     write_json(job.folder / DIVERGED, {seed: step for folder in folders for seed, step in read_json(folder / DIVERGED).items()})
-    for name in sorted({file.name for folder in folders for file in (folder / SNAPSHOTS).glob("*")}):
+    for name in sorted({file.name for folder in folders for file in (folder / SNAPSHOTS).glob("*.safetensors")}):
         files = [folder / SNAPSHOTS / name for folder in folders if (folder / SNAPSHOTS / name).exists()]
         seeds = [seed for file in files for seed in read_metadata(file)["seeds"]]
         lasted = [seeds.index(seed) for seed in ensemble.seeds]
