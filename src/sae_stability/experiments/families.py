@@ -28,12 +28,20 @@ def families(results: Results, kind: str = "real") -> Families:
 
 
 def sizes(results: Results) -> pd.DataFrame:
-    """One row per family: its size, and the smallest cosine between two of its members."""
+    """One row per family: its size, its medoid, and the mean cosine of the other members with it."""
 
     def rows(kind: str) -> pd.DataFrame:
-        grouped = families(results, kind)
-        columns = {"family": np.arange(len(grouped.size)), "size": grouped.size, "smallest_cosine": grouped.smallest_cosine}
-        return pd.DataFrame(columns)
+        grouped, seeds = families(results, kind), np.array(ensembles.ensemble(results, kind).seeds)
+        position, feature = grouped.medoid.T
+        return pd.DataFrame(
+            {
+                "family": np.arange(len(grouped.size)),
+                "size": grouped.size,
+                "medoid_seed": seeds[position],
+                "medoid_feature": feature,
+                "mean_cosine": grouped.mean_cosine,
+            }
+        )
 
     return each_kind(results.cell.kinds, rows)
 
