@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import sparse
 
 from helpers import drawn
-from sae_stability.matching import CRITERIA, by_every_criterion, criteria, stability
+from sae_stability.matching import CRITERIA, Stability, by_every_criterion, calibrated_threshold, criteria, stability
 
 ALIVE = torch.ones(3, 20, dtype=torch.bool)
 
@@ -76,3 +78,57 @@ def test_every_criterion_takes_a_permuted_copy_for_the_same(threshold):
     assert list(found) == list(CRITERIA)
     for name, by in found.items():
         assert by.mean().value == pytest.approx(1), name
+
+
+def with_cosines(values: np.ndarray) -> Stability:
+    """Two seeds whose features have these best cosines in the other one."""
+    best_cosine = torch.full((2, 2, len(values)), torch.nan)
+    best_cosine[0, 1] = best_cosine[1, 0] = torch.from_numpy(values).float()
+    partner = torch.zeros(best_cosine.shape, dtype=torch.int64)
+    return Stability(best_cosine, partner, best_cosine, torch.ones(2, len(values), dtype=torch.bool), 0.7)
+
+
+def uniform(low: float, high: float, count: int) -> np.ndarray:
+    """As evenly spread as can be."""
+    return low + (high - low) * (np.arange(count) + 0.5) / count
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), share=st.floats(0.02, 0.8))
+def test_the_calibrated_threshold_is_the_smallest_at_which_the_surrogate_matches_rarely_enough(seed, share):
+    common, own = drawn(15, 8, seed=seed), drawn(3, 15, 8, seed=seed + 1)
+    alive = torch.rand(3, 15, generator=torch.Generator().manual_seed(seed)) > 0.4  # seeds have unequal numbers of live features
+    real, surrogate = stability(common + 0.4 * own, alive=alive), stability(drawn(3, 15, 8, seed=seed + 2))
+
+    def allowed(threshold: float) -> bool:
+        rates, null = (np.nanmean(each.at(threshold).match_rates()) for each in (real, surrogate))
+        return null <= share * rates
+
+    found = calibrated_threshold(real, surrogate, share)
+    observed = np.unique(torch.cat([each.best_cosine[~each.best_cosine.isnan()] for each in (real, surrogate)]))
+    observed = observed[observed > 0].tolist()
+    by_brute_force = next((cosine for cosine in observed if allowed(cosine)), np.nan)
+    assert found == pytest.approx(by_brute_force, abs=0, nan_ok=True)
+    ends = [cosine for cosine in observed if not cosine >= found]  # between two observed ones all thresholds are alike
+    assert not any(allowed(threshold) for threshold in np.arange(0.02, ends[-1], 0.02))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_the_calibrated_threshold_of_uniform_cosines_is_where_two_lines_meet(share):
+    real, surrogate = with_cosines(uniform(0, 1, 20_000)), with_cosines(uniform(0, 0.5, 20_000))
+    meet = (1 - share) / (2 - share)  # 1 - 2 tau = share (1 - tau)
+    assert calibrated_threshold(real, surrogate, share) == pytest.approx(meet, abs=1e-4)
+
+
+def test_a_second_hump_of_the_surrogate_does_not_move_the_calibrated_threshold_above_it():
+    """The quantile that 1 % reach lies above 0.9. From a threshold of 0.4 on, the hump is too much for the bound again."""
+    real, surrogate = uniform(0, 1, 10_000), np.concatenate([uniform(0, 0.3, 9_700), uniform(0.9, 1, 300)])
+    meet = (1 - 0.05) / (0.97 / 0.3 - 0.05)  # 0.97 (1 - tau / 0.3) + 0.03 = 0.05 (1 - tau)
+    found = calibrated_threshold(with_cosines(real), with_cosines(surrogate), 0.05)
+    assert found == pytest.approx(meet, abs=1e-3)
+    assert found < 0.3
+
+
+def test_there_is_no_calibrated_threshold_for_what_is_like_its_surrogate():
+    noise = stability(drawn(3, 20, 6))
+    assert np.isnan(calibrated_threshold(noise, noise, 0.05))

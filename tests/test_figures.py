@@ -133,7 +133,7 @@ def test_criteria_stand_beside_their_names():
             "criterion": ["decoder", "mutual"] * 2,
             "kind": ["real"] * 2 + ["surrogate"] * 2,
             **with_interval("mean_stability", [0.6, 0.5, 0.1, 0.0]),
-            **with_interval("mean_stability_adjusted", [0.7, 0.8, 0.2, 0.2]),
+            **with_interval("mean_stability_calibrated", [0.7, 0.8, 0.2, 0.2]),
         }
     )
     (axis,) = stability.criteria(table, "title").axes
@@ -173,12 +173,12 @@ def test_neighbours_are_counted_in_per_cent():
     assert entries(figure.legends[0]) == ["in another seed, mean over seeds", "in its own dictionary"]
 
 
-def test_thresholds_draw_a_line_a_kind_and_the_adjusted_threshold_where_it_differs():
+def test_thresholds_draw_a_line_a_kind_and_the_calibrated_threshold_where_it_differs():
     kinds = ["real", "surrogate", "whitened", "token-conditional", "permuted"]
     rows = [{"kind": kind, "threshold": t, **with_interval("mean_stability", 1 - t)} for kind in kinds for t in (0.3, 0.9)]
     table = pd.DataFrame(rows).astype({"threshold": float})
-    for adjusted, extra in ((0.7, []), (0.5, ["1 % of surrogate pairs"])):
-        figure = stability.thresholds(table, 0.7, adjusted, "title")
+    for calibrated, extra in ((0.7, []), (np.nan, []), (0.5, ["calibrated threshold"])):
+        figure = stability.thresholds(table, 0.7, calibrated, "title")
         assert entries(figure.legends[0]) == [KINDS[kind].name for kind in kinds] + extra
     curves = figure.axes[0].get_lines()[: len(kinds)]
     assert all(curve.get_ydata() == pytest.approx([0.7, 0.1]) for curve in curves)

@@ -10,17 +10,9 @@ import torch
 from helpers import drawn
 from sae_stability.experiments import ensembles, families, matching, quality, stability
 from sae_stability.experiments.explanations import judge_c6
-from sae_stability.matching import adjusted_threshold, mcc, mean_mcc
+from sae_stability.matching import mcc, mean_mcc
 from sae_stability.matching import stability as compare
 from sae_stability.matching.criteria import one_to_one
-
-
-def test_the_adjusted_threshold_is_reached_by_the_share_that_was_asked():
-    surrogate = compare(drawn(4, 200, 6))
-    best = [surrogate.best_cosine[s, t] for s, t in itertools.permutations(range(4), 2)]
-    for share in (0.01, 0.2):
-        reached = (torch.cat(best) >= adjusted_threshold(surrogate, share)).double().mean().item()
-        assert reached == pytest.approx(share, abs=0.002)
 
 
 def test_the_mean_mcc_is_that_of_each_pair_of_seeds():
@@ -28,6 +20,11 @@ def test_the_mean_mcc_is_that_of_each_pair_of_seeds():
     paired = one_to_one(W_dec, 0.7, torch.ones(3, 7, dtype=torch.bool))
     pairs = [mcc(W_dec[s], W_dec[t]) for s, t in itertools.combinations(range(3), 2)]
     assert mean_mcc(paired) == pytest.approx(np.mean(pairs), abs=1e-6)
+
+
+def test_without_a_calibrated_threshold_there_is_no_mean_stability_at_it():
+    columns = stability.calibrated_columns(compare(drawn(3, 7, 5)), float("nan"))
+    assert np.isnan(list(columns.values())).all()
 
 
 def test_thresholds_growth_and_seeds_end_where_the_cell_is(quick):
@@ -68,6 +65,8 @@ def test_the_row_of_a_cell_says_what_was_trained_and_found(quick):
     criteria = quick.table("criteria").set_index(["kind", "criterion"])
     assert criteria.loc[("real", "decoder"), "mean_stability"] == pytest.approx(row["mean_stability"])
     assert criteria.loc[("real", "decoder"), "same_band"] == 1
+    for column in ("calibrated_threshold", "mean_stability_calibrated"):
+        assert criteria.loc[("real", "decoder"), column] == pytest.approx(row[column], nan_ok=True)
     assert row["explained_variance"] == pytest.approx(quick.table("saes")["explained_variance"].mean(), abs=1e-3)
     unique = quick.table("unique").query("kind == 'real'").set_index("seeds")["families"]
     assert unique.iloc[-1] == pytest.approx(len(families.families(quick.main).size))

@@ -11,12 +11,12 @@ from sae_stability.experiments.columns import each_kind, interval_columns
 from sae_stability.experiments.experiment import Experiment, Results, Tables
 from sae_stability.language.activations import gaussian
 from sae_stability.ledger import Condition, Rule, judged, named_interval, number
-from sae_stability.matching import BANDS, Stability, adjusted_threshold, band_of, mean_mcc
+from sae_stability.matching import BANDS, CRITERIA, Stability, band_of, calibrated_threshold, mean_mcc
 from sae_stability.matching import stability as compare
 from sae_stability.saes import variant
-from sae_stability.statistics import difference
+from sae_stability.statistics import Interval, difference
 
-NULL_SHARE = 0.01  # the adjusted threshold is where this share of surrogate features match
+NULL_SHARE = 0.05  # at the calibrated threshold the surrogate's match rate is at most this share of the real one
 REFERENCE_SEEDS = 3  # of random directions and untrained SAEs
 SUBSETS = 8  # of seeds, that stand for smaller studies
 THRESHOLDS = np.round(np.arange(0.3, 1.0, 0.02), 2)
@@ -66,18 +66,25 @@ def features_at(results: Results, kind: str, threshold: float) -> pd.DataFrame:
 def criteria(results: Results) -> pd.DataFrame:
     """One row per criterion and kind: what reappears by it, and how far it agrees with the default."""
     rows = []
-    surrogate = matching.by_criterion(results, "surrogate")
+    real, surrogate = (matching.by_criterion(results, kind) for kind in ("real", "surrogate"))
+    calibrated = {criterion: calibrated_threshold(real[criterion], surrogate[criterion], NULL_SHARE) for criterion in CRITERIA}
     for kind in results.cell.kinds:
         default = matching.stability(results, kind)
         for criterion, matched in matching.by_criterion(results, kind).items():
-            shares, adjusted = matched.shares(), adjusted_threshold(surrogate[criterion], NULL_SHARE)
+            shares = matched.shares()
             ours, theirs = (each.probability[each.alive].numpy() for each in (default, matched))
             row = {"kind": kind, "criterion": criterion, "threshold": matched.threshold}
             row |= interval_columns("mean_stability", matched.mean())
             row |= interval_columns("stable_share", shares["stable"]) | interval_columns("unstable_share", shares["unstable"])
-            row |= {"adjusted_threshold": adjusted, **interval_columns("mean_stability_adjusted", matched.at(adjusted).mean())}
+            row |= calibrated_columns(matched, calibrated[criterion])
             rows.append(row | {"same_band": float((band_of(ours) == band_of(theirs)).mean())})
     return pd.DataFrame(rows)
+
+
+def calibrated_columns(matched: Stability, threshold: float) -> dict[str, float]:
+    """The calibrated threshold and the mean stability there: NaN where there is no such threshold."""
+    mean = Interval(np.nan, np.nan, np.nan) if np.isnan(threshold) else matched.at(threshold).mean()
+    return {"calibrated_threshold": threshold, **interval_columns("mean_stability_calibrated", mean)}
 
 
 def by_seeds(results: Results) -> pd.DataFrame:
@@ -118,7 +125,6 @@ def cells(results: Results) -> pd.DataFrame:
     cell, real, surrogate = results.cell, matching.stability(results), matching.stability(results, "surrogate")
     equal, measured = min(len(real.alive), len(surrogate.alive)), quality.fit(results)
     l0 = measured.l0.mean().item()
-    adjusted = adjusted_threshold(surrogate, NULL_SHARE)
     row = {
         "label": cell.label,
         "model": cell.model,
@@ -135,10 +141,9 @@ def cells(results: Results) -> pd.DataFrame:
         "diverged": len(cell.seed_list) - len(real.alive),
         "surrogate_seeds": len(surrogate.alive),
         "threshold": cell.threshold,
-        "adjusted_threshold": adjusted,
         **interval_columns("mean_stability", real.mean()),
         **interval_columns("surrogate_mean_stability", surrogate.mean()),
-        **interval_columns("mean_stability_adjusted", real.at(adjusted).mean()),
+        **calibrated_columns(real, calibrated_threshold(real, surrogate, NULL_SHARE)),
         **interval_columns("separation", real.separation()),
         **interval_columns("area", real.area()),
         "surrogate_area": surrogate.area().value,

@@ -62,21 +62,21 @@ def cell_histograms(features: pd.DataFrame, title: str) -> Figure:
 
 
 def criteria(table: pd.DataFrame, title: str) -> Figure:
-    """Mean stability by each criterion, at the study's threshold and at the criterion's own adjusted one.
+    """Mean stability by each criterion, at the study's threshold and at the criterion's own calibrated one.
 
-    Columns: criterion, kind, mean_stability, mean_stability_adjusted, each with _low and _high.
+    Columns: criterion, kind, mean_stability, mean_stability_calibrated, each with _low and _high.
     """
     figure, (axis,) = new_axes(title, height=4.4)
     names = list(dict.fromkeys(table["criterion"]))[::-1]
     series = (
         ("real", "mean_stability", "o", "model, at the study's threshold"),
         ("surrogate", "mean_stability", "s", "surrogate, at the study's threshold"),
-        ("real", "mean_stability_adjusted", "D", "model, at the adjusted threshold"),
+        ("real", "mean_stability_calibrated", "D", "model, at the calibrated threshold"),
     )
     for place, (kind, column, marker, label) in enumerate(series):
         rows, colour = table[table["kind"] == kind].set_index("criterion").loc[names], KINDS[kind].colour
         reach = np.abs(rows[[f"{column}_low", f"{column}_high"]].to_numpy().T - rows[column].to_numpy())
-        face = "white" if column.endswith("adjusted") else colour
+        face = "white" if column.endswith("calibrated") else colour
         axis.errorbar(
             rows[column], np.arange(len(names)) + 0.18 * (1 - place), xerr=np.nan_to_num(reach), fmt=marker, color=colour,
             markerfacecolor=face, markersize=6, elinewidth=1, label=label,
@@ -149,14 +149,17 @@ def neighbours(features: pd.DataFrame, threshold: float, title: str) -> Figure:
     return figure
 
 
-def thresholds(table: pd.DataFrame, threshold: float, adjusted: float, title: str) -> Figure:
-    """Mean stability against the cosine threshold. Columns: kind, threshold, mean_stability, _low, _high."""
+def thresholds(table: pd.DataFrame, threshold: float, calibrated: float, title: str) -> Figure:
+    """Mean stability against the cosine threshold. Columns: kind, threshold, mean_stability, _low, _high.
+
+    The calibrated threshold is NaN where there is none.
+    """
     figure, (axis,) = new_axes(title, height=4.4)
     for kind, rows in table.groupby("kind", sort=False):
         line_with_interval(axis, rows, "threshold", "mean_stability", kind)
     _mark_threshold(axis, threshold, 1.0)
-    if abs(adjusted - threshold) > 0.005:
-        axis.axvline(adjusted, color=KINDS["surrogate"].colour, linewidth=1, linestyle="-.", label="1 % of surrogate pairs")
+    if abs(calibrated - threshold) > 0.005:
+        axis.axvline(calibrated, color=KINDS["surrogate"].colour, linewidth=1, linestyle="-.", label="calibrated threshold")
     axis.set(xlabel="cosine from which two features are the same", ylabel="mean stability", ylim=(-0.02, 1.02))
     legend_below(figure, axis, columns=2)
     return figure

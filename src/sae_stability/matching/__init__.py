@@ -5,7 +5,7 @@ call two features the same, `assignment.py` pairs them one to one, and `families
 """
 
 from sae_stability.matching.assignment import Assignment, assign, mcc
-from sae_stability.matching.criteria import CRITERIA, adjusted_threshold, by_every_criterion, mean_mcc
+from sae_stability.matching.criteria import CRITERIA, by_every_criterion, calibrated_threshold, mean_mcc
 from sae_stability.matching.families import Families, families
 from sae_stability.matching.pairs import nearest_within
 from sae_stability.matching.reappearance import BANDS, STABLE, UNSTABLE, Stability, band_of, reappear, stability
@@ -18,10 +18,10 @@ __all__ = [
     "Assignment",
     "Families",
     "Stability",
-    "adjusted_threshold",
     "assign",
     "band_of",
     "by_every_criterion",
+    "calibrated_threshold",
     "families",
     "mcc",
     "mean_mcc",

@@ -1,6 +1,6 @@
 """Other ways to say that a feature reappears, beside the default of the best decoder cosine. Each gives a `Stability`.
 
-None is swapped in silently. A cosine of 0.7 does not mean the same under each, so each has its own adjusted threshold.
+None is swapped in silently. A cosine of 0.7 does not mean the same under each, so each has its own calibrated threshold.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_stability import threads
 from sae_stability.language.activations import whitening
 from sae_stability.matching.assignment import assign
-from sae_stability.matching.pairs import correlations, cosines, weaker
+from sae_stability.matching.pairs import ROUNDING, correlations, cosines, weaker
 from sae_stability.matching.reappearance import Stability, reappear, stability
 
 CRITERIA = {
@@ -108,7 +108,32 @@ def mean_mcc(paired: Stability) -> float:
     return float(cosines.nanmean(2).nanmean())
 
 
-def adjusted_threshold(surrogate: Stability, share: float) -> float:
-    """The threshold that `share` of (surrogate feature, other seed) pairs reach: what chance and covariance give."""
-    pairs = surrogate.alive[:, None] & ~torch.eye(len(surrogate.alive), dtype=torch.bool)[:, :, None]
-    return float(np.quantile(surrogate.best_cosine[pairs].numpy(), 1 - share))
+def calibrated_threshold(real: Stability, surrogate: Stability, share: float) -> float:
+    """The smallest threshold at which the surrogate's match rate is at most `share` of the real one; NaN where none is.
+
+    A match rate is `Stability.mean`. It changes at best cosines only, so the smallest of all observed ones at which the condition
+    holds is given. It need not hold from there on: a few directions of large variance come back in every surrogate, with cosines
+    that few real features reach, so at thresholds near 1 chance may weigh more again.
+    """
+    ours, theirs = _weighted_cosines(real), _weighted_cosines(surrogate)
+    observed = np.unique(np.concatenate([ours[0], theirs[0]]))
+    thresholds = observed[observed > 0]
+    allowed = _match_rates(*theirs, thresholds) <= share * _match_rates(*ours, thresholds)
+    return float(thresholds[allowed.argmax()]) if allowed.any() else float("nan")
+
+
+def _match_rates(
+    cosines: Float[np.ndarray, "match"], weights: Float[np.ndarray, "match"], thresholds: Float[np.ndarray, "threshold"]
+) -> Float[np.ndarray, "threshold"]:
+    """The weight of the cosines that reach each threshold, by the rule of `pairs.reaches`."""
+    order = cosines.argsort()
+    from_here_on = np.append(weights[order][::-1].cumsum()[::-1], 0.0)
+    lowest = (thresholds.astype(np.float64) - ROUNDING).astype(np.float32)
+    return from_here_on[cosines[order].searchsorted(lowest)]
+
+
+def _weighted_cosines(matched: Stability) -> tuple[Float[np.ndarray, "match"], Float[np.ndarray, "match"]]:
+    """The best cosines of live features, and weights of sum 1 in which every pair of seeds counts as much as any other."""
+    pairs = matched.alive[:, None] & ~torch.eye(len(matched.alive), dtype=torch.bool)[:, :, None]
+    weights = (pairs / pairs.sum(2, keepdim=True))[pairs].double().numpy()
+    return matched.best_cosine[pairs].numpy(), weights / weights.sum()
