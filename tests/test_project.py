@@ -41,7 +41,7 @@ def test_the_citation_names_the_paper():
 
 
 def test_published_tables_are_those_that_their_provenance_names():
-    folders = [path for path in (places.root() / "published").iterdir() if path.is_dir()]
+    folders = {path.parent for path in (places.root() / "published").rglob("*.parquet")}
     assert folders
     for folder in folders:
         provenance = read_json(folder / "provenance.json")
