@@ -8,6 +8,8 @@ from itertools import pairwise
 import httpx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import sparse
 
 from sae_stability.errors import UserError
@@ -90,21 +92,58 @@ def test_rules_are_scored_on_contexts_that_were_not_shown(text):
     assert found.surface
 
 
-@pytest.mark.parametrize(
-    ("text", "surface"),
-    [
-        ("The token 'array' and its plural.", True),
-        ("Words that begin with 'pre'.", True),
-        ("Opening brackets and commas.", True),
-        ("Descriptions of what a function returns.", False),
-        ("The concept of convergence.", False),
-        ("Words that refer to linear algebra.", False),
-        ("Probability theory.", False),
-        ("'token'", False),
-    ],
-)
-def test_what_an_explanation_speaks_of_is_told_by_a_rule(text, surface):
+SURFACE = [
+    "The token 'array' and its plural.",
+    "Words that begin with 'pre'.",
+    "Opening brackets and commas.",
+    "The token '(' in function signatures",
+    "the word 'return' in descriptions of return values",
+    "the word return in descriptions of return values",
+    "The word 'mean', which refers to the average in statistics.",
+    "The token 'don't' where a meaning isn't given.",
+    "This feature fires mainly on the suffix 'ing' in verbs that express an action.",
+    "Commas separating the arguments of a function.",
+    "Occurrences of the letter 'x' about which nothing else is said",
+    "The first word of a sentence.",
+    "Capitalized words.",
+    "Tokens following an opening bracket.",
+    "The words 'in', 'on' and 'at'. They often introduce a topic.",
+    "a number; or the token after 'axis'",
+    "Digits, as in the description of a shape.",
+    "Hyphens (used in related terms).",
+    '"return" or "yield"',
+]
+NOT_SURFACE = [
+    "Descriptions of what a function returns.",
+    "The concept of convergence.",
+    "Words that refer to linear algebra.",
+    "Probability theory.",
+    "'token'",  # an answer in quotes, that says nothing of the token
+    "Words that don't refer to things that aren't there.",
+    "Tokens in discussions of letters and digits.",
+    "The meaning of the word 'return'.",
+    "Synonyms of 'big'.",
+    "Terms from statistics such as 'mean' and 'variance'.",
+    "The number of samples in each batch.",
+    "The 'returns' section of a docstring.",
+    "the token ','; or the topic of punctuation",
+    "Words before a conclusion.",
+    "Discussions of prefixes and suffixes.",
+    "Nouns.",
+    "Strings describing errors.",
+    "",
+]
+
+
+@pytest.mark.parametrize(("text", "surface"), [*((text, True) for text in SURFACE), *((text, False) for text in NOT_SURFACE)])
+def test_the_head_of_what_is_said_decides_whether_it_is_of_surface_form(text, surface):
     assert says_surface(text) is surface
+
+
+@given(st.text(st.characters(blacklist_characters="'\"`‘’“”"), min_size=1))
+def test_what_is_quoted_is_a_string_whatever_it_says(quoted):
+    assert says_surface(f"The token '{quoted}' in function signatures")
+    assert not says_surface(f"The meaning of '{quoted}'")
 
 
 class Endpoint:

@@ -4,14 +4,16 @@
     rules            a deterministic engine: a rule of the surface of the text
     language_model   an engine behind any OpenAI-compatible endpoint
     endpoint         which endpoints and keys a study may name
-    scoring          precision, recall, F1, and whether an explanation is of surface form
+    scoring          precision, recall and F1
+    surface          whether an explanation is of surface form
 
 No engine is told the band of a feature.
 """
 
 from sae_stability.explanations.language_model import BudgetSpent, LanguageModel, explain_messages
 from sae_stability.explanations.rules import Rules
-from sae_stability.explanations.scoring import Engine, Explanation, explain, says_surface
+from sae_stability.explanations.scoring import Engine, Explanation, explain
+from sae_stability.explanations.surface import says_surface
 from sae_stability.explanations.windows import Task, Window, tasks
 
 __all__ = [

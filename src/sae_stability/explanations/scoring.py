@@ -2,24 +2,12 @@
 contexts the feature fires?
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from sae_stability.explanations.surface import says_surface
 from sae_stability.explanations.windows import Task, Window
-
-# An explanation is of surface form if it speaks of how the text is written, and of nothing beyond: beginnings of words that say so.
-SURFACE = (
-    *("token", "word", "letter", "prefix", "suffix", "character", "spelling", "string", "substring", "symbol", "digit", "number"),
-    *("numeral", "punctuation", "comma", "period", "colon", "semicolon", "bracket", "parenthes", "quot", "backtick", "underscore"),
-    *("hyphen", "whitespace", "white space", "line break", "newline", "capital", "uppercase", "lowercase", "position", "begin"),
-    "end with",
-)
-SEMANTIC = (
-    *("concept", "topic", "meaning", "mean", "context", "discuss", "descri", "relat", "refer", "about", "express", "indicat"),
-    *("explanation", "section", "theme", "sentiment", "purpose", "function", "denot"),
-)
 
 
 class Said(Protocol):
@@ -74,13 +62,3 @@ def explain(engine: Engine, given: Iterable[Task]) -> Iterator[Explanation]:
         recall = right / sum(truth)
         f1 = 2 * precision * recall / (precision + recall) if right else 0.0
         yield Explanation(task.feature, said.text, says_surface(said.text), precision, recall, f1, len(truth))
-
-
-def says_surface(text: str) -> bool:
-    """Whether an explanation speaks of tokens, letters or signs, and not of what they are about."""
-    plain = re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`", "", text)  # what is quoted is an example, not what is said of it
-
-    def speaks(of: tuple[str, ...]) -> bool:
-        return re.search(rf"\b({'|'.join(of)})", plain, re.IGNORECASE) is not None
-
-    return speaks(SURFACE) and not speaks(SEMANTIC)
