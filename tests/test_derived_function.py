@@ -1,12 +1,15 @@
 """What the chapters on function and triggers derive from tables."""
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+from sae_stability import places
 from sae_stability.ablation.controls import ORDERS, SHARES
-from sae_stability.book import derived
+from sae_stability.book import derived, page
+from sae_stability.explanations import says_surface
 from sae_stability.matching import BANDS
 
 SETS = ("band", "random", "paired", "matched", "paired less matched")
@@ -167,6 +170,30 @@ def test_without_both_bands_the_difference_of_f1_is_not_defined():
     row = derived.f1_difference(explanations_table().query("band == 'unstable'"))
     assert row["seeds"] == 0
     assert np.isnan(row["difference"])
+
+
+def test_a_hundred_explanations_are_labelled_each_once():
+    labelled = page.labelled_explanations()
+    assert list(labelled.columns) == ["text", "surface", "source"]
+    assert len(labelled) == 100
+    assert labelled["text"].str.strip().is_unique
+    assert labelled["surface"].dtype == bool
+    assert labelled.groupby("source").size().to_dict() == {"rules engine": 50, "written for this test": 50}
+    assert labelled.groupby("source")["surface"].sum()["written for this test"] == 25
+
+
+def test_the_page_says_how_well_the_classifier_agrees_with_the_labels(monkeypatch):
+    said = []
+    monkeypatch.setattr(page, "say", said.append)
+    cells = nbformat.read(places.root() / "book" / "triggers.ipynb", as_version=4).cells
+    (cell,) = (cell for cell in cells if "classifier_agreement" in cell.source)
+    exec(cell.source, {"page": page, "derived": derived})
+    table = [[column.strip() for column in line.strip("|").split("|")] for line in said[0].splitlines()[2:]]
+    labelled = page.labelled_explanations()
+    right = labelled["text"].map(says_surface) == labelled["surface"]
+    shares = {source: f"{right[labelled['source'] == source].mean():.2f}" for source in labelled["source"].unique()}
+    assert {row[0]: row[3].split()[0] for row in table} == {**shares, "all": f"{right.mean():.2f}"}
+    assert {row[0] for row in table if row[4] == "not defined"} == {"rules engine"}
 
 
 @pytest.mark.parametrize(("features", "wanted"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (7, [0, 3, 6])])

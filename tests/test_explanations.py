@@ -13,11 +13,22 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from sae_stability.errors import UserError
-from sae_stability.explanations import BudgetSpent, LanguageModel, Rules, Window, explain, explain_messages, says_surface, tasks
+from sae_stability.explanations import (
+    BudgetSpent,
+    LanguageModel,
+    Rules,
+    Window,
+    agreement,
+    explain,
+    explain_messages,
+    says_surface,
+    tasks,
+)
 from sae_stability.explanations.language_model import LONGEST, ROOM, SPENT, bound_on_tokens
 from sae_stability.explanations.windows import REACH, SCORED, SHOWN
 from sae_stability.files import read_json
 from sae_stability.language.corpus import Contexts
+from sae_stability.statistics import Interval
 from sae_stability.study import Explainer
 
 WORDS = ["<bos>", " array", " arrays", "(", ",", " the", " matrix", " compute", " computing", " 12", " NaN"]
@@ -144,6 +155,32 @@ def test_the_head_of_what_is_said_decides_whether_it_is_of_surface_form(text, su
 def test_what_is_quoted_is_a_string_whatever_it_says(quoted):
     assert says_surface(f"The token '{quoted}' in function signatures")
     assert not says_surface(f"The meaning of '{quoted}'")
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
+def test_kappa_is_agreement_beyond_that_of_every_pair_of_texts(pairs):
+    labels, answers = np.array(pairs).T
+    found = agreement(labels, answers)
+    observed = (labels == answers).mean()
+    chance = (labels[:, None] == answers).mean()  # the label of one text with the answer for another
+    assert found.share.value == pytest.approx(observed)
+    assert found.share.low <= observed <= found.share.high
+    if chance == 1:
+        assert np.isnan(found.kappa.value)
+        return
+    assert found.kappa.value == pytest.approx((observed - chance) / (1 - chance))
+    again = agreement(~labels, ~answers)
+    assert again.kappa.value == pytest.approx(found.kappa.value)
+    assert again.share == found.share
+
+
+def test_kappa_is_1_where_all_agree_0_by_chance_and_its_interval_narrows():
+    labels = np.arange(40) % 2 == 0
+    assert agreement(labels, labels).kappa == Interval(1, 1, 1)
+    assert agreement(labels, np.arange(40) % 4 < 2).kappa.value == pytest.approx(0)
+    few, many = (agreement(np.tile(labels, times), np.tile(np.arange(40) < 20, times)).kappa for times in (1, 16))
+    assert (few.high - few.low) / (many.high - many.low) == pytest.approx(4, rel=0.15)
+    assert few.low < 0 < few.high
 
 
 class Endpoint:

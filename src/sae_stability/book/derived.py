@@ -11,6 +11,7 @@ from sae_stability.book.page import Book
 from sae_stability.experiments import Results, ensembles, matching
 from sae_stability.experiments import stability as tables
 from sae_stability.experiments.columns import interval_columns
+from sae_stability.explanations import agreement, says_surface
 from sae_stability.matching import BANDS, Stability
 from sae_stability.statistics import Interval, difference, mean_interval
 from sae_stability.study import Cell, Study
@@ -245,6 +246,22 @@ def f1_difference(explanations: pd.DataFrame) -> pd.Series:
     by_seed = explanations.groupby(["seed", "band"])["f1"].mean().unstack().reindex(columns=list(BANDS))
     differences = (by_seed["unstable"] - by_seed["stable"]).dropna()
     return pd.Series({**interval_columns("difference", mean_interval(differences)), "seeds": len(differences)})
+
+
+def classifier_agreement(labelled: pd.DataFrame) -> pd.DataFrame:
+    """How well the rule that tells explanations of surface form agrees with labels: a row for each source of texts and for all.
+
+    Columns: source, texts, surface (how many are labelled so), share and kappa, with their ends share_low and so on.
+    """
+    answers = labelled["text"].map(says_surface)
+    rows = []
+    for source in [*labelled["source"].unique(), "all"]:
+        chosen = (labelled["source"] == source) | (source == "all")
+        labels = labelled.loc[chosen, "surface"].to_numpy()
+        agreed = agreement(labels, answers[chosen].to_numpy())
+        columns = {**interval_columns("share", agreed.share), **interval_columns("kappa", agreed.kappa)}
+        rows.append({"source": source, "texts": len(labels), "surface": labels.sum(), **columns})
+    return pd.DataFrame(rows)
 
 
 def best_middle_worst(explanations: pd.DataFrame) -> pd.DataFrame:

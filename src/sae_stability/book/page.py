@@ -229,6 +229,11 @@ def published(name: str) -> tuple[dict[str, pd.DataFrame], dict]:
     return {path.stem: pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}, read_json(folder / "provenance.json")
 
 
+def labelled_explanations() -> pd.DataFrame:
+    """Explanations that are labelled as of surface form or not. Columns: text, surface, source."""
+    return pd.read_csv(places.root() / "published" / "explanations" / "labels.csv")
+
+
 def code(text: str) -> str:
     """Text as code in a cell of a Markdown table: nothing in it is markup."""
     shown = re.sub(r"[^\w\s]|_", lambda sign: f"&#{ord(sign[0])};", text.replace("\n", "↵"))

@@ -6,10 +6,12 @@
     endpoint         which endpoints and keys a study may name
     scoring          precision, recall and F1
     surface          whether an explanation is of surface form
+    agreement        how well that agrees with labels
 
 No engine is told the band of a feature.
 """
 
+from sae_stability.explanations.agreement import Agreement, agreement
 from sae_stability.explanations.language_model import BudgetSpent, LanguageModel, explain_messages
 from sae_stability.explanations.rules import Rules
 from sae_stability.explanations.scoring import Engine, Explanation, explain
@@ -17,6 +19,7 @@ from sae_stability.explanations.surface import says_surface
 from sae_stability.explanations.windows import Task, Window, tasks
 
 __all__ = [
+    "Agreement",
     "BudgetSpent",
     "Engine",
     "Explanation",
@@ -24,6 +27,7 @@ __all__ = [
     "Rules",
     "Task",
     "Window",
+    "agreement",
     "explain",
     "explain_messages",
     "says_surface",
