@@ -10,9 +10,12 @@ from scipy import sparse
 from sae_stability.experiments.triggers import judge_c5
 from sae_stability.language.corpus import Contexts
 from sae_stability.triggers import (
+    CHANCE,
     CLASSES,
     FEWEST,
+    SURFACE,
     TELLS,
+    WITH_BUNDLES,
     Text,
     at_equal_frequency,
     classify,
@@ -24,7 +27,7 @@ from sae_stability.triggers import (
     triggers,
 )
 
-WORDS = ["<bos>", " array", " arrays", " Array", "(", ",", " the", " matrix", " sum", " mean"]
+WORDS = ["<bos>", " array", " arrays", " Array", "(", ",", " the", " matrix", " sum", " mean", " reshape", " repeat", " return"]
 FREQUENCY = np.full(len(WORDS), 0.1)
 
 
@@ -68,38 +71,41 @@ def test_planted_triggers_are_told_by_the_rule():
         "single token": on(" matrix"),
         "word family": on(" array", " arrays", " Array"),
         "punctuation": on("(", ","),
-        "several tokens": on(" sum", " matrix", " the"),
+        "alike in form": on(" reshape", " repeat", " return"),
         "n-gram": on(" sum") & (where.previous == WORDS.index(" the")),
         "position": (where.position >= 3) & (where.position < 6),
+        "bundle of tokens": on(" sum", " matrix", " the"),
         "wider context": rng.random(len(where.token)) < 0.1,
         "too rare": np.arange(len(where.token)) < 30,
     }
     activations = sparse.csr_array(np.stack(list(planted.values()), 1) * strength[:, None])
     found = triggers(activations, where, WORDS, FREQUENCY)
     assert found.trigger.tolist() == list(planted)
-    assert set(planted) == set(CLASSES)
+    assert tuple(planted) == CLASSES
     assert found.explained_token[0] > 0.95
     assert abs(found.null_token[0]) < 0.01
     assert found.top_share[0] == 1
     assert found.rarity[0] == pytest.approx(1)  # a tenth of the corpus
     assert found.tokens[2] == 2
+    assert found.as_alike.isna().tolist() == [tokens < 2 for tokens in found.tokens]
     order = np.random.default_rng(0).permutation(len(planted))
     moved = triggers(activations[:, order], where, WORDS, FREQUENCY)
     pd.testing.assert_frame_equal(moved, found.iloc[order].reset_index(drop=True))
 
 
 @pytest.mark.parametrize(
-    ("tokens", "trigger"),
+    ("tokens", "as_alike", "trigger"),
     [
-        ([" naïve", "Naive"], "word family"),
-        ([" compute", "computing"], "word family"),
-        ([" is", " in"], "several tokens"),
-        (["\n", " "], "punctuation"),
-        ([" x"], "single token"),
+        ([" naïve", "Naive"], 0.0, "word family"),
+        ([" compute", "computing"], 0.0, "word family"),
+        ([" is", " in"], CHANCE, "bundle of tokens"),
+        ([" is", " in"], CHANCE - 0.01, "alike in form"),
+        (["\n", " "], 0.0, "punctuation"),
+        ([" x"], np.nan, "single token"),
     ],
 )
-def test_word_families_are_told_by_their_beginning(tokens, trigger):
-    feature = {"firings": 100, "explained_position": 0, "explained_token": 0.9, "explained_n-gram": 0.9}
+def test_several_tokens_are_a_family_alike_or_a_bundle(tokens, as_alike, trigger):
+    feature = {"firings": 100, "explained_position": 0, "explained_token": 0.9, "explained_n-gram": 0.9, "as_alike": as_alike}
     assert classify(feature, tokens) == trigger
 
 
@@ -142,14 +148,16 @@ def test_surface_and_chance_shares_count_features_that_are_not_too_rare():
         {"seed": 0, "firings": FEWEST - 1, "trigger": "too rare", **dict.fromkeys(nothing, 1.0)},
         {"seed": 1, "firings": 1000, "trigger": "n-gram", **nothing, "null_token": TELLS - 0.01},
         {"seed": 1, "firings": 1000, "trigger": "position", **nothing, "null_token": 0.9, "null_previous": 0.9},
-        {"seed": 1, "firings": 1000, "trigger": "several tokens", **nothing},
+        {"seed": 1, "firings": 1000, "trigger": "alike in form", **nothing},
+        {"seed": 1, "firings": 1000, "trigger": "bundle of tokens", **nothing},
         {"seed": 1, "firings": 1000, "trigger": "too rare", **nothing},
     ]
     features = pd.DataFrame(rows).assign(band="unstable")
     features = pd.concat([features, features.assign(band="stable", trigger="wider context")])
-    assert surface_share(features, "unstable").value == pytest.approx((1 / 2 + 3 / 4) / 2)  # the mean over seeds
+    assert surface_share(features, "unstable").value == pytest.approx((1 / 2 + 3 / 5) / 2)  # the mean over seeds
     assert surface_share(features, "stable").value == 0
-    assert shuffled_share(features, "unstable") == pytest.approx(2 / 6)
+    assert set(WITH_BUNDLES) - set(SURFACE) == {"bundle of tokens"}
+    assert shuffled_share(features, "unstable") == pytest.approx(2 / 7)
     assert np.isnan(shuffled_share(features, "intermediate"))
 
 

@@ -15,17 +15,25 @@ from scipy import sparse
 from scipy.stats import mannwhitneyu
 
 from sae_stability.language.corpus import Contexts
+from sae_stability.spelling import Spelling
 from sae_stability.statistics import Interval, matched_pairs, mean_interval
 
 FEWEST = 50  # firings on each half of the documents; with fewer, averages are noise
 TELLS = 0.5  # share of the variance from which a trigger is one of a class
 MASS = 0.8  # of a feature's activation: the tokens that hold so much of it are its trigger tokens
 STEM = 4  # letters that the words of a family have in common at their beginning
-CLASSES = ("single token", "word family", "punctuation", "several tokens", "n-gram", "position", "wider context", "too rare")
+CHANCE = 0.05  # share of random bundles that agree as much, below which trigger tokens are alike in form
+CLASSES = (
+    *("single token", "word family", "punctuation", "alike in form", "n-gram", "position"),
+    *("bundle of tokens", "wider context", "too rare"),
+)
 CALIPER = 0.05  # standard deviations of log frequency by which two matched features may differ: one covariate is easy to match
 COMPARED = ("frequency", "explained_token", "explained_previous", "explained_n-gram", "explained_position", "top_share", "rarity")
 SURFACE = CLASSES[:6]
-"""Classes of surface form: the token, the one before it or the position tell when the feature fires."""
+"""Classes of surface form: the token, the one before it or the position tell when the feature fires, and several tokens are spelled
+alike."""
+WITH_BUNDLES = CLASSES[:7]
+"""The wider definition: whatever the tokens have in common, if anything."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,8 @@ def triggers(
     `activations` [token, feature]; `words` are the tokens as text, `frequency` their share of the training corpus. Columns:
     `firings` on the rarer half; `explained_token`, `_previous`, `_n-gram` and `_position`, and the same of a shuffled text as
     `null_token` and so on; `top_share`, the share of the activation on one token; `tokens`, how many hold `MASS` of it; `rarity`,
-    minus the decimal logarithm of the trigger tokens' frequency, weighted by activation; `trigger`, the class.
+    minus the decimal logarithm of the trigger tokens' frequency, weighted by activation; `as_alike`, the share of random bundles of
+    as many equally frequent tokens that are spelled as much alike, NaN below two; `trigger`, the class.
     """
     activations = activations.astype(np.float64)  # once, and not in each product below
     fires = _with_values(activations, np.sign(activations.data))
@@ -116,6 +125,8 @@ def triggers(
     table["tokens"] = np.array([len(tokens) for tokens, _ in tops])
     rarest = -np.log10(np.maximum(frequency, 1 / (10 * rows)))  # a token that the training corpus lacks
     table["rarity"] = np.array([shares @ rarest[tokens] / shares.sum() if len(tokens) else np.nan for tokens, shares in tops])
+    spelling = Spelling.of(words, frequency, np.unique(text.token))
+    table["as_alike"] = np.array([spelling.as_alike(tokens) if len(tokens) > 1 else np.nan for tokens, _ in tops])
     found = pd.DataFrame(table)
     found["trigger"] = [
         classify(row, [words[token] for token in tokens]) for row, (tokens, _) in zip(found.to_dict("records"), tops, strict=True)
@@ -129,7 +140,8 @@ def classify(feature: dict, tokens: list[str]) -> str:
     - too rare: fewer than `FEWEST` firings on a half;
     - position: the position tells `TELLS` of the variance;
     - where the token does: punctuation if no trigger token has a letter or digit, a single token if one holds `MASS` of the
-      activation, a word family if all are one word up to case and ending, several tokens else;
+      activation, a word family if all are one word up to case and ending, alike in form if fewer than `CHANCE` of random bundles
+      are spelled as much alike, a bundle of tokens else;
     - n-gram: the token with the one before it tells as much;
     - wider context: none of these does.
     """
@@ -142,7 +154,9 @@ def classify(feature: dict, tokens: list[str]) -> str:
             return "punctuation"
         if len(tokens) == 1:
             return "single token"
-        return "word family" if _one_family(tokens) else "several tokens"
+        if _one_family(tokens):
+            return "word family"
+        return "alike in form" if feature["as_alike"] < CHANCE else "bundle of tokens"
     return "n-gram" if feature["explained_n-gram"] >= TELLS else "wider context"
 
 
