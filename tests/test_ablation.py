@@ -54,7 +54,7 @@ def site(model_folders, text_file):
         contexts=contexts,
         reading=Reading(bridge, HOOK, contexts, TOKENS),
         activations=Activations.of(x),
-        document=contexts.document[contexts.is_text],
+        cluster=contexts.cluster[contexts.is_text],
     )
 
 
@@ -109,8 +109,8 @@ def test_the_impact_of_features_in_another_order_is_the_same_in_that_order(site)
 @pytest.mark.parametrize("name", ["topk", "gated"])
 def test_removed_and_kept_errors_are_those_of_dense_codes(site, members, name):
     ensemble = random_ensemble(name, site.activations)
-    found = ablation.on_reconstruction(Encoded.of(ensemble, site.activations), site.document, members)
-    measured = fit(ensemble, site.activations, site.document)
+    found = ablation.on_reconstruction(Encoded.of(ensemble, site.activations), site.cluster, members)
+    measured = fit(ensemble, site.activations, site.cluster)
     np.testing.assert_allclose(found.intact, measured.residual, rtol=1e-5)
     np.testing.assert_allclose(found.total, measured.total, rtol=1e-5)
     np.testing.assert_allclose(found.removed["none", ""], found.intact, rtol=1e-5)
@@ -248,10 +248,10 @@ def planted(twins: bool) -> tuple[Ensemble, Activations, np.ndarray, torch.Tenso
 
 
 def test_planted_features_lose_their_energy_and_no_more():
-    ensemble, activations, document, strengths = planted(twins=False)
+    ensemble, activations, cluster, strengths = planted(twins=False)
     member = torch.zeros(1, 16, dtype=torch.bool)
     member[0, :3] = True
-    found = ablation.on_reconstruction(Encoded.of(ensemble, activations), document, {("band", "stable"): member})
+    found = ablation.on_reconstruction(Encoded.of(ensemble, activations), cluster, {("band", "stable"): member})
     assert found.intact.sum() < 1e-6
     assert found.removed["band", "stable"].sum() == pytest.approx(strengths[:, :3].square().sum().item(), rel=1e-4)
     assert found.kept["band", "stable"].sum() == pytest.approx(strengths[:, 3:].square().sum().item(), rel=1e-4)
@@ -261,12 +261,12 @@ def test_planted_features_lose_their_energy_and_no_more():
 
 
 def test_features_with_a_twin_are_missed_with_fixed_codes_and_not_once_codes_are_chosen_again():
-    ensemble, activations, document, strengths = planted(twins=True)
+    ensemble, activations, cluster, strengths = planted(twins=True)
     member = torch.zeros(1, 16, dtype=torch.bool)
     member[0, :3] = True
     name = ("band", "stable")
-    fixed = ablation.on_reconstruction(Encoded.of(ensemble, activations), document, {name: member})
-    again = ablation.reselected(ensemble, activations, document, {name: member, ("all", ""): member | True})
+    fixed = ablation.on_reconstruction(Encoded.of(ensemble, activations), cluster, {name: member})
+    again = ablation.reselected(ensemble, activations, cluster, {name: member, ("all", ""): member | True})
     energy = strengths[:, :3].square().sum().item()
     assert fixed.removed[name].sum() - fixed.intact.sum() > 0.5 * energy
     assert again.removed[name].sum() - again.intact.sum() < 0.01 * energy
@@ -403,7 +403,7 @@ def test_translation_tells_what_became_of_planted_features():
 def test_translations_name_the_seed_and_not_its_place(site):
     ensemble = replace(random_ensemble("topk", site.activations, seeds=3), seeds=[3, 5, 9])
     member = (torch.arange(D_SAE) < 4).expand(3, 3, D_SAE)
-    table = ablation.translate_to_next(Encoded.of(ensemble, site.activations), site.document, {"stable": member})
+    table = ablation.translate_to_next(Encoded.of(ensemble, site.activations), site.cluster, {"stable": member})
     assert table.seed.tolist() == [seed for seed in (3, 5, 9) for _ in range(4)]
     assert table.feature.tolist() == 3 * [0, 1, 2, 3]
 

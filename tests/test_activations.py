@@ -92,7 +92,7 @@ def test_what_is_written_at_any_hook_reaches_the_logits(model_folders, architect
 def test_asking_for_more_tokens_than_there_are_gives_all(model_folders, text_file, tmp_path, count):
     bridge = models.load(str(model_folders["neox"]))
     packed = pack(load(str(text_file)).train, bridge.tokenizer, 32)
-    contexts = Contexts(packed.tokens[:count], packed.document[:count], packed.is_text[:count])
+    contexts = Contexts(packed.tokens[:count], packed.cluster[:count], packed.is_text[:count])
     collect(bridge, contexts, {"blocks.0.hook_resid_post": tmp_path / "x.bin"}, 10**6)
     assert len(Activations.open(tmp_path / "x.bin")) == contexts.is_text.sum()
 

@@ -75,14 +75,14 @@ def planted():
     for _ in range(20):
         tokens.append(np.array([rng.choice(VOCABULARY, p=likely[last]) for last in tokens[-1]]))
     tokens = np.stack(tokens, 1).astype(np.int32)
-    document = np.broadcast_to(np.arange(len(tokens))[:, None], tokens.shape)
-    contexts = Contexts(tokens, document, np.ones(tokens.shape, dtype=bool))
-    rows = document.ravel()
+    cluster = np.broadcast_to(np.arange(len(tokens))[:, None], tokens.shape)
+    contexts = Contexts(tokens, cluster, np.ones(tokens.shape, dtype=bool))
+    rows = cluster.ravel()
     held_out = Encoded.of(ensemble, Activations.of(bridge.embedding[torch.from_numpy(tokens).long().flatten()]))
     found, site = stability(ensemble.W_dec, threshold=0.95), Reading(bridge, "site", contexts, tokens.size)
     effects, sets = ablation.measure(held_out, found, rows, site, tokens_alone=tokens.size, detail="curves")
     return SimpleNamespace(
-        bridge=bridge, ensemble=ensemble, site=site, held_out=held_out, document=rows,
+        bridge=bridge, ensemble=ensemble, site=site, held_out=held_out, cluster=rows,
         found=found, effects=effects, sets=sets, table=shares(effects),
     )  # fmt: skip
 
@@ -166,7 +166,7 @@ def test_marginal_impact_varies_with_the_text_as_well_as_with_the_seeds(planted)
 def test_translations_and_transplants_show_what_was_planted(planted):
     of_pair = torch.from_numpy(planted.found.held_out_band)
     bands = {band: of_pair == BANDS.index(band) for band in ("stable", "unstable")}
-    told = ablation.translate_to_next(planted.held_out, planted.document, bands)
+    told = ablation.translate_to_next(planted.held_out, planted.cluster, bands)
     stable, unstable = (told[told.band == band] for band in bands)
     for seed, following in ((0, 1), (SEEDS - 1, 0)):
         for part, of in ((stable, bands["stable"]), (unstable, bands["unstable"])):

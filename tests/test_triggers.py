@@ -32,12 +32,12 @@ FREQUENCY = np.full(len(WORDS), 0.1)
 
 
 def text(tokens: int = 40_000, seed: int = 0) -> Text:
-    """Random tokens in contexts of 40, half of whose documents are for averages."""
+    """Random tokens in contexts of 40, half of whose clusters are for averages."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(1, len(WORDS), (tokens // 40, 40))
     ids[:, 0] = 0
-    document = np.broadcast_to(np.arange(len(ids))[:, None], ids.shape)
-    return Text.of(Contexts(ids, document, ids > 0), tokens)
+    cluster = np.broadcast_to(np.arange(len(ids))[:, None], ids.shape)
+    return Text.of(Contexts(ids, cluster, ids > 0), tokens)
 
 
 @given(st.integers(0, 10_000))

@@ -30,10 +30,10 @@ class Fit:
     """Tokens on which each feature fires; none: the feature is dead."""
     rows: int
     """Tokens measured."""
-    residual: Float[np.ndarray, "seed document"]
-    """Squared error summed over the tokens of each document."""
-    total: Float[np.ndarray, "document"]
-    """Squared distance from the mean activation summed over the tokens of each document."""
+    residual: Float[np.ndarray, "seed cluster"]
+    """Squared error summed over the tokens of each cluster."""
+    total: Float[np.ndarray, "cluster"]
+    """Squared distance from the mean activation summed over the tokens of each cluster."""
 
     @property
     def frequency(self) -> Float[Tensor, "seed d_sae"]:
@@ -44,41 +44,41 @@ class Fit:
         return self.firings.sum(1) / self.rows
 
     def explained_variance(self, seed: int) -> Interval:
-        """Of the SAE at position `seed`; documents are resampled."""
+        """Of the SAE at position `seed`; clusters are resampled."""
         return bootstrap_ratio(self.residual[seed], self.total, lambda ratio: 1 - ratio)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Cross-entropy in nats, summed over the tokens of each document, under interventions at one site."""
+    """Cross-entropy in nats, summed over the tokens of each cluster, under interventions at one site."""
 
-    clean: Float[np.ndarray, "document"]
-    zero: Float[np.ndarray, "document"]
+    clean: Float[np.ndarray, "cluster"]
+    zero: Float[np.ndarray, "cluster"]
     """With the site set to zero."""
-    mean: Float[np.ndarray, "document"]
+    mean: Float[np.ndarray, "cluster"]
     """With the site set to its mean."""
-    spliced: Float[np.ndarray, "seed document"]
+    spliced: Float[np.ndarray, "seed cluster"]
     """With each seed's reconstruction in place of the site."""
-    tokens: Int[np.ndarray, "document"]
+    tokens: Int[np.ndarray, "cluster"]
 
-    def per_token(self, sums: Float[np.ndarray, "document"]) -> Interval:
+    def per_token(self, sums: Float[np.ndarray, "cluster"]) -> Interval:
         return bootstrap_ratio(sums, self.tokens)
 
     def recovered(self, seed: int) -> Interval:
-        """Cross-entropy recovered: (zero - spliced) / (zero - clean), 1 for a perfect SAE; documents are resampled."""
+        """Cross-entropy recovered: (zero - spliced) / (zero - clean), 1 for a perfect SAE; clusters are resampled."""
         return bootstrap_ratio(self.zero - self.spliced[seed], self.zero - self.clean)
 
 
-def fit(ensemble: Ensemble, activations: Activations, document: Int[np.ndarray, "token"]) -> Fit:
-    """Measure every seed on held-out `activations`, whose rows come from `document`."""
+def fit(ensemble: Ensemble, activations: Activations, cluster: Int[np.ndarray, "token"]) -> Fit:
+    """Measure every seed on held-out `activations`, whose rows come from `cluster`."""
     seeds, rows = len(ensemble.seeds), len(activations)
-    kinds, document = np.unique(document[:rows], return_inverse=True)
+    kinds, cluster = np.unique(cluster[:rows], return_inverse=True)
     firings = torch.zeros(seeds, ensemble.d_sae, dtype=torch.int64)
     residual, total = np.zeros((seeds, len(kinds))), np.zeros(len(kinds))
     centre = (activations.mean - ensemble.mean) * ensemble.scale  # of the held-out tokens, in the ensemble's units
     for start in tqdm(range(0, rows, ROWS), "evaluation", unit="batch", disable=None):
         x = ensemble.normalise(activations.data[start : start + ROWS])
-        of = document[start : start + ROWS]
+        of = cluster[start : start + ROWS]
         total += np.bincount(of, (x - centre).square().sum(1).numpy(), len(kinds))
         for seed, (sae, codes) in enumerate(ensemble.codes(x)):
             residual[seed] += np.bincount(of, (codes.decode(sae.W_dec) + sae.b_dec - x).square().sum(1).numpy(), len(kinds))
@@ -146,7 +146,7 @@ def top_contexts(
 ) -> pd.DataFrame:
     """Where features of one seed fire most: one row for each token of the windows around the strongest firings.
 
-    One window a document. Columns: feature, rank of the window, offset from the peak, token, activation (normalised units).
+    One window a cluster. Columns: feature, rank of the window, offset from the peak, token, activation (normalised units).
     """
     wanted = torch.tensor(features)
     where = np.flatnonzero(contexts.is_text)[: len(activations)]
@@ -159,12 +159,12 @@ def top_contexts(
     for feature, along in zip(features, strength, strict=True):
         seen: set[int] = set()
         for peak in np.argsort(-along, kind="stable")[: shown * 200]:
-            document = int(contexts.document.ravel()[peak])
+            cluster = int(contexts.cluster.ravel()[peak])
             if along[peak] <= 0 or len(seen) == shown:
                 break
-            if document in seen:
+            if cluster in seen:
                 continue
-            seen.add(document)
+            seen.add(cluster)
             context, centre = divmod(int(peak), width)
             for index in range(max(1, centre - WINDOW), min(width, centre + WINDOW + 1)):
                 token = tokenizer.decode([int(contexts.tokens[context, index])])

@@ -1,6 +1,6 @@
 """Intervals and fits that respect how the data came about.
 
-A seed takes part in every pair, so pair statistics get a delete-one-seed jackknife; documents are resampled for what is
+A seed takes part in every pair, so pair statistics get a delete-one-seed jackknife; clusters of documents are resampled for what is
 averaged over text; features are never resampled as if independent.
 """
 

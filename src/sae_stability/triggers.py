@@ -44,15 +44,15 @@ class Text:
     previous: Int[np.ndarray, "token"]
     position: Int[np.ndarray, "token"]
     fitted: np.ndarray
-    """Whether the token's document is one of those on which averages are taken."""
+    """Whether the token's cluster is one of those on which averages are taken."""
 
     @classmethod
     def of(cls, contexts: Contexts, rows: int) -> "Text":
-        """The first `rows` text tokens; every other document is one on which averages are taken."""
+        """The first `rows` text tokens; every other cluster is one on which averages are taken."""
         context, position = (along[:rows] for along in np.nonzero(contexts.is_text))
-        document = np.unique(contexts.document[context, position], return_inverse=True)[1]
+        cluster = np.unique(contexts.cluster[context, position], return_inverse=True)[1]
         token, previous = contexts.tokens[context, position], contexts.tokens[context, position - 1]
-        return cls(token.astype(np.int64), previous.astype(np.int64), position, document % 2 == 0)
+        return cls(token.astype(np.int64), previous.astype(np.int64), position, cluster % 2 == 0)
 
     def shuffled(self, seed: int = 0) -> "Text":
         """The same places in another order within each half: no relation to what stands there is left."""

@@ -32,9 +32,9 @@ COMPLEMENT = {"kept": "removed", "only": "spliced"}
 
 @dataclass(frozen=True)
 class Effects:
-    """Sums over the tokens of each document, by measure, reading and set; and each feature's own impact."""
+    """Sums over the tokens of each cluster, by measure, reading and set; and each feature's own impact."""
 
-    sums: dict[str, Float[np.ndarray, "seed document"]]
+    sums: dict[str, Float[np.ndarray, "seed cluster"]]
     """`measure/reading/kind/band`, `measure/intact`, and `measure/size`, by which a raw change is divided; what does not
     depend on an SAE lacks the first axis. And `alone/kind/band`: the impacts on prediction of a set's features, each removed alone;
     its second axis is the context."""
@@ -52,14 +52,14 @@ class Effects:
     rows: int
     """Tokens on which reconstruction is judged."""
 
-    def lost(self, measure: str, reading: str, name: Name) -> Float[np.ndarray, "seed document"]:
+    def lost(self, measure: str, reading: str, name: Name) -> Float[np.ndarray, "seed cluster"]:
         """How much larger the measure is under an intervention than without."""
         removing = COMPLEMENT.get(reading, reading)
         start = self.sums[f"{measure}/spliced/none/"] if removing == "spliced" else self.sums[f"{measure}/intact"]
         end = self.sums[f"{measure}/{reading}/{'/'.join(name)}"]
         return end - (start[: len(end)] if start.ndim == 2 else start)  # curves are those of the first seeds
 
-    def carried(self, measure: str, reading: str, name: Name) -> Float[np.ndarray, "seed document"]:
+    def carried(self, measure: str, reading: str, name: Name) -> Float[np.ndarray, "seed cluster"]:
         """What a set carries: what is lost without it, or, where only the set is kept, what is not lost."""
         if reading in COMPLEMENT:
             lost = self.lost(measure, reading, name)
@@ -78,13 +78,13 @@ class Effects:
         return over_seeds_and_documents(self.lost(measure, reading, name), self.sums[f"{measure}/size"])
 
     def site(self, ablation: str) -> Interval:
-        """What ablating the whole site (`zero` or `mean`) does to the cross-entropy, in nats a token; documents are resampled."""
+        """What ablating the whole site (`zero` or `mean`) does to the cross-entropy, in nats a token; clusters are resampled."""
         return bootstrap_ratio(self.sums[f"prediction/{ablation}"] - self.sums["prediction/intact"], self.sums["prediction/size"])
 
     def marginal(self, sets: Sets, name: Name, less: Name | None = None, confidence: float = 0.95) -> Interval:
         """Mean impact on prediction of the features of a set (less another's), where an average live feature has 1.
 
-        The second order squares what a feature does within a context, so contexts are resampled in the place of documents.
+        The second order squares what a feature does within a context, so contexts are resampled in the place of clusters.
         """
 
         def mean(of: Name) -> Float[np.ndarray, "seed context"]:
@@ -120,7 +120,7 @@ class Effects:
 def measure(
     held_out: Encoded,
     stability: Stability,
-    document: Int[np.ndarray, "token"],
+    cluster: Int[np.ndarray, "token"],
     site: Reading,
     *,
     tokens_alone: int,
@@ -128,7 +128,7 @@ def measure(
 ) -> tuple[Effects, Sets]:
     """Remove the bands of an ensemble and their controls, and read what is lost.
 
-    Reconstruction is judged on `held_out`, whose rows come from `document`, and prediction without a set at `site`. Prediction
+    Reconstruction is judged on `held_out`, whose rows come from `cluster`, and prediction without a set at `site`. Prediction
     without one feature is judged there on about `tokens_alone` tokens: two passes of the model whatever the sets, so there can be
     more of them.
     """
@@ -136,10 +136,10 @@ def measure(
     own = impact_on_reconstruction(held_out)
     sets = sets_of(stability, own.energy, own.firings, detail == "curves")
     sums: dict[str, np.ndarray] = {}
-    residuals_of = {"reconstruction": on_reconstruction(held_out, document, sets.members)}
+    residuals_of = {"reconstruction": on_reconstruction(held_out, cluster, sets.members)}
     if detail != "bands":
         again = {name: member for name, member in sets.members.items() if name[0] in UNMATCHED}
-        residuals_of["reselected"] = reselected(ensemble, activations.first(REFITTED), document, again)
+        residuals_of["reselected"] = reselected(ensemble, activations.first(REFITTED), cluster, again)
     for measure_name, residuals in residuals_of.items():
         sums |= {f"{measure_name}/intact": residuals.intact, f"{measure_name}/size": residuals.total}
         for reading, of in (("removed", residuals.removed), ("kept", residuals.kept)):

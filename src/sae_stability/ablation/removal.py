@@ -37,31 +37,31 @@ Members = dict[Name, Bool[Tensor, "seed d_sae"]]
 
 @dataclass(frozen=True)
 class Residuals:
-    """Squared errors in normalised units, summed over the tokens of each document."""
+    """Squared errors in normalised units, summed over the tokens of each cluster."""
 
-    total: Float[np.ndarray, "document"]
+    total: Float[np.ndarray, "cluster"]
     """Of the mean activation."""
-    intact: Float[np.ndarray, "seed document"]
+    intact: Float[np.ndarray, "seed cluster"]
     """Of the SAE with all its features."""
-    removed: dict[Name, Float[np.ndarray, "seed document"]]
+    removed: dict[Name, Float[np.ndarray, "seed cluster"]]
     """Without a set."""
-    kept: dict[Name, Float[np.ndarray, "seed document"]]
+    kept: dict[Name, Float[np.ndarray, "seed cluster"]]
     """With nothing but a set."""
 
 
-def on_reconstruction(held_out: Encoded, document: Int[np.ndarray, "token"], members: Members) -> Residuals:
-    """The squared error without each set and with nothing else, codes fixed. Activations come from `document`.
+def on_reconstruction(held_out: Encoded, cluster: Int[np.ndarray, "token"], members: Members) -> Residuals:
+    """The squared error without each set and with nothing else, codes fixed. Activations come from `cluster`.
 
     The members of a set may be given for the first seeds only.
     """
     ensemble, activations = held_out.ensemble, held_out.activations
-    kinds, document = np.unique(document[: len(activations)], return_inverse=True)
+    kinds, cluster = np.unique(cluster[: len(activations)], return_inverse=True)
     total, intact = np.zeros(len(kinds)), np.zeros((len(ensemble.seeds), len(kinds)))
     removed, kept = ({name: np.zeros((len(member), len(kinds))) for name, member in members.items()} for _ in range(2))
     centre = (activations.mean - ensemble.mean) * ensemble.scale
     progress = tqdm(held_out.batches(), "removal, reconstruction", total=len(held_out.codes), unit="batch", disable=None)
     for rows, x, coded in progress:
-        of = document[rows]
+        of = cluster[rows]
 
         def squares(error: Tensor, of=of) -> np.ndarray:
             return np.bincount(of, error.square().sum(1).double().numpy(), len(kinds))
@@ -78,17 +78,17 @@ def on_reconstruction(held_out: Encoded, document: Int[np.ndarray, "token"], mem
     return Residuals(total, intact, removed, kept)
 
 
-def reselected(ensemble: Ensemble, activations: Activations, document: Int[np.ndarray, "token"], members: Members) -> Residuals:
+def reselected(ensemble: Ensemble, activations: Activations, cluster: Int[np.ndarray, "token"], members: Members) -> Residuals:
     """The squared error without each set once codes are chosen again and the decoder is fitted again.
 
-    The decoder is fitted on every other document and judged on the rest, with nothing removed (`intact`) as well as without
+    The decoder is fitted on every other cluster and judged on the rest, with nothing removed (`intact`) as well as without
     each set. Memory beside the codes is that of `_least_squares`, for each thread.
     """
-    kinds, document = np.unique(document[: len(activations)], return_inverse=True)
-    judged = document % 2 == 1
+    kinds, cluster = np.unique(cluster[: len(activations)], return_inverse=True)
+    judged = cluster % 2 == 1
     x = ensemble.normalise(activations.data).numpy()
     centre = x[~judged].mean(0)
-    total = np.bincount(document[judged], np.square(x[judged] - centre).sum(1), len(kinds))
+    total = np.bincount(cluster[judged], np.square(x[judged] - centre).sum(1), len(kinds))
     without = {None: torch.zeros(len(ensemble.seeds), ensemble.d_sae, dtype=torch.bool), **members}
 
     def errors(seed: int) -> dict[Name | None, np.ndarray]:
@@ -98,11 +98,11 @@ def reselected(ensemble: Ensemble, activations: Activations, document: Int[np.nd
         for name, gone in _of_seed(without, seed).items():
             (codes,) = sparse_codes(_less(alone, gone), activations)
             error = x[judged] - _least_squares(codes[:, : int((~gone).sum())], x, judged)
-            found[name] = np.bincount(document[judged], np.square(error).sum(1), len(kinds))
+            found[name] = np.bincount(cluster[judged], np.square(error).sum(1), len(kinds))
         return found
 
     by_seed = threads.each_seed(errors, len(ensemble.seeds), "removal, chosen again")
-    seen = np.bincount(document[judged], minlength=len(kinds)) > 0
+    seen = np.bincount(cluster[judged], minlength=len(kinds)) > 0
     intact, *removed = (np.stack([found[name][seen] for found in by_seed]) for name in without)
     return Residuals(total[seen], intact, dict(zip(members, removed, strict=True)), {})
 

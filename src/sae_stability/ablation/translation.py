@@ -78,15 +78,15 @@ def translate(features: sparse.csr_array, latents: sparse.csr_array, fitted: Boo
 
 
 def translate_to_next(
-    held_out: Encoded, document: Int[np.ndarray, "token"], members: dict[str, Bool[Tensor, "seed seed d_sae"]]
+    held_out: Encoded, cluster: Int[np.ndarray, "token"], members: dict[str, Bool[Tensor, "seed seed d_sae"]]
 ) -> pd.DataFrame:
-    """Translate the features of some bands of each seed into the latents of the next one, fitted on every other document.
+    """Translate the features of some bands of each seed into the latents of the next one, fitted on every other cluster.
 
     One row a feature. Columns: band, seed, feature, fate, firings, contained, ratio, explained_1, _2, _4, _8.
     """
     seeds = held_out.ensemble.seeds
     codes = [held_out.matrix(position) for position in range(len(seeds))]
-    fitted = np.unique(document[: len(held_out.activations)], return_inverse=True)[1] % 2 == 0
+    fitted = np.unique(cluster[: len(held_out.activations)], return_inverse=True)[1] % 2 == 0
     columns = ("band", "seed", "feature", "fate", "firings", "contained", "ratio", *(f"explained_{size}" for size in LATENTS))
 
     def of_seed(position: int) -> pd.DataFrame:

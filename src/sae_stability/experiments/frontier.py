@@ -21,7 +21,7 @@ def compute(results: Results, folder: Path) -> None:
     device, coefficient = torch.device(results.study.device), ensembles.ensemble(results).coefficient
     pilots = training.sparser_and_denser(results.cell.recipe, ensembles.blocks(results), coefficient, folder, device)
     held_out, contexts = texts.activations(results, "evaluation"), texts.contexts(results, "evaluation")
-    measured = [evaluation.fit(pilot, held_out, contexts.document[contexts.is_text]) for pilot in pilots]
+    measured = [evaluation.fit(pilot, held_out, contexts.cluster[contexts.is_text]) for pilot in pilots]
     rows = [{"l0": pilot.l0[0].item(), "explained_variance": pilot.explained_variance(0).value} for pilot in measured]
     write_json(folder / "pilots.json", rows)
 

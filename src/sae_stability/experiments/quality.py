@@ -24,8 +24,8 @@ def compute(results: Results, folder: Path) -> None:
     """Judge the ensemble and its nulls on held-out activations, each on its own."""
     for kind in results.cell.kinds:
         contexts = texts.contexts(results, "evaluation", kind)
-        document, held_out = contexts.document[contexts.is_text], texts.activations(results, "evaluation", kind)
-        measured = evaluation.fit(ensembles.ensemble(results, kind), held_out, document)
+        cluster, held_out = contexts.cluster[contexts.is_text], texts.activations(results, "evaluation", kind)
+        measured = evaluation.fit(ensembles.ensemble(results, kind), held_out, cluster)
         arrays = {**vars(measured), "firings": measured.firings.numpy(), "rows": np.array(measured.rows)}
         save_arrays(folder / f"{kind}.safetensors", arrays)
     spliced = evaluation.losses(texts.reading(results, results.study.loss_tokens), ensembles.ensemble(results))

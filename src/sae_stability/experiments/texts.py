@@ -93,19 +93,24 @@ def read_text(cell: Cell, hook_names: list[str], work: Work) -> None:
     context = models.context_length(bridge, cell.context)
     text = corpus.load(cell.corpus, characters=corpus.CHARACTERS_A_TOKEN * (cell.tokens + cell.evaluation_tokens))
     packed = {
-        split: corpus.pack(documents, bridge.tokenizer, context)
-        for split, documents in zip(SPLITS, (text.train, text.evaluation), strict=True)
+        "train": corpus.pack(text.train, bridge.tokenizer, context),
+        "evaluation": corpus.pack(text.evaluation, bridge.tokenizer, context, text.clusters),
     }
     if not packed["evaluation"].is_text.any():
         raise UserError(f"corpus: the held-out documents of {cell.corpus} fill no context of {context} tokens; give more text")
     for split, contexts in packed.items():
-        arrays = {"tokens": contexts.tokens, "document": contexts.document, "is_text": contexts.is_text}
+        arrays = {"tokens": contexts.tokens, "cluster": contexts.cluster, "is_text": contexts.is_text}
         save_arrays(work.folder / f"{split}.safetensors", arrays)
+    train, held_out = (packed[split].sequence() for split in SPLITS)
+    moved = packed["train"].cluster[:, 1:].ravel() < text.moved
     facts = {
         "corpus": cell.corpus,
         "corpus_sha256": text.sha256,
         "train_documents": len(text.train),
         "evaluation_documents": len(text.evaluation),
+        "evaluation_clusters": len(set(text.clusters)),
+        "leak": corpus.leak(train, held_out),
+        "leak_by_document": corpus.leak(train[~moved], np.concatenate([train[moved], held_out])),
         "train_tokens": int(packed["train"].is_text.sum()),
         "evaluation_tokens": int(packed["evaluation"].is_text.sum()),
         "context": context,

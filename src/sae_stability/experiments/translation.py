@@ -28,8 +28,8 @@ def compute(results: Results, folder: Path) -> None:
     encoded = Encoded.of(ensemble, texts.activations(results, "evaluation").first(CODE_TOKENS))
     held_out_band = torch.from_numpy(matching.stability(results).held_out_band)
     members = {band: held_out_band == BANDS.index(band) for band in TRANSLATED}
-    document = site.contexts.document[site.contexts.is_text]
-    write_table(folder / "translation.parquet", ablation.translate_to_next(encoded, document, members))
+    cluster = site.contexts.cluster[site.contexts.is_text]
+    write_table(folder / "translation.parquet", ablation.translate_to_next(encoded, cluster, members))
     for band, member in members.items():
         moved = ablation.transplant(site, ensemble, member, effects.activation / effects.rows)
         by_seed = {what: np.stack([moved.nats[what, seed] for seed in range(len(ensemble.seeds))]) for what in TRANSPLANTS}

@@ -31,19 +31,19 @@ class Task:
 
     feature: int
     shown: list[Window]
-    """Around the strongest firings, one a document, strongest first."""
+    """Around the strongest firings, one a cluster, strongest first."""
     scored: list[Window]
-    """From other documents, in random order: half of them fire, at all strengths."""
+    """From other clusters, in random order: half of them fire, at all strengths."""
 
 
 def tasks(activations: sparse.csc_array, features: Int[np.ndarray, "chosen"], contexts: Contexts, words: list[str]) -> list[Task]:
     """The windows of some features, drawn alike on every call.
 
-    `activations` [token, feature] are those of the first text tokens of `contexts`. Every other document is for showing, the
-    rest for scoring; a feature that fires in too few documents has fewer windows.
+    `activations` [token, feature] are those of the first text tokens of `contexts`. Every other cluster is for showing, the
+    rest for scoring; a feature that fires in too few of them has fewer windows.
     """
     context, position = (along[: activations.shape[0]] for along in np.nonzero(contexts.is_text))
-    document = np.unique(contexts.document[context, position], return_inverse=True)[1]
+    cluster = np.unique(contexts.cluster[context, position], return_inverse=True)[1]
     row_of = np.full(contexts.tokens.shape, -1)
     row_of[context, position] = np.arange(len(context))
     found = []
@@ -54,9 +54,9 @@ def tasks(activations: sparse.csc_array, features: Int[np.ndarray, "chosen"], co
         fired, strength = fired[strength > 0], strength[strength > 0]
         along = np.zeros(activations.shape[0], dtype=np.float32)
         along[fired] = strength
-        shown, scored = (_peaks(fired, strength, document, half) for half in (0, 1))
+        shown, scored = (_peaks(fired, strength, cluster, half) for half in (0, 1))
         spread = np.unique(np.linspace(0, len(scored) - 1, min(SCORED, len(scored))).round().astype(int))
-        silent = _silent(rng, along, row_of, context, position, document, len(spread))
+        silent = _silent(rng, along, row_of, context, position, cluster, len(spread))
 
         def window(row: int, along=along) -> Window:
             return _window(row, along, row_of, context, position, contexts, words)
@@ -68,18 +68,18 @@ def tasks(activations: sparse.csc_array, features: Int[np.ndarray, "chosen"], co
 
 
 def _peaks(
-    fired: Int[np.ndarray, "firing"], strength: Float[np.ndarray, "firing"], document: Int[np.ndarray, "token"], half: int
-) -> Int[np.ndarray, "document"]:
-    """The strongest firing of each document of one half, strongest first."""
+    fired: Int[np.ndarray, "firing"], strength: Float[np.ndarray, "firing"], cluster: Int[np.ndarray, "token"], half: int
+) -> Int[np.ndarray, "cluster"]:
+    """The strongest firing of each cluster of one half, strongest first."""
     order = np.lexsort((fired, -strength))
-    order = order[document[fired[order]] % 2 == half]
-    _, first = np.unique(document[fired[order]], return_index=True)
+    order = order[cluster[fired[order]] % 2 == half]
+    _, first = np.unique(cluster[fired[order]], return_index=True)
     return fired[order[np.sort(first)]]
 
 
-def _silent(rng, along, row_of, context, position, document, count: int) -> list[int]:
+def _silent(rng, along, row_of, context, position, cluster, count: int) -> list[int]:
     """Places of the scored half around which the feature does not fire."""
-    candidates = rng.permutation(np.flatnonzero(document % 2 == 1))
+    candidates = rng.permutation(np.flatnonzero(cluster % 2 == 1))
     chosen: list[int] = []
     for row in candidates:
         if len(chosen) == count:

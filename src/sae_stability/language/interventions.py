@@ -40,15 +40,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the model predicts under interventions at one site, summed over the tokens of each document."""
+    """What the model predicts under interventions at one site, summed over the tokens of each cluster."""
 
-    clean: Float[np.ndarray, "document"]
+    clean: Float[np.ndarray, "cluster"]
     """Cross-entropy in nats without an intervention."""
-    nats: dict[Hashable, Float[np.ndarray, "document"]]
+    nats: dict[Hashable, Float[np.ndarray, "cluster"]]
     """Cross-entropy under each intervention."""
-    divergence: dict[Hashable, Float[np.ndarray, "document"]]
+    divergence: dict[Hashable, Float[np.ndarray, "cluster"]]
     """KL divergence in nats of the prediction under each intervention from the clean one."""
-    tokens: Int[np.ndarray, "document"]
+    tokens: Int[np.ndarray, "cluster"]
 
 
 def intervene(reading: Reading, edits: Edits, described: str = "interventions") -> Predictions:
@@ -58,8 +58,8 @@ def intervene(reading: Reading, edits: Edits, described: str = "interventions") 
     yields is cast to the model's dtype. Losses are computed in float32.
     """
     contexts = reading.spread()
-    kinds, document = np.unique(contexts.document, return_inverse=True)
-    document = document.reshape(contexts.document.shape)
+    kinds, cluster = np.unique(contexts.cluster, return_inverse=True)
+    cluster = cluster.reshape(contexts.cluster.shape)
     nats: dict[Hashable, np.ndarray] = defaultdict(lambda: np.zeros(len(kinds)))
     divergence: dict[Hashable, np.ndarray] = defaultdict(lambda: np.zeros(len(kinds)))
     unchanged, scored = np.zeros(len(kinds)), np.zeros(len(kinds), dtype=int)
@@ -71,18 +71,18 @@ def intervene(reading: Reading, edits: Edits, described: str = "interventions") 
             text = torch.from_numpy(contexts.is_text[rows]).to(device)
             before_text = F.pad(text[:, 1:], (0, 1))  # positions that a text token follows
             targets = ids[:, 1:][text[:, 1:]]
-            documents = document[rows][:, 1:][contexts.is_text[rows][:, 1:]]
-            scored += np.bincount(documents, minlength=len(kinds))
+            clusters = cluster[rows][:, 1:][contexts.is_text[rows][:, 1:]]
+            scored += np.bincount(clusters, minlength=len(kinds))
             value, logits = site.read(ids)
             logits = logits[before_text].float()
             likely = logits.softmax(1)
             clean, expected = _cross_entropies(logits.split(CHUNK), likely, targets)
-            unchanged += np.bincount(documents, clean, len(kinds))
+            unchanged += np.bincount(clusters, clean, len(kinds))
             for name, edited in edits(value[text].cpu()):
                 changed = site.predict(value.index_put((text,), edited.to(device, value.dtype)), before_text)
                 true, against = _cross_entropies(changed, likely, targets)
-                nats[name] += np.bincount(documents, true, len(kinds))
-                divergence[name] += np.bincount(documents, against - expected, len(kinds))
+                nats[name] += np.bincount(clusters, true, len(kinds))
+                divergence[name] += np.bincount(clusters, against - expected, len(kinds))
     return Predictions(unchanged, dict(nats), dict(divergence), scored)
 
 
