@@ -62,8 +62,9 @@ def train_model(name: str, out: Path | None = None, epochs: float | None = None,
     unfinished = out.with_name(f"{out.name}.unfinished")  # takes the place of `out` when all of it is there
 
     corpus = load("docstrings")
-    tokenizer = train_tokenizer(corpus.train)
-    train, held_out = (pack(documents, tokenizer, CONTEXT) for documents in (corpus.train, corpus.evaluation))
+    read = corpus.train[corpus.moved :]  # what a split by document alone leaves for training
+    tokenizer = train_tokenizer(read)
+    train, held_out = (pack(documents, tokenizer, CONTEXT) for documents in (read, corpus.evaluation))
     if int(recipe.epochs * len(train.tokens)) < BATCH:
         raise UserError(f"train-model: {recipe.epochs:g} epochs are less than one step; raise --epochs")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -239,7 +240,8 @@ packages. It exists so that a study of sparse autoencoders runs without a networ
 
 `sae-stability train-model {name}` writes this folder, this card included.
 
-- Corpus: {len(corpus.train):,} training and {len(corpus.evaluation):,} held-out docstrings, SHA-256 `{corpus.sha256}`
+- Corpus: {len(corpus.train) - corpus.moved:,} training and {len(corpus.evaluation):,} held-out docstrings without near-duplicates,
+  SHA-256 `{corpus.sha256}`
 - Vocabulary: {VOCABULARY:,} byte-level BPE tokens; contexts of {CONTEXT} tokens that begin with `{END_OF_TEXT}`
 - Training: {report["tokens_seen"]:,} tokens ({recipe.epochs:g} passes), AdamW, peak rate {recipe.rate:g}, cosine to zero,
   seed {recipe.seed}
