@@ -1,16 +1,14 @@
 """What the chapters on function and triggers derive from tables."""
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
-from sae_stability import places
 from sae_stability.ablation.controls import ORDERS, SHARES
-from sae_stability.book import derived, page
-from sae_stability.explanations import says_surface
-from sae_stability.matching import BANDS
+from sae_stability.book import derived
+from sae_stability.matching import BANDS, Banding, Stability
 
 SETS = ("band", "random", "paired", "matched", "paired less matched")
 
@@ -40,6 +38,7 @@ def sets_table() -> pd.DataFrame:
         "share": [0.6, 0.1, 1.0, 0.3, 0.3, 0.2, 1.0],
         "energy_share": [0.5, 0.2, 0.5, 0.4, 0.3, 0.5, 1.0],
         "support": [0.5, np.nan, 0.6, 0.4, 0.0, 1.0, 0.9],
+        "energy_ratio": [1.0, np.nan, 1.01, 0.99, np.nan, 1.0, 1.0],
     }
     return pd.DataFrame(rows)
 
@@ -156,44 +155,16 @@ def test_explanations_are_scored_by_engine_and_band():
     assert stable[["f1", "precision", "recall", "words", "surface"]].to_list() == pytest.approx([0.7, 0.6, 0.8, 2, 0.5])
 
 
-def test_the_difference_of_f1_is_one_number_a_seed_that_has_both_bands():
+def test_the_difference_of_f1_is_the_mean_over_seeds_that_have_both_bands():
+    matched = np.zeros((3, 3, 7), dtype=bool)
+    matched[0, :, 3] = matched[1, :, 4] = True
+    best = torch.from_numpy(np.where(np.eye(3, dtype=bool)[:, :, None], np.nan, matched.astype(np.float32)))
+    found = Stability(best, best.long(), best, torch.ones(3, 7, dtype=torch.bool), 0.7)
     rules = explanations_table().query("engine == 'rules'")
-    row = derived.f1_difference(rules)
-    differences = [0.4 - 0.9, 0.7 - 0.5]
-    assert row["seeds"] == 2
-    assert row["difference"] == pytest.approx(np.mean(differences))
-    low, high = stats.t.interval(0.95, 1, np.mean(differences), stats.sem(differences))
-    assert [row["difference_low"], row["difference_high"]] == pytest.approx([low, high])
-
-
-def test_without_both_bands_the_difference_of_f1_is_not_defined():
-    row = derived.f1_difference(explanations_table().query("band == 'unstable'"))
-    assert row["seeds"] == 0
-    assert np.isnan(row["difference"])
-
-
-def test_a_hundred_explanations_are_labelled_each_once():
-    labelled = page.labelled_explanations()
-    assert list(labelled.columns) == ["text", "surface", "source"]
-    assert len(labelled) == 100
-    assert labelled["text"].str.strip().is_unique
-    assert labelled["surface"].dtype == bool
-    assert labelled.groupby("source").size().to_dict() == {"rules engine": 50, "written for this test": 50}
-    assert labelled.groupby("source")["surface"].sum()["written for this test"] == 25
-
-
-def test_the_page_says_how_well_the_classifier_agrees_with_the_labels(monkeypatch):
-    said = []
-    monkeypatch.setattr(page, "say", said.append)
-    cells = nbformat.read(places.root() / "book" / "triggers.ipynb", as_version=4).cells
-    (cell,) = (cell for cell in cells if "classifier_agreement" in cell.source)
-    exec(cell.source, {"page": page, "derived": derived})
-    table = [[column.strip() for column in line.strip("|").split("|")] for line in said[0].splitlines()[2:]]
-    labelled = page.labelled_explanations()
-    right = labelled["text"].map(says_surface) == labelled["surface"]
-    shares = {source: f"{right[labelled['source'] == source].mean():.2f}" for source in labelled["source"].unique()}
-    assert {row[0]: row[3].split()[0] for row in table} == {**shares, "all": f"{right.mean():.2f}"}
-    assert {row[0] for row in table if row[4] == "not defined"} == {"rules engine"}
+    difference = derived.f1_difference(rules, Banding(found, [3, 5, 7]))
+    assert difference.value == pytest.approx(np.mean([0.4 - 0.9, 0.7 - 0.5]))
+    assert difference.low < difference.value < difference.high
+    assert np.isnan(derived.f1_difference(rules.query("band == 'unstable'"), Banding(found, [3, 5, 7])).value)
 
 
 @pytest.mark.parametrize(("features", "wanted"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (7, [0, 3, 6])])

@@ -75,7 +75,7 @@ def test_choosing_which_features_are_explained_computes_explanations_and_what_st
 
 def test_how_effects_are_opened_computes_what_reads_them(copy):
     before = planned()
-    edit(copy / "experiments" / "function.py", "measured.curves)", "not measured.curves)")
+    edit(copy / "experiments" / "function.py", "matching.opened(matched, threshold)", "matching.opened(matched, 0.5)")
     assert changed(before, planned()) == {
         *every("function/report"),
         "topk/translation",
@@ -87,7 +87,7 @@ def test_how_effects_are_opened_computes_what_reads_them(copy):
 
 def test_how_stability_is_opened_computes_everything_that_knows_bands(copy):
     before = planned()
-    edit(copy / "experiments" / "matching.py", 'tensors["alive"], results.cell.threshold)', 'tensors["alive"], 0.5)')
+    edit(copy / "experiments" / "matching.py", 'tensors["alive"], threshold)', 'tensors["alive"], 0.5)')
     moved = changed(before, planned())
     assert every("function", "function/report", "stability/report", "triggers/report") <= moved
     assert {"topk/explanations", "topk/examples", "tables", "claims.json"} <= moved
@@ -96,7 +96,7 @@ def test_how_stability_is_opened_computes_everything_that_knows_bands(copy):
 
 def test_a_rule_computes_reports_of_its_experiment_only(copy):
     before = planned()
-    edit(copy / "experiments" / "stability.py", "SMALLEST_SEPARATION = 0.5", "SMALLEST_SEPARATION = 0.6")
+    edit(copy / "experiments" / "stability.py", "RELIABLE = 0.7", "RELIABLE = 0.8")
     assert changed(before, planned()) == {*every("stability/report"), "tables", "claims.json"}
 
 

@@ -1,6 +1,7 @@
 import html
 import re
 from types import SimpleNamespace
+from typing import get_args
 
 import pandas as pd
 from markdown_it import MarkdownIt
@@ -13,13 +14,13 @@ from sae_stability.study import Study
 
 def line(cell: str, value: float | None, verdict: str, scope: str = "in this model") -> dict:
     ends = {"ci_low": None, "ci_high": None} if value is None else {"ci_low": value - 0.1, "ci_high": value + 0.1}
-    return {"id": "C2", "cell": cell, "verdict": verdict, "scope": scope, "value": value, **ends}
+    return {"id": "C2", "line": "as stated", "cell": cell, "verdict": verdict, "scope": scope, "value": value, **ends}
 
 
 def grid(cells: pd.DataFrame, lines: list[dict]) -> SimpleNamespace:
     """What a table of the grid asks of a book."""
-    by_cell = {each["cell"]: each for each in lines}
-    return SimpleNamespace(others=lambda: cells, claim=lambda claim, cell: by_cell[cell])
+    by_line = {(each["cell"], each["line"]): each for each in lines}
+    return SimpleNamespace(others=lambda: cells, claim=lambda claim, cell, line: by_line[cell, line])
 
 
 def test_an_estimate_without_a_value_is_not_defined():
@@ -34,26 +35,24 @@ def test_an_interval_that_does_not_exist_is_left_out():
     assert page.interval(row * float("nan"), "share", ".0%") == "not defined"
 
 
-def test_verdicts_stand_beside_what_tells_cells_apart():
+def test_verdicts_of_each_line_stand_beside_what_tells_cells_apart():
     cells = pd.DataFrame({"cell": ["a", "b"], "name": ["d_sae=64", "d_sae=128 †"], "cell_on_target": [True, False]})
-    holds_raw = "in this model; it holds raw, and not beside the features that it is matched with"
-    table = page.by_claim(
-        grid(cells, [line("a", 0.5, "supported"), line("b", None, "inconclusive", holds_raw)]), {"C2": "C2: most"}
-    )
-    assert "| cell | C2: most |" in table
-    assert "| d_sae=64 | supported: 0.50 [0.40, 0.60] |" in table
-    assert "| d_sae=128 † | inconclusive, raw only: not defined |" in table
-    assert table.endswith("\n\nA dagger marks a cell that misses its L0.")
-
-
-def test_a_dagger_is_explained_only_where_one_stands():
-    cells = pd.DataFrame({"cell": ["a"], "name": ["relu"], "cell_on_target": [True]})
-    assert "dagger" not in page.by_claim(grid(cells, [line("a", 0.5, "supported")]), {"C2": "C2"})
+    lines = []
+    for each in get_args(ledger.Line):
+        lines += [line("a", 0.5, "supported") | {"line": each}, line("b", None, "inconclusive") | {"line": each}]
+    lines[2] |= {"verdict": "opposite"}
+    table = page.by_line(grid(cells, lines), ["C2"]).splitlines()
+    assert table[0] == "| cell | C2 as stated | C2 beyond size and noise | C2 beyond energy and frequency |"
+    assert table[2] == "| d_sae=64 | supported: 0.50 [0.40, 0.60] | opposite: 0.50 [0.40, 0.60] | supported: 0.50 [0.40, 0.60] |"
+    assert table[3].startswith("| d_sae=128 † | inconclusive: not defined |")
+    assert table[-1] == "A dagger marks a cell that misses its L0."
+    whole = cells[:1]
+    assert "dagger" not in page.by_line(grid(whole, lines), ["C2"])
 
 
 def test_a_study_of_one_cell_says_how_to_have_more():
     cells = pd.DataFrame({"cell": [], "name": [], "cell_on_target": []})
-    assert "one cell" in page.by_claim(grid(cells, []), {"C2": "C2"})
+    assert "one cell" in page.by_line(grid(cells, []), ["C2"])
 
 
 KEYS = {
@@ -137,10 +136,16 @@ def test_stages_are_those_of_the_plan_each_with_all_of_its_entries():
 
 def test_the_scoreboard_shows_verdict_and_statistic_and_untested_claims_too():
     tested = line("a", 0.5, "supported") | {"claim": "it holds", "rule": "above it", "statistic": "share"}
-    board = page.scoreboard([tested, ledger.not_tested("C9")]).splitlines()
-    assert board[2] == "| C2 | it holds | ✓ supported<br>0.50 [0.40, 0.60] |"
+    noise = tested | line("a", -0.2, "opposite") | {"line": "beyond size and noise"}
+    board = page.scoreboard([tested, noise, ledger.not_tested("C9")]).splitlines()
+    assert board[2] == (
+        "| C2 | it holds | ✓ as stated: **supported**, 0.50 [0.40, 0.60]<br>"
+        "✗ beyond size and noise: **opposite**, -0.20 [-0.30, -0.10] |"
+    )
     assert board[3] == f"| C9 | {ledger.CLAIMS['C9']} | – not tested |"
-    assert page.rules([tested, ledger.not_tested("C9")]) == "**Rule of C2.** The statistic is the share; the verdict is above it."
+    assert (
+        page.rules([tested, ledger.not_tested("C9")]) == "**C2, as stated.** The statistic is the share; the verdict is above it."
+    )
 
 
 def judged_line(*intervals: Interval) -> dict:
@@ -152,9 +157,9 @@ def judged_line(*intervals: Interval) -> dict:
 
 def test_a_verdict_stands_with_its_conditions_met_failed_and_open():
     nothing = float("nan")
-    text = page.judged(judged_line(Interval(0.7, 0.6, 0.8), Interval(0.7, 0.6, 0.8), Interval(0.6, nothing, nothing)), ", really")
+    text = page.judged([judged_line(Interval(0.7, 0.6, 0.8), Interval(0.7, 0.6, 0.8), Interval(0.6, nothing, nothing))])
     first, _, *table = text.splitlines()
-    assert first == "**C1 is not supported** in this model, on this corpus, really."
+    assert first == "**C1, as stated: opposite**, in this model, on this corpus."
     assert table[2:] == [
         "| a share | 0.700 [0.600, 0.800] | above 0.5 | met |",
         "| a share | 0.700 [0.600, 0.800] | below 0.5 | failed |",
@@ -163,15 +168,7 @@ def test_a_verdict_stands_with_its_conditions_met_failed_and_open():
 
 
 def test_a_claim_that_is_not_tested_says_so():
-    assert page.judged(ledger.not_tested("C9")) == "**C9 is not tested** in this study."
-
-
-def test_each_cell_of_the_grid_has_its_verdict_with_its_conditions():
-    cells = pd.DataFrame({"cell": ["a"], "name": ["relu"], "cell_on_target": [True]})
-    judged = judged_line(Interval(0.7, 0.6, 0.8), Interval(0.2, 0.1, 0.3))
-    table = page.by_cell(grid(cells, [judged | {"cell": "a"}]), "C1", ["separation", "share"])
-    assert table.splitlines()[0] == "| cell | C1 | separation | share |"
-    assert table.splitlines()[2] == "| relu | supported | 0.70 [0.60, 0.80] | 0.20 [0.10, 0.30] |"
+    assert page.judged([ledger.not_tested("C9")]) == "**C9 is not tested** in this study."
 
 
 def test_code_in_a_table_is_no_markup():

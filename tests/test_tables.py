@@ -10,7 +10,7 @@ import torch
 from helpers import drawn
 from sae_stability.experiments import ensembles, families, matching, quality, stability
 from sae_stability.experiments.explanations import judge_c6
-from sae_stability.matching import mcc, mean_mcc
+from sae_stability.matching import Banding, Stability, mcc, mean_mcc
 from sae_stability.matching import stability as compare
 from sae_stability.matching.criteria import one_to_one
 
@@ -79,22 +79,35 @@ def test_each_sae_has_the_mean_stability_of_its_live_features(quick):
         assert saes.loc[seed, "mean_stability"] == pytest.approx(expected, abs=1e-6)
 
 
-def explained(unstable: float, stable: float, engine: str = "model") -> pd.DataFrame:
+def explained(unstable: float, stable: float, engine: str = "model") -> tuple[pd.DataFrame, Banding]:
     """Explanations of twenty features of each band of five seeds, of which about the given shares are of surface form."""
+    bands = ("unstable", "stable", "intermediate")
     rows = [
-        {"seed": seed, "engine": engine, "band": band, "surface": place < round(20 * share) + seed % 2}
+        {
+            "seed": seed,
+            "feature": 20 * number + place,
+            "engine": engine,
+            "band": band,
+            "surface": place < round(20 * share) + seed % 2,
+        }
         for seed in range(5)
-        for band, share in (("unstable", unstable), ("stable", stable), ("intermediate", 0.5))
+        for number, (band, share) in enumerate(zip(bands, (unstable, stable, 0.5), strict=True))
         for place in range(20)
     ]
-    return pd.DataFrame(rows)
+    matched = np.zeros((5, 5, 60), dtype=bool)
+    matched[:, :, 20:40] = True
+    matched[:, ::2, 40:] = True
+    best = torch.from_numpy(np.where(np.eye(5, dtype=bool)[:, :, None], np.nan, matched.astype(np.float32)))
+    found = Stability(best, best.long(), best, torch.ones(5, 60, dtype=torch.bool), 0.7)
+    return pd.DataFrame(rows), Banding(found, list(range(5)))
 
 
 def test_c6_asks_for_most_unstable_features_and_more_of_them_than_of_stable_ones():
-    (supported,) = judge_c6(explained(unstable=0.8, stable=0.2))
+    (supported,) = judge_c6(*explained(unstable=0.8, stable=0.2))
     assert supported["verdict"] == "supported"
     assert supported["value"] == pytest.approx(0.82, abs=0.01)
     assert supported["null"] == pytest.approx(0.22, abs=0.01)
-    assert judge_c6(explained(unstable=0.2, stable=0.8))[0]["verdict"] == "not supported"  # the bands swapped
-    assert judge_c6(explained(unstable=0.7, stable=0.9))[0]["verdict"] == "not supported"  # most, but fewer than of stable ones
-    assert judge_c6(explained(0.8, 0.2, engine="rules")) == []  # an engine that knows nothing but the surface tests nothing
+    assert judge_c6(*explained(unstable=0.2, stable=0.8))[0]["verdict"] == "opposite"  # the bands swapped
+    assert judge_c6(*explained(unstable=0.7, stable=0.9))[0]["verdict"] == "opposite"  # most, but fewer than of stable ones
+    assert judge_c6(*explained(unstable=0.3, stable=0.1))[0]["verdict"] == "weaker than the bound"
+    assert judge_c6(*explained(0.8, 0.2, engine="rules")) == []  # an engine that knows nothing but the surface tests nothing

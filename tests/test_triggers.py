@@ -3,12 +3,14 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
 from sae_stability.experiments.triggers import judge_c5
 from sae_stability.language.corpus import Contexts
+from sae_stability.matching import Banding, Stability
 from sae_stability.triggers import (
     CHANCE,
     CLASSES,
@@ -18,11 +20,12 @@ from sae_stability.triggers import (
     WITH_BUNDLES,
     Text,
     at_equal_frequency,
+    by_chance,
     classify,
     cliffs_delta,
     compare,
+    delta,
     explained,
-    shuffled_share,
     surface_share,
     triggers,
 )
@@ -109,6 +112,15 @@ def test_several_tokens_are_a_family_alike_or_a_bundle(tokens, as_alike, trigger
     assert classify(feature, tokens) == trigger
 
 
+def banding(features: pd.DataFrame) -> Banding:
+    """A stability that gives the features of a table, numbered seed by seed, the bands that they have there."""
+    band = np.stack([part["band"].to_numpy() for _, part in features.groupby("seed")])
+    matched = np.broadcast_to((band == "stable")[:, None], (len(band), *band.shape))
+    best = torch.from_numpy(np.where(np.eye(len(band), dtype=bool)[:, :, None], np.nan, matched.astype(np.float32)))
+    found = Stability(best, torch.zeros(best.shape, dtype=torch.int64), best, torch.ones(band.shape, dtype=torch.bool), 0.7)
+    return Banding(found, sorted(features["seed"].unique()))
+
+
 def bands(seeds: int = 6, count: int = 300, told: float = 0.3, seed: int = 0) -> pd.DataFrame:
     """Unstable features that are rarer, and of which the token tells more by `told` at equal frequency."""
     rng, parts = np.random.default_rng(seed), []
@@ -116,7 +128,13 @@ def bands(seeds: int = 6, count: int = 300, told: float = 0.3, seed: int = 0) ->
         unstable = rng.random(count) < 0.5
         frequency = np.exp(rng.normal(-6, 1, count) - unstable)
         tells = 0.4 - 0.05 * np.log(frequency / np.exp(-6)) + told * unstable + rng.normal(0, 0.05, count)
-        columns = {"seed": number, "band": np.where(unstable, "unstable", "stable"), "firings": 1000, "frequency": frequency}
+        columns = {
+            "seed": number,
+            "feature": np.arange(count),
+            "band": np.where(unstable, "unstable", "stable"),
+            "firings": 1000,
+            "frequency": frequency,
+        }
         columns |= {f"{what}_{name}": 0.0 for what in ("explained", "null") for name in ("previous", "n-gram", "position")}
         columns |= {"explained_token": tells, "null_token": 0.0, "top_share": 0.5, "rarity": 2.0}
         parts.append(pd.DataFrame(columns | {"trigger": np.where(tells > 0.5, "single token", "wider context")}))
@@ -132,7 +150,7 @@ def test_cliffs_delta_is_the_chance_of_more_less_that_of_less():
 
 
 def test_what_only_frequency_brings_about_is_gone_at_equal_frequency():
-    only_frequency = compare(bands(told=0.0)).set_index(["features", "quantity"])
+    only_frequency = compare(bands(told=0.0), banding(bands(told=0.0))).set_index(["features", "quantity"])
     assert only_frequency.delta_low["all", "explained_token"] > 0.2
     assert only_frequency.delta_low["equal frequency", "explained_token"] < 0.1
     assert abs(only_frequency.delta["equal frequency", "frequency"]) < 0.1
@@ -145,7 +163,7 @@ def test_surface_and_chance_shares_count_features_that_are_not_too_rare():
     rows = [
         {"seed": 0, "firings": FEWEST, "trigger": "single token", **nothing, "null_position": TELLS},  # one grouping is enough
         {"seed": 0, "firings": FEWEST, "trigger": "wider context", **nothing},
-        {"seed": 0, "firings": FEWEST - 1, "trigger": "too rare", **dict.fromkeys(nothing, 1.0)},
+        *(3 * [{"seed": 0, "firings": FEWEST - 1, "trigger": "too rare", **dict.fromkeys(nothing, 1.0)}]),
         {"seed": 1, "firings": 1000, "trigger": "n-gram", **nothing, "null_token": TELLS - 0.01},
         {"seed": 1, "firings": 1000, "trigger": "position", **nothing, "null_token": 0.9, "null_previous": 0.9},
         {"seed": 1, "firings": 1000, "trigger": "alike in form", **nothing},
@@ -153,18 +171,33 @@ def test_surface_and_chance_shares_count_features_that_are_not_too_rare():
         {"seed": 1, "firings": 1000, "trigger": "too rare", **nothing},
     ]
     features = pd.DataFrame(rows).assign(band="unstable")
-    features = pd.concat([features, features.assign(band="stable", trigger="wider context")])
-    assert surface_share(features, "unstable").value == pytest.approx((1 / 2 + 3 / 5) / 2)  # the mean over seeds
-    assert surface_share(features, "stable").value == 0
+    features = pd.concat([features, features.assign(band="stable", trigger="wider context")], ignore_index=True)
+    features["feature"] = features.groupby("seed").cumcount()
+    known = banding(features.sort_values(["seed", "feature"]))
+    assert surface_share(features, known, "unstable").value == pytest.approx((1 / 2 + 3 / 5) / 2)  # the mean over seeds
+    assert surface_share(features, known, "unstable", classes=WITH_BUNDLES).value == pytest.approx((1 / 2 + 4 / 5) / 2)
+    assert surface_share(features, known, "stable").value == 0
+    assert surface_share(features, known, "unstable", less="stable").value == pytest.approx((1 / 2 + 3 / 5) / 2)
+    assert surface_share(features, known, "unstable", less="shuffled").value == pytest.approx((1 / 2 - 1 / 2 + 3 / 5 - 1 / 5) / 2)
     assert set(WITH_BUNDLES) - set(SURFACE) == {"bundle of tokens"}
-    assert shuffled_share(features, "unstable") == pytest.approx(2 / 7)
-    assert np.isnan(shuffled_share(features, "intermediate"))
+    assert by_chance(features, "unstable") == pytest.approx(2 / 7)
+    assert np.isnan(by_chance(features, "intermediate"))
 
 
-def test_c5_holds_where_it_is_planted_and_says_where_only_raw():
-    assert judge_c5(bands(told=0.4))["verdict"] == "supported"
-    raw = judge_c5(bands(told=-0.0, seed=3).assign(trigger="single token"))
-    assert raw["verdict"] != "supported"
-    assert "holds raw" in raw["scope"]
+def test_how_often_features_fire_is_compared_of_the_rarest_too():
+    features = bands()
+    features.loc[features["band"] == "unstable", "firings"] = FEWEST - 1
+    assert delta(features, banding(features), "frequency").value < 0
+    assert np.isnan(delta(features, banding(features), "rarity").value)
+
+
+def test_c5_holds_where_it_is_planted_and_each_line_says_its_own():
+    features = bands(told=0.4)
+    features["rarity"] = 2.0 + (features["band"] == "unstable") + np.linspace(0, 0.1, len(features))
+    assert [line["verdict"] for line in judge_c5(features, banding(features))] == ["supported"] * 3
+    frequent = features.assign(frequency=1 / features["frequency"])
+    assert judge_c5(frequent, banding(frequent))[0]["verdict"] == "opposite"
+    bundles = features.replace({"trigger": {"single token": "bundle of tokens"}})
+    assert judge_c5(bundles, banding(bundles))[0]["verdict"] == "depends on the definition"
     nothing = bands().assign(band="stable")
-    assert judge_c5(nothing)["verdict"] == "inconclusive"
+    assert judge_c5(nothing, banding(nothing))[0]["verdict"] == "inconclusive"

@@ -28,7 +28,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path that takes the place of `path` once the block has ended well.
 
     It lies in a folder of its own beside `path`, so that what a library leaves beside the file that it writes is found too
-    (safetensors has temporary files of its own). Raises `OSError` with `errno.ENOSPC` where the disk is full, whichever library was writing.
+    (safetensors has temporary files of its own). Raises `OSError` with `errno.ENOSPC` where the disk is full, whichever library
+    was writing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}-"))

@@ -1,8 +1,8 @@
 """The ledger of claims C1..C10 and questions B1..B5: what rules are made of, verdicts, and a line of the ledger.
 
 A rule stands in the experiment that computes its numbers, and there before the numbers do. A condition is met when its whole 95 %
-interval lies on the right side of its bound, failed when it lies on the wrong side, and open otherwise; a claim needs all its
-conditions.
+interval lies on the right side of its bound, failed when it lies on the wrong side, and open otherwise; a line needs all its
+conditions. A claim has up to three lines, which are never folded into one.
 """
 
 import math
@@ -37,6 +37,10 @@ MOST = 0.5
 """More than half: what a share must exceed for `most`."""
 
 
+NOWHERE = Interval(math.nan, math.nan, math.nan)
+"""Of what has no value, such as a null that a line does not have."""
+
+
 @dataclass(frozen=True)
 class Condition:
     """One part of a rule: an interval against a bound."""
@@ -46,14 +50,22 @@ class Condition:
     bound: float
     below: bool = False
     """Whether the interval must lie below the bound, and not above it."""
-    control: bool = False
-    """Whether it sets the band beside features that are like it in another respect."""
+    no_effect: float | None = None
+    """The value that says that there is no effect; by default the bound."""
 
     @property
     def met(self) -> bool | None:
         """True or False where the interval lies on one side of the bound, None where it does not."""
+        return self._beyond(self.bound)
+
+    @property
+    def opposite(self) -> bool:
+        """Whether the interval lies on the other side of no effect."""
+        return self._beyond(self.bound if self.no_effect is None else self.no_effect) is False
+
+    def _beyond(self, bound: float) -> bool | None:
         low, high = (-self.interval.high, -self.interval.low) if self.below else (self.interval.low, self.interval.high)
-        bound = -self.bound if self.below else self.bound
+        bound = -bound if self.below else bound
         if low > bound:
             return True
         return False if high <= bound else None
@@ -69,25 +81,35 @@ class Rule:
     line: Line = "as stated"
 
 
+VERDICTS = ("supported", "weaker than the bound", "opposite", "inconclusive", "depends on the definition", "not tested")
+
+
 def verdict(conditions: list[Condition]) -> str:
+    """`opposite` where an interval lies on the other side of no effect, `weaker than the bound` where one misses a bound only."""
+    if any(condition.opposite for condition in conditions):
+        return "opposite"
     outcomes = [condition.met for condition in conditions]
     if False in outcomes:
-        return "not supported"
+        return "weaker than the bound"
     return "inconclusive" if None in outcomes else "supported"
 
 
-def judged(rule: Rule, value: Interval, null: Interval, conditions: list[Condition]) -> dict:
-    """A line of the ledger, of a cell that is named when lines are put together. The null's value stands beside the statistic's."""
-    scope = "in this model, on this corpus"
-    plain = [condition for condition in conditions if not condition.control]
-    if len(plain) < len(conditions) and verdict(plain) == "supported" and verdict(conditions) != "supported":
-        scope += "; it holds raw, and not beside the features that it is matched with"
+def judged(
+    rule: Rule, value: Interval, null: Interval, conditions: list[Condition], other_definition: list[Condition] | None = None
+) -> dict:
+    """A line of the ledger, of a cell that is named when lines are put together. The null's value stands beside the statistic's.
+
+    Where the same conditions by another definition (`other_definition`) give another verdict, it `depends on the definition`.
+    """
+    found = verdict(conditions)
+    if other_definition is not None and verdict(other_definition) != found:
+        found = "depends on the definition"
     return {
         "id": rule.claim,
         "claim": CLAIMS[rule.claim],
         "line": rule.line,
-        "verdict": verdict(conditions),
-        "scope": scope,
+        "verdict": found,
+        "scope": "in this model, on this corpus",
         "statistic": rule.statistic,
         **_interval(value),
         "null": number(null.value),

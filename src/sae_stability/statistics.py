@@ -1,7 +1,9 @@
 """Intervals and fits that respect how the data came about.
 
-A seed takes part in every pair, so pair statistics get a delete-one-seed jackknife; clusters of documents are resampled for what is
-averaged over text; features are never resampled as if independent.
+A seed takes part in every pair, and the bands of one seed are made of all the others: numbers of seeds are never independent. So
+whatever depends on matches or bands gets a delete-one-seed jackknife, in which bands are derived again without the seed. Clusters
+of documents are resampled for what is averaged over text, and both distances add in squares. Features are never resampled as if
+independent.
 """
 
 from collections.abc import Callable
@@ -10,7 +12,6 @@ from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float, Int, Real
-from numpy.typing import ArrayLike
 from scipy import optimize, sparse, special, stats
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
@@ -57,19 +58,45 @@ class LatentShares:
         return stats.betabinom.pmf(np.arange(trials + 1), trials, self.alpha, self.beta)
 
 
-def jackknife(estimate: Callable[[list[int]], float], seeds: int, confidence: float = 0.95) -> Interval:
-    """Delete-one-seed jackknife of a statistic of seed pairs, with t(S-1) quantiles (Efron & Stein 1981).
+def jackknife(
+    estimate: Callable[[list[int]], float],
+    seeds: int,
+    drawn: Float[np.ndarray, "sample"] | None = None,
+    confidence: float = 0.95,
+) -> Interval:
+    """Delete-one-seed jackknife with t(S-1) quantiles (Efron & Stein 1981, doi:10.1214/aos/1176345462), and the text beside it.
 
-    `estimate` takes the positions of the seeds to use; with one seed deleted it must still have two. NaN ends where S < 3.
+    `estimate` takes the positions of the seeds to use, and derives all that depends on seeds from these alone; with one seed
+    deleted it must still have two. `drawn` are estimates of all seeds on resampled documents: on each side the distance of their
+    quantile adds in squares, their centre taken out. A seed without which the estimate is not defined makes the ends NaN, and so
+    do fewer than 3 seeds.
     """
     everyone = list(range(seeds))
-    value = estimate(everyone)
+    value = float(estimate(everyone))
     if seeds < 3:
         return Interval(value, float("nan"), float("nan"))
     without = np.array([estimate([seed for seed in everyone if seed != left_out]) for left_out in everyone])
     error = np.sqrt((seeds - 1) / seeds * ((without - without.mean()) ** 2).sum())
     reach = stats.t.ppf(0.5 + confidence / 2, seeds - 1) * error
-    return Interval(value, float(value - reach), float(value + reach))
+    below, above = reach, reach
+    if drawn is not None:
+        tail = (1 - confidence) / 2
+        low, centre, high = np.quantile(drawn, [tail, 0.5, 1 - tail])
+        below, above = np.hypot(reach, centre - low), np.hypot(reach, high - centre)
+    return Interval(value, float(value - below), float(value + above))
+
+
+def over_pairs(
+    values: Float[np.ndarray, "seed seed"], drawn: Float[np.ndarray, "sample"] | None = None, confidence: float = 0.95
+) -> Interval:
+    """The mean of a pair statistic, jackknifed over seeds. [s, t] is that of seeds s and t; NaN where there is none."""
+
+    def estimate(seeds: list[int]) -> float:
+        among = values[np.ix_(seeds, seeds)]
+        known = np.isfinite(among)
+        return float(among[known].mean()) if known.any() else float("nan")
+
+    return jackknife(estimate, len(values), drawn, confidence)
 
 
 def difference(one: Interval, other: Interval) -> Interval:
@@ -116,39 +143,11 @@ def bootstrap_ratio(
     confidence: float = 0.95,
 ) -> Interval:
     """`transform(sum(numerator) / sum(denominator))`, with documents resampled (percentile interval)."""
-    weights = _resampled(len(numerator), samples)
+    weights = resampled(len(numerator), samples)
     drawn = transform((weights @ numerator) / (weights @ denominator))
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return Interval(float(transform(numerator.sum() / denominator.sum())), float(low), float(high))
-
-
-def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Student's interval of the mean of independent values, such as one number a seed. One value has no interval, none no mean."""
-    sample = np.asarray(values, dtype=float)
-    if len(sample) < 2:
-        return Interval(float(sample[0]) if len(sample) else float("nan"), float("nan"), float("nan"))
-    reach = stats.t.ppf(0.5 + confidence / 2, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample))
-    return Interval(float(sample.mean()), float(sample.mean() - reach), float(sample.mean() + reach))
-
-
-def over_seeds_and_documents(
-    numerator: Real[np.ndarray, "seed document"], denominator: Real[np.ndarray, "*seed document"], confidence: float = 0.95
-) -> Interval:
-    """Mean over seeds of sum(numerator) / sum(denominator), both summed over documents.
-
-    Two things vary: which seeds were trained (Student's interval of one number a seed) and which documents were read (resampled,
-    the same for all seeds). On each side the squared distances to the two ends add.
-    """
-    numerator = np.asarray(numerator)
-    denominator = np.broadcast_to(denominator, numerator.shape)
-    seeds = mean_interval(numerator.sum(1) / denominator.sum(1), confidence)
-    weights = _resampled(numerator.shape[1], SAMPLES)
-    drawn = ((weights @ numerator.T) / (weights @ denominator.T)).mean(1)
-    tail = (1 - confidence) / 2
-    below, above = seeds.value - np.quantile(drawn, tail), np.quantile(drawn, 1 - tail) - seeds.value
-    low = seeds.value - np.hypot(seeds.value - seeds.low, below)
-    return Interval(seeds.value, float(low), float(seeds.value + np.hypot(seeds.high - seeds.value, above)))
 
 
 def matched_pairs(
@@ -197,6 +196,6 @@ def _out_of_reach(distance: np.ndarray, shape: tuple[int, int]) -> float:
 
 
 @lru_cache(maxsize=4)  # hundreds of quantities of a study are resampled alike, from a few choices of documents
-def _resampled(count: int, samples: int) -> Float[np.ndarray, "sample document"]:
+def resampled(count: int, samples: int = SAMPLES) -> Float[np.ndarray, "sample document"]:
     """How often each of `count` documents is drawn, in samples with replacement."""
     return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=samples).astype(float)

@@ -6,6 +6,7 @@ relation.
 """
 
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,9 @@ from scipy import sparse
 from scipy.stats import mannwhitneyu
 
 from sae_stability.language.corpus import Contexts
+from sae_stability.matching import Banding
 from sae_stability.spelling import Spelling
-from sae_stability.statistics import Interval, matched_pairs, mean_interval
+from sae_stability.statistics import Interval, matched_pairs
 
 FEWEST = 50  # firings on each half of the documents; with fewer, averages are noise
 TELLS = 0.5  # share of the variance from which a trigger is one of a class
@@ -192,24 +194,38 @@ def at_equal_frequency(features: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([unstable.iloc[chosen], stable.iloc[partners]])
 
 
-def compare(features: pd.DataFrame) -> pd.DataFrame:
+def compare(features: pd.DataFrame, bands: Banding) -> pd.DataFrame:
     """Unstable against stable features in each of `COMPARED`: Cliff's delta, all of them and at equal frequency.
 
     One row per quantity and choice of features. The delta is the chance that an unstable feature has more of it than a stable one,
-    less the chance that it has less (Cliff 1993, doi:10.1037/0033-2909.114.3.494): one number a seed, and the jackknife interval of
-    their mean, which is Student's. Columns of `features`: seed, band, firings and what is compared. Too rare ones take no part.
+    less the chance that it has less (Cliff 1993, doi:10.1037/0033-2909.114.3.494): the mean over seeds, jackknifed over seeds with
+    bands derived again. Columns of `features`: seed, feature, firings and what is compared. Too rare ones take no part, but for
+    how often they fire.
     """
-    known = features[features["firings"] >= FEWEST]
-    by_seed = [part for _, part in known.groupby("seed")]
-    choices = {"all": by_seed, "equal frequency": [at_equal_frequency(part) for part in by_seed]}
     rows = []
-    for chosen, parts in choices.items():
+    for chosen in ("all", "equal frequency"):
         for quantity in COMPARED:
-            deltas = [delta for part in parts if np.isfinite(delta := cliffs_delta(part, quantity))]
-            interval = mean_interval(deltas)
-            columns = {"delta": interval.value, "delta_low": interval.low, "delta_high": interval.high, "seeds": len(deltas)}
+            interval = delta(features, bands, quantity, equal_frequency=chosen != "all")
+            columns = {"delta": interval.value, "delta_low": interval.low, "delta_high": interval.high}
             rows.append({"features": chosen, "quantity": quantity, **columns})
     return pd.DataFrame(rows)
+
+
+def delta(features: pd.DataFrame, bands: Banding, quantity: str, equal_frequency: bool = False) -> Interval:
+    """One row of `compare`."""
+    known = features if quantity == "frequency" and not equal_frequency else features[features["firings"] >= FEWEST]
+
+    def of_seed(part: pd.DataFrame) -> float:
+        return cliffs_delta(at_equal_frequency(part) if equal_frequency else part, quantity)
+
+    return bands.jackknife(known, lambda banded: over_seeds(banded, of_seed))
+
+
+def over_seeds(features: pd.DataFrame, of_seed: Callable[[pd.DataFrame], float]) -> float:
+    """The mean of a number of each seed, of the seeds that have it; NaN where none has."""
+    numbers = np.array([of_seed(part) for _, part in features.groupby("seed")], dtype=float)
+    known = numbers[np.isfinite(numbers)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def cliffs_delta(features: pd.DataFrame, quantity: str) -> float:
@@ -220,14 +236,29 @@ def cliffs_delta(features: pd.DataFrame, quantity: str) -> float:
     return float(2 * mannwhitneyu(unstable, stable).statistic / (len(unstable) * len(stable)) - 1)
 
 
-def surface_share(features: pd.DataFrame, band: str) -> Interval:
-    """The share of the features of a band whose trigger is of surface form, of those that are not too rare: mean over seeds."""
-    known = features[(features["band"] == band) & (features["firings"] >= FEWEST)]
-    return mean_interval(known["trigger"].isin(SURFACE).groupby(known["seed"]).mean().to_numpy())
+def surface_share(
+    features: pd.DataFrame, bands: Banding, band: str, less: str | None = None, classes: tuple[str, ...] = SURFACE
+) -> Interval:
+    """The share of a band's features whose trigger is of one of some classes, of those that are not too rare: mean over seeds.
+
+    With `less`, less the share of another band: `shuffled` is the unstable band in a text whose tokens are shuffled.
+    """
+    known = features[features["firings"] >= FEWEST]
+
+    def share(part: pd.DataFrame, of: str) -> float:
+        inside = part[part["band"] == of]
+        return float(inside["trigger"].isin(classes).mean()) if len(inside) else float("nan")
+
+    def of_seed(part: pd.DataFrame) -> float:
+        if less is None:
+            return share(part, band)
+        return share(part, band) - (by_chance(part, band) if less == "shuffled" else share(part, less))
+
+    return bands.jackknife(known, lambda banded: over_seeds(banded, of_seed))
 
 
-def shuffled_share(features: pd.DataFrame, band: str) -> float:
-    """The same for a text whose tokens are shuffled: what chance gives."""
+def by_chance(features: pd.DataFrame, band: str) -> float:
+    """The share of a band's features of which a text with shuffled tokens tells as much: what chance gives."""
     known = features[(features["band"] == band) & (features["firings"] >= FEWEST)]
     nulls = [f"null_{name}" for name in ("token", "previous", "n-gram", "position")]
     return float((known[nulls] >= TELLS).any(axis=1).mean()) if len(known) else float("nan")

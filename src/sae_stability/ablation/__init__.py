@@ -3,11 +3,13 @@
 impact       the effect of each feature alone
 removal      the effect of sets of features, by several readings
 controls     the sets: bands, and what they are compared with
+estimates    what sets carry, with intervals over seeds and text
 translation  one seed's unstable features in the words of another seed
 """
 
 from sae_stability.ablation.controls import Sets, sets_of
 from sae_stability.ablation.effects import Effects, measure, sample
+from sae_stability.ablation.estimates import Estimates
 from sae_stability.ablation.impact import (
     Impact,
     PredictionImpact,
@@ -20,6 +22,7 @@ from sae_stability.ablation.translation import Translation, translate, translate
 
 __all__ = [
     "Effects",
+    "Estimates",
     "Impact",
     "PredictionImpact",
     "Sets",

@@ -14,13 +14,18 @@ from torch import Tensor
 from sae_stability.matching import BANDS, Stability
 from sae_stability.statistics import matched_pairs
 
-CALIPER = 0.2  # standard deviations of log energy and of log frequency by which two matched features may differ
+CALIPER = 0.05  # standard deviations of log energy and of log frequency by which two matched features may differ
+BALANCE = 0.01  # by how much the energies of matched sets may differ, as a share, for them to be compared
 SHARES = (0.25, 0.5, 0.75)  # of the live features, along the cumulative curves
 ORDERS = ("stability", "energy", "frequency", "random")
 CURVE_SEEDS = 4  # the first seeds, whose features are added in those orders: each point costs a pass of the model for each
 
 Name = tuple[str, str]
 """Which set: (kind of set, band), or (`by` an order, share of the live features)."""
+ALL: Name = ("all", "")
+NONE: Name = ("none", "")
+RETURNS: Name = ("returns", "")
+"""The features that reappear in the next seed: one pair of seeds for each, which no band cuts."""
 
 
 @dataclass(frozen=True)
@@ -28,61 +33,66 @@ class Sets:
     """Sets of features of each seed."""
 
     members: dict[Name, Bool[Tensor, "seed d_sae"]]
-    """`band`, `random` (as many), `paired` (the band's features that have a match outside it) and `matched` (those matches); and
-    `by` each order, of the first `CURVE_SEEDS` only."""
-    support: dict[str, Float[np.ndarray, "seed"]]
-    """The share of each band's energy that is in `paired` features; NaN where the band is empty."""
-
-    def mean_support(self, band: str) -> float:
-        """Of the seeds that have such a band; 0 where none has."""
-        known = self.support[band][np.isfinite(self.support[band])]
-        return float(known.mean()) if len(known) else 0.0
+    """`all`; `returns` (what reappears in the next seed) and as many `random` ones; `band`, `random` (as many), `paired` (the
+    band's features with a match outside it) and `matched` (those matches); `by` each order, of the first `CURVE_SEEDS` only."""
 
 
 def sets_of(
-    found: Stability, energy: Float[Tensor, "seed d_sae"], firings: Float[Tensor, "seed d_sae"], curves: bool = True
+    found: Stability,
+    energy: Float[Tensor, "seed d_sae"],
+    firings: Float[Tensor, "seed d_sae"],
+    curves: bool = True,
+    seeds: list[int] | None = None,
 ) -> Sets:
     """The sets of an ensemble: all live features, its bands and their controls, and the first features in several orders.
 
-    A live feature may fire on none of the tokens at hand. It has no logarithms, so it is nobody's match and no part of the caliper.
+    With `seeds` (positions), those of a study of only these, whose bands allow as many misses (`Stability.band_among`). Random
+    choices are a seed's own, whoever else is there. A live feature may fire on none of the tokens at hand. It has no logarithms,
+    so it is nobody's match and no part of the caliper.
     """
-    alive, generator = found.alive, np.random.default_rng(0)
-    members: dict[Name, Tensor] = {("all", ""): alive}
-    support = {}
+    kept = list(range(len(found.alive))) if seeds is None else seeds
+    alive, band = found.alive[kept], found.band_among(kept)
+    energy, firings = energy[kept], firings[kept]
+    ranks = torch.stack([torch.from_numpy(np.random.default_rng(seed).random(alive.shape[1])) for seed in kept])
+    following = kept[1:] + kept[:1]
+    returns = found.matched[kept, following]
+    members: dict[Name, Tensor] = {ALL: alive, RETURNS: returns, ("random", "returns"): _random(returns, alive, ranks)}
     fires = (alive & (energy > 0)).numpy()
     covariates = torch.stack([energy.clamp_min(1e-30).log(), firings.clamp_min(1e-30).log()], 2).double().numpy()
-    for number, band in enumerate(BANDS):
-        inside = torch.from_numpy(found.band == number)
-        members["band", band] = inside
-        members["random", band], members["paired", band], members["matched", band] = (torch.zeros_like(inside) for _ in range(3))
-        support[band] = np.full(len(alive), np.nan)
-        for seed, living in enumerate(alive):
-            members["random", band][seed, generator.permutation(living.nonzero()[:, 0].numpy())[: int(inside[seed].sum())]] = True
-            of_band = inside[seed].numpy()
-            within, outside = np.flatnonzero(fires[seed] & of_band), np.flatnonzero(fires[seed] & ~of_band)
-            spread = covariates[seed, fires[seed]].std(0)
-            one, other = matched_pairs(covariates[seed, within] / spread, covariates[seed, outside] / spread, CALIPER)
-            members["paired", band][seed, within[one]] = True
-            members["matched", band][seed, outside[other]] = True
-            total = energy[seed, within].sum()
-            support[band][seed] = float(energy[seed, within[one]].sum() / total) if total > 0 else np.nan
+    for number, name in enumerate(BANDS):
+        inside = torch.from_numpy(band == number)
+        members["band", name], members["random", name] = inside, _random(inside, alive, ranks)
+        members["paired", name], members["matched", name] = torch.zeros_like(inside), torch.zeros_like(inside)
+        for place in range(len(kept)):
+            of_band = inside[place].numpy()
+            within, outside = np.flatnonzero(fires[place] & of_band), np.flatnonzero(fires[place] & ~of_band)
+            spread = np.maximum(covariates[place, fires[place]].std(0), 1e-12) if fires[place].any() else 1.0
+            one, other = matched_pairs(covariates[place, within] / spread, covariates[place, outside] / spread, CALIPER)
+            members["paired", name][place, within[one]] = True
+            members["matched", name][place, outside[other]] = True
     if curves:
-        members |= _cumulative(found, energy, firings, generator)
-    return Sets(members, support)
+        probability = torch.where(alive, found.matched[kept][:, kept].sum(1) / max(len(kept) - 1, 1), torch.nan)
+        members |= _cumulative(alive, {"stability": probability, "energy": energy, "frequency": firings}, ranks)
+    return Sets(members)
 
 
-def _cumulative(found: Stability, energy: Tensor, firings: Tensor, generator: np.random.Generator) -> dict[Name, Tensor]:
+def _random(like: Bool[Tensor, "seed d_sae"], alive: Bool[Tensor, "seed d_sae"], ranks: Float[Tensor, "seed d_sae"]) -> Tensor:
+    """As many live features of each seed as a set has, by their random ranks."""
+    order = ranks.masked_fill(~alive, torch.inf).argsort(1).argsort(1)
+    return (order < like.sum(1, keepdim=True)) & alive
+
+
+def _cumulative(alive: Tensor, keys: dict[str, Tensor], ranks: Tensor) -> dict[Name, Tensor]:
     """The first features of each seed in each order; ties are broken at random, so that no order smuggles in another."""
-    shuffled = torch.from_numpy(generator.random(found.alive.shape))
-    keys = {"stability": found.probability, "energy": energy, "frequency": firings, "random": torch.zeros_like(shuffled)}
+    keys = {**keys, "random": torch.zeros_like(ranks)}
     members = {}
     for order in ORDERS:
         key = keys[order].double().numpy()
         for share in SHARES:
-            first = torch.zeros_like(found.alive[:CURVE_SEEDS])
-            for seed, living in enumerate(found.alive[:CURVE_SEEDS]):
+            first = torch.zeros_like(alive[:CURVE_SEEDS])
+            for seed, living in enumerate(alive[:CURVE_SEEDS]):
                 live = living.nonzero()[:, 0].numpy()
-                ranked = live[np.lexsort((shuffled[seed, live], -key[seed, live]))]
+                ranked = live[np.lexsort((ranks[seed, live], -key[seed, live]))]
                 first[seed, ranked[: round(share * len(live))]] = True
             members[f"by {order}", f"{share:g}"] = first
     return members

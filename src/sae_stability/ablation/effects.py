@@ -8,24 +8,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_stability.ablation.controls import Name, Sets, sets_of
+from sae_stability.ablation.controls import ALL, NONE, RETURNS, Name, Sets, sets_of
 from sae_stability.ablation.impact import impact_on_prediction, impact_on_reconstruction
 from sae_stability.ablation.removal import on_prediction, on_reconstruction, reselected
 from sae_stability.evaluation import Encoded
 from sae_stability.language.interventions import Reading
 from sae_stability.matching import BANDS, Stability
-from sae_stability.statistics import Interval, bootstrap_ratio, mean_interval, over_seeds_and_documents
 
-ALL: Name = ("all", "")
-NONE: Name = ("none", "")
 MEASURES = ("reconstruction", "reselected", "prediction", "divergence")
 """Squared error; the same once codes are chosen again; cross-entropy; KL divergence from the clean prediction."""
 REFITTED = 50_000  # tokens on which decoders are fitted again and judged
 OWN = ("firings", "activation", "energy", "impact", "first_order", "second_order")
-UNMATCHED, MATCHED = ("all", "band", "random"), ("paired", "matched")
+CHOSEN_AGAIN: tuple[Name, ...] = (
+    *(ALL, RETURNS, ("random", "returns"), ("random", "stable"), ("paired", "stable"), ("matched", "stable")),
+    *(("band", band) for band in BANDS),
+)
+"""Sets without which codes are chosen again: each costs a fit of the decoder for every seed."""
+UNMATCHED, MATCHED = ("all", "returns", "band", "random"), ("paired", "matched")
 Detail = Literal["bands", "controls", "curves"]
-"""Bands and as many random features are removed; `controls` also keep them alone, match them, and choose codes again; `curves`
-also add features in several orders, and read the full splice."""
+"""Bands, what reappears and as many random features are removed, and kept alone; `controls` also match them, and choose codes
+again; `curves` also add features in several orders, and read the full splice."""
 COMPLEMENT = {"kept": "removed", "only": "spliced"}
 """Readings that keep nothing but a set, and those that remove one."""
 
@@ -65,34 +67,6 @@ class Effects:
             lost = self.lost(measure, reading, name)
             return self.lost(measure, COMPLEMENT[reading], ALL)[: len(lost)] - lost
         return self.lost(measure, reading, name)
-
-    def share(self, measure: str, reading: str, name: Name, less: Name | None = None) -> Interval:
-        """What a set carries (less another one), as a share of what is lost without any feature."""
-        carried = self.carried(measure, reading, name)
-        if less is not None:
-            carried = carried - self.carried(measure, reading, less)
-        return over_seeds_and_documents(carried, self.lost(measure, COMPLEMENT.get(reading, reading), ALL)[: len(carried)])
-
-    def raw(self, measure: str, reading: str, name: Name) -> Interval:
-        """The change itself: of the unexplained variance, or in nats a token."""
-        return over_seeds_and_documents(self.lost(measure, reading, name), self.sums[f"{measure}/size"])
-
-    def site(self, ablation: str) -> Interval:
-        """What ablating the whole site (`zero` or `mean`) does to the cross-entropy, in nats a token; clusters are resampled."""
-        return bootstrap_ratio(self.sums[f"prediction/{ablation}"] - self.sums["prediction/intact"], self.sums["prediction/size"])
-
-    def marginal(self, sets: Sets, name: Name, less: Name | None = None, confidence: float = 0.95) -> Interval:
-        """Mean impact on prediction of the features of a set (less another's), where an average live feature has 1.
-
-        The second order squares what a feature does within a context, so contexts are resampled in the place of clusters.
-        """
-
-        def mean(of: Name) -> Float[np.ndarray, "seed context"]:
-            return (torch.from_numpy(self.sums[f"alone/{'/'.join(of)}"]) / sets.members[of].sum(1, keepdim=True)).numpy()
-
-        apart = mean(name) - (mean(less) if less is not None else 0)
-        known = np.isfinite(apart).all(1)  # a seed may have no such feature
-        return over_seeds_and_documents(apart[known], mean(ALL)[known], confidence) if known.any() else mean_interval([])
 
     @property
     def on_prediction(self) -> Float[Tensor, "seed d_sae"]:
@@ -138,7 +112,7 @@ def measure(
     sums: dict[str, np.ndarray] = {}
     residuals_of = {"reconstruction": on_reconstruction(held_out, cluster, sets.members)}
     if detail != "bands":
-        again = {name: member for name, member in sets.members.items() if name[0] in UNMATCHED}
+        again = {name: sets.members[name] for name in CHOSEN_AGAIN}
         residuals_of["reselected"] = reselected(ensemble, activations.first(REFITTED), cluster, again)
     for measure_name, residuals in residuals_of.items():
         sums |= {f"{measure_name}/intact": residuals.intact, f"{measure_name}/size": residuals.total}
@@ -168,10 +142,11 @@ def readings_of(sets: Sets, detail: Detail) -> dict[str, list[Name]]:
     """Which sets are read how in prediction: each costs a pass of the model for every seed."""
     of_kind = {kind: [name for name in sets.members if name[0].startswith(kind)] for kind in (*UNMATCHED, *MATCHED, "by ")}
     removed = [name for kind in UNMATCHED for name in of_kind[kind]]
+    kept = [RETURNS, ("random", "returns"), *of_kind["band"]]
     if detail == "bands":
-        return {"removed": removed}
+        return {"removed": removed, "kept": kept}
     removed += [name for kind in MATCHED for name in of_kind[kind]]
-    readings = {"removed": removed, "kept": of_kind["band"] + of_kind["by "]}
+    readings = {"removed": removed, "kept": kept + of_kind["by "]}
     if detail == "curves":
         readings |= {"spliced": [NONE, ALL, *of_kind["band"]], "only": of_kind["band"]}
     return readings

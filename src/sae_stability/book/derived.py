@@ -12,9 +12,10 @@ from sae_stability.experiments import Results, ensembles, matching
 from sae_stability.experiments import stability as tables
 from sae_stability.experiments.columns import interval_columns
 from sae_stability.explanations import agreement, says_surface
-from sae_stability.matching import BANDS, Stability
-from sae_stability.statistics import Interval, difference, mean_interval
+from sae_stability.matching import BANDS, Banding, Stability
+from sae_stability.statistics import Interval, difference
 from sae_stability.study import Cell, Study
+from sae_stability.triggers import over_seeds
 
 
 class RandomCosines(NamedTuple):
@@ -165,8 +166,9 @@ def side_by_side(removals: pd.DataFrame, names: Mapping[str, tuple[str, str, str
 
 
 def band_sizes(sets: pd.DataFrame, kind: str = "real") -> pd.DataFrame:
-    """The share of each band among features and in their energy, and how much of that energy has a match: means over seeds."""
-    sizes = sets[sets["kind"] == kind].groupby("band")[["share", "energy_share", "support"]]
+    """The share of each band among features and in their energy, how much of that energy has a match, and its ratio to the matches'
+    energy: means over seeds."""
+    sizes = sets[sets["kind"] == kind].groupby("band")[["share", "energy_share", "support", "energy_ratio"]]
     return sizes.mean().reindex(BANDS)
 
 
@@ -238,14 +240,14 @@ def explanation_scores(explanations: pd.DataFrame) -> pd.DataFrame:
     return scores.reindex(order).reset_index()
 
 
-def f1_difference(explanations: pd.DataFrame) -> pd.Series:
-    """The mean F1 of unstable features less that of stable ones, one number a seed that has both, with Student's interval.
+def f1_difference(explanations: pd.DataFrame, bands: Banding) -> Interval:
+    """The mean F1 of unstable features less that of stable ones: of each seed that has both, the mean over seeds, jackknifed."""
 
-    Entries: difference, difference_low, difference_high, seeds (how many).
-    """
-    by_seed = explanations.groupby(["seed", "band"])["f1"].mean().unstack().reindex(columns=list(BANDS))
-    differences = (by_seed["unstable"] - by_seed["stable"]).dropna()
-    return pd.Series({**interval_columns("difference", mean_interval(differences)), "seeds": len(differences)})
+    def of_seed(part: pd.DataFrame) -> float:
+        unstable, stable = (part.loc[part["band"] == band, "f1"].mean() for band in ("unstable", "stable"))
+        return float(unstable - stable)
+
+    return bands.jackknife(explanations, lambda part: over_seeds(part, of_seed))
 
 
 def classifier_agreement(labelled: pd.DataFrame) -> pd.DataFrame:

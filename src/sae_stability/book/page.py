@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -21,13 +22,21 @@ from sae_stability import places
 from sae_stability.experiments import Results, texts
 from sae_stability.figures.style import BAND_STYLES
 from sae_stability.files import read_json
+from sae_stability.ledger import Line
 from sae_stability.loading import load_study, read_study
 from sae_stability.matching import BANDS
 from sae_stability.pipeline import Plan, compute
 from sae_stability.store import git_commit
 from sae_stability.study import Cell, Study, told_apart
 
-SIGNS = {"supported": "✓", "not supported": "✗", "inconclusive": "~", "not tested": "–"}
+SIGNS = {
+    "supported": "✓",
+    "weaker than the bound": "<",
+    "opposite": "✗",
+    "inconclusive": "~",
+    "depends on the definition": "±",
+    "not tested": "–",
+}
 FURTHER_NULLS = {
     "randomised": "the activations of a model whose *weights are shuffled*. That model computes nothing useful, but it does tell "
     "its tokens apart, so there are features to find in it. What comes back there owes nothing to what the model has learned: "
@@ -100,10 +109,14 @@ class Book:
         provenance = self.plan.store.provenance("claims.json") or {"commit": "unknown"}
         return short(provenance["commit"]), short(git_commit())
 
-    def claim(self, claim: str, cell: str | None = None) -> dict:
-        """The line of a claim on a cell, by default the main one."""
+    def claims(self, claim: str, cell: str | None = None) -> list[dict]:
+        """The lines of a claim on a cell, by default the main one."""
         wanted = cell or self.cell.id
-        return next(line for line in self.ledger if line["id"] == claim and line["cell"] == wanted)
+        return [line for line in self.ledger if line["id"] == claim and line["cell"] == wanted]
+
+    def claim(self, claim: str, cell: str | None = None, line: str = "as stated") -> dict:
+        """One of them, by default what the claim states."""
+        return next(each for each in self.claims(claim, cell) if each["line"] == line)
 
     @property
     def facts(self) -> dict:
@@ -178,11 +191,6 @@ def _interval(value: float | None, low: float | None, high: float | None, spec: 
     return estimate(value, spec) + ends
 
 
-def verdict(line: Mapping) -> str:
-    """A verdict in a word or two, with a note where the claim holds before features are matched only."""
-    return line["verdict"] + (", raw only" if "holds raw" in line.get("scope", "") else "")
-
-
 def benchmarks_file() -> Path:
     return places.root() / "benchmarks" / "results.json"
 
@@ -241,27 +249,34 @@ def code(text: str) -> str:
 
 
 def scoreboard(lines: list[dict]) -> str:
-    """The ledger of a cell as a table: what is claimed, and the verdict with the statistic behind it."""
+    """The ledger of a cell as a table: what is claimed, and the verdict of each line with the statistic behind it."""
 
-    def judgement(line: pd.Series) -> str:
-        statistic = "" if pd.isna(line["value"]) else f"<br>{line_interval(line, '.2f')}"
-        return f"{SIGNS[line['verdict']]} {line['verdict']}{statistic}"
+    def judgements(row: pd.Series) -> str:
+        return "<br>".join(_judgement(line) for line in lines if line["id"] == row["id"])
 
-    return markdown_table(pd.DataFrame(lines), {"": "{id}", "claim or question": "{claim}", "verdict here": judgement})
+    claims = pd.DataFrame(lines).drop_duplicates("id")
+    return markdown_table(claims, {"": "{id}", "claim or question": "{claim}", "verdict here, line by line": judgements})
+
+
+def _judgement(line: dict) -> str:
+    if line["verdict"] == "not tested":
+        return f"{SIGNS['not tested']} not tested"
+    return f"{SIGNS[line['verdict']]} {line['line']}: **{line['verdict']}**, {line_interval(line, '.2f')}"
 
 
 def rules(lines: list[dict]) -> str:
-    """What is asked of each claim that is tested, in words."""
+    """What is asked of each claim that is tested, in words, line by line."""
     tested = (line for line in lines if line["rule"])
     return "\n\n".join(
-        f"**Rule of {line['id']}.** The statistic is the {line['statistic']}; the verdict is {line['rule']}." for line in tested
+        f"**{line['id']}, {line['line']}.** The statistic is the {line['statistic']}; the verdict is {line['rule']}."
+        for line in tested
     )
 
 
-def judged(line: dict, note: str = "") -> str:
-    """A verdict with its conditions, as Markdown. Every rule is spelled out on the first page."""
-    if line["verdict"] == "not tested":
-        return f"**{line['id']} is not tested** in this study."
+def judged(lines: list[dict]) -> str:
+    """The verdicts of the lines of a claim, each with its conditions, as Markdown. A page of its own spells every rule out."""
+    if lines[0]["verdict"] == "not tested":
+        return f"**{lines[0]['id']} is not tested** in this study."
     signs = {True: "met", False: "failed", None: "open"}
     columns: dict[str, Column] = {
         "condition": "{what}",
@@ -269,31 +284,23 @@ def judged(line: dict, note: str = "") -> str:
         "bound": lambda part: f"{'below' if part['below'] else 'above'} {part['bound']:g}",
         " ": lambda part: signs[part["met"]],
     }
-    conditions = markdown_table(pd.DataFrame(line["conditions"]), columns)
-    return f"**{line['id']} is {line['verdict']}** {line['scope']}{note}.\n\n{conditions}"
+    return "\n\n".join(
+        f"**{line['id']}, {line['line']}: {line['verdict']}**, {line['scope']}.\n\n"
+        + markdown_table(pd.DataFrame(line["conditions"]), columns)
+        for line in lines
+    )
 
 
-def _condition(book: Book, claim: str, place: int, row: pd.Series) -> str:
-    """The interval of one condition of a claim on the cell of a row."""
-    return line_interval(book.claim(claim, row["cell"])["conditions"][place], ".2f")
+def by_line(book: Book, claims: list[str]) -> str:
+    """The verdicts of some claims on every cell of the grid: a column a line, each with its statistic."""
 
+    def found(row: pd.Series, claim: str, line: str) -> str:
+        judged = book.claim(claim, row["cell"], line)
+        return f"{judged['verdict']}: {line_interval(judged, '.2f')}"
 
-def by_cell(book: Book, claim: str, headings: list[str]) -> str:
-    """The verdict of a claim on every cell of the grid, with its conditions under the given headings."""
-    columns: dict[str, Column] = {claim: lambda row: verdict(book.claim(claim, row["cell"]))}
-    for place, heading in enumerate(headings):
-        columns[heading] = partial(_condition, book, claim, place)
+    headings = {f"{claim} {line}": (claim, line) for claim in claims for line in get_args(Line)}
+    columns = {heading: partial(found, claim=claim, line=line) for heading, (claim, line) in headings.items()}
     return grid_table(book, columns)
-
-
-def by_claim(book: Book, headings: dict[str, str]) -> str:
-    """The verdicts of several claims on every cell of the grid, each with its statistic; `headings` by claim."""
-
-    def found(row: pd.Series, claim: str) -> str:
-        line = book.claim(claim, row["cell"])
-        return f"{verdict(line)}: {line_interval(line, '.2f')}"
-
-    return grid_table(book, {heading: partial(found, claim=claim) for claim, heading in headings.items()})
 
 
 def grid_table(book: Book, columns: Mapping[str, Column]) -> str:

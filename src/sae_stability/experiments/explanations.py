@@ -1,6 +1,7 @@
 """What features fire on, in words (C6): features of the main cell, explained by rules and by a language model if there is one."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,14 @@ from tqdm import tqdm
 
 from sae_stability import explanations
 from sae_stability.evaluation import sparse_codes
-from sae_stability.experiments import ensembles, matching, texts
+from sae_stability.experiments import ensembles, matching, texts, triggers
 from sae_stability.experiments.experiment import Experiment, Results, is_main
 from sae_stability.experiments.triggers import TRIGGER_TOKENS
 from sae_stability.explanations import Rules
 from sae_stability.files import write_table
 from sae_stability.language import models
 from sae_stability.ledger import MOST, Condition, Rule, judged
-from sae_stability.matching import BANDS
-from sae_stability.statistics import mean_interval
+from sae_stability.matching import BANDS, Banding
 
 EXPLAINED_SEEDS, EXPLAINED = 4, 15  # seeds of the cell, and features of each band of each, that are explained
 
@@ -25,8 +25,8 @@ C6 = Rule(
     "C6",
     "share of the unstable features whose explanation by a language model is of surface form, by a written rule",
     f"supported in this model if the 95 % intervals over seeds lie above their bounds: the statistic above {MOST:g}, and above the "
-    "same share of stable features; not supported if one lies below; inconclusive otherwise; not tested unless a language model "
-    "that does not see the band wrote the explanations",
+    "same share of stable features; weaker than the bound if one misses it, opposite if fewer are than of the stable ones, and "
+    "inconclusive otherwise; not tested unless a language model that does not see the band wrote the explanations",
 )
 
 
@@ -74,27 +74,27 @@ def compute(results: Results, folder: Path) -> None:
 
 def by_band(results: Results) -> pd.DataFrame:
     """One row per engine and explained feature, with its band: engines do not know it."""
-    table = pd.read_parquet(results.folder("explanations") / "explanations.parquet")
-    matched, seeds = matching.stability(results), ensembles.ensemble(results).seeds
-    position = table["seed"].map({seed: place for place, seed in enumerate(seeds)}).to_numpy()
-    return table.assign(band=np.array(BANDS)[matched.band[position, table["feature"].to_numpy()]])
+    return triggers.bands(results).banded(pd.read_parquet(results.folder("explanations") / "explanations.parquet"))
 
 
 def judge(results: Results) -> list[dict]:
-    return judge_c6(by_band(results))
+    return judge_c6(by_band(results), triggers.bands(results))
 
 
-def judge_c6(explained: pd.DataFrame) -> list[dict]:
+def judge_c6(explained: pd.DataFrame, bands: Banding) -> list[dict]:
     """C6 on one cell, by what language models wrote; no line where none did. The null's value is that of stable features."""
     by_model = explained[explained["engine"] != Rules.name]
     if by_model.empty:
         return []
-    shares = by_model.groupby(["seed", "band"])["surface"].mean().unstack().reindex(columns=list(BANDS))
-    unstable, stable = (mean_interval(shares[band].dropna()) for band in ("unstable", "stable"))
-    apart = mean_interval((shares["unstable"] - shares["stable"]).dropna())
+
+    def share(part: pd.DataFrame, band: str) -> float:
+        return part.loc[part["band"] == band, "surface"].mean()
+
+    unstable, stable = (bands.jackknife(by_model, partial(share, band=band)) for band in ("unstable", "stable"))
+    more = bands.jackknife(by_model, lambda part: share(part, "unstable") - share(part, "stable"))
     conditions = [
-        Condition("explanations of unstable features of surface form", unstable, MOST),
-        Condition("the same, less that of stable features", apart, 0.0),
+        Condition("explanations of unstable features of surface form", unstable, MOST, no_effect=0.0),
+        Condition("the same, less that of stable features", more, 0.0),
     ]
     return [judged(C6, unstable, stable, conditions)]
 

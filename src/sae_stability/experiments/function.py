@@ -5,53 +5,97 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
+from torch import Tensor
 
 from sae_stability import ablation
-from sae_stability.ablation import Effects, Sets, sets_of
-from sae_stability.ablation.effects import ALL, MEASURES, NONE
+from sae_stability.ablation import Effects, Estimates
+from sae_stability.ablation.controls import ALL, BALANCE, NONE
+from sae_stability.ablation.effects import MEASURES
+from sae_stability.ablation.estimates import Weight
 from sae_stability.evaluation import Encoded
 from sae_stability.experiments import ensembles, matching, texts
 from sae_stability.experiments.columns import each_kind, interval_columns
 from sae_stability.experiments.experiment import IS_MAIN, Experiment, Results
 from sae_stability.experiments.matching import CODE_TOKENS
 from sae_stability.files import save_tensors
-from sae_stability.ledger import MOST, Condition, Rule, judged
+from sae_stability.ledger import MOST, NOWHERE, Condition, Rule, judged
 from sae_stability.matching import BANDS
-from sae_stability.statistics import Interval
+from sae_stability.matching import at_equal_frequency as matched_at_equal_frequency
+from sae_stability.statistics import Interval, difference
 
 KINDS = ["real", "surrogate"]
 SAMPLED = 8  # features of each band, of the first seed, whose impact on prediction is measured one by one
 WEAK = 0.5
 SMALLEST_SUPPORT = 0.3
-STABLE_BAND = ("band", "stable")
+SUPPORTED = "supported in this model if the 95 % intervals over seeds and text lie"
+OTHERWISE = "weaker than the bound if one misses it, opposite if one lies beyond no effect, and inconclusive otherwise"
+IDENTIFIABLE = (
+    f"and where less than {SMALLEST_SUPPORT:.0%} of the band's energy has a match, or the matched energies differ by more than "
+    f"{BALANCE:.0%}"
+)
+NOISE = (
+    "that of as many random features and from the surrogate's, and for that of the impacts of single features from the "
+    "surrogate's, "
+)
+MEANT: dict[str, tuple[Literal["reconstruction", "prediction"], str]] = {
+    "C2": ("reconstruction", "explained variance"),
+    "C3": ("prediction", "cross-entropy"),
+}
 
-C2 = Rule(
-    "C2",
-    "share of what all features add to the explained variance that is lost without the stable ones, codes fixed",
-    "supported in this model if the 95 % intervals lie above their bounds: what is lost without the stable features, and what is "
-    f"kept with them only, above {MOST:g} of what all features carry; the first above that of as many random features, with codes "
-    "fixed, and once codes are chosen again and the decoder fitted again; not supported if one lies below; inconclusive otherwise",
-)
-C3 = Rule(
-    "C3",
-    "share of what the removal of all features adds to the cross-entropy that is added without the stable ones, error kept",
-    "supported in this model if the 95 % intervals lie above their bounds: what is lost without the stable features, and what is "
-    f"kept with them only, above {MOST:g} of what all features carry; the first above that of as many random features; and that of "
-    "stable features above that of their matches outside the band, alike in energy and frequency; not supported if one lies below; "
-    f"inconclusive otherwise, and where less than {SMALLEST_SUPPORT:.0%} of the band's energy has a match",
-)
-C4 = Rule(
-    "C4",
-    "mean impact of an unstable feature alone on the cross-entropy, to second order, where an average live feature has 1",
-    f"supported in this model if the statistic is equivalent to 0 within {WEAK:g} (two one-sided tests at 5 %), and the impact of "
-    "unstable features lies below that of their matches outside the band, alike in energy and frequency (95 %); not supported if "
-    f"one fails; inconclusive otherwise, and where less than {SMALLEST_SUPPORT:.0%} of the band's energy has a match",
+
+def _carrying(claim: str) -> tuple[Rule, Rule, Rule]:
+    """The three lines of C2 or C3."""
+    what = MEANT[claim][1]
+    again = " once codes are chosen again and the decoder is fitted again" if claim == "C2" else ""
+    return (
+        Rule(
+            claim,
+            f"Shapley share in the {what} of what reappears in another seed: the mean of what is lost without it and what is kept "
+            "with it only",
+            f"{SUPPORTED} above {MOST:g} for the statistic; {OTHERWISE}",
+        ),
+        Rule(
+            claim,
+            f"the same share in the {what}, less that of as many random features",
+            f"{SUPPORTED} above 0 for the differences of the share from {NOISE}at equal frequency; {OTHERWISE}",
+            "beyond size and noise",
+        ),
+        Rule(
+            claim,
+            f"share of the {what} that is lost without the stable features that have a match in energy and frequency outside the "
+            f"band, less that of their matches{again}",
+            f"{SUPPORTED} above 0 for the statistic; {OTHERWISE}, {IDENTIFIABLE}",
+            "beyond energy and frequency",
+        ),
+    )
+
+
+C2, C3 = _carrying("C2"), _carrying("C3")
+C4 = (
+    Rule(
+        "C4",
+        "mean impact of an unstable feature alone on the cross-entropy, to second order, where an average other live feature has 1",
+        f"{SUPPORTED} below {WEAK:g} for the statistic; {OTHERWISE}",
+    ),
+    Rule(
+        "C4",
+        "share of the cross-entropy that is lost without the unstable features, less that of as many random ones",
+        f"{SUPPORTED} below 0 for the statistic; {OTHERWISE}",
+        "beyond size and noise",
+    ),
+    Rule(
+        "C4",
+        "mean impact of the unstable features that have a match in energy and frequency outside the band, less that of their "
+        "matches",
+        f"{SUPPORTED} below 0 for the statistic; {OTHERWISE}, {IDENTIFIABLE}",
+        "beyond energy and frequency",
+    ),
 )
 
 
@@ -78,43 +122,51 @@ def compute(results: Results, folder: Path) -> None:
             save_tensors(folder / "sample.safetensors", {"feature": sampled[0], "true": true[0], **orders}, {})
 
 
-def effects(results: Results, kind: str = "real") -> tuple[Effects, Sets]:
-    """The effects of removals, and the sets that were removed."""
-    measured = _load(results.folder("function") / f"{kind}.safetensors")
-    return measured, sets_of(matching.stability(results, kind), measured.energy, measured.firings, measured.curves)
+def effects(results: Results, kind: str = "real") -> Estimates:
+    """The effects of removals, as estimates with intervals."""
+    name = f"{kind}.safetensors"
+    return _estimates(results.folder("function") / name, results.folder("matching") / name, results.cell.threshold)
 
 
-@lru_cache(maxsize=4)
-def _load(path: Path) -> Effects:
-    return Effects.of(load_tensors(path))
+@lru_cache(maxsize=2)  # tables and claims ask for the same, and sets without each seed take a while
+def _estimates(measured: Path, matched: Path, threshold: float) -> Estimates:
+    return Estimates(Effects.of(load_tensors(measured)), matching.opened(matched, threshold))
 
 
 def removals(results: Results) -> pd.DataFrame:
     """One row per set, measure and reading, for the ensemble and for its surrogate."""
-    return each_kind(KINDS, lambda kind: shares(effects(results, kind)[0]))
+    return each_kind(KINDS, lambda kind: shares(effects(results, kind)))
 
 
-def shares(effects: Effects) -> pd.DataFrame:
+def shares(estimates: Estimates) -> pd.DataFrame:
     """One row per set, measure and reading: what it carries, as a share of what all features carry, and the change itself.
 
-    Sets named `paired less matched` and `band less random` are differences of two. Ablations of the whole site have a change only.
+    Sets named `paired less matched` and `band less random` are differences of two. Readings `shapley` are Shapley shares: of each
+    band among the three, and of what reappears in another seed. Ablations of the whole site have a change only.
     """
     rows: list[dict] = []
-    for entry in effects.sums:
+    sums = estimates.effects.sums
+    for entry in sums:
         measure, reading, *name = entry.split("/")
         if len(name) == 2 and tuple(name) != NONE:
             members = (name[0], name[1])
             row = {"measure": measure, "reading": reading, "set": name[0], "of": name[1]}
-            share, change = effects.share(measure, reading, members), effects.raw(measure, reading, members)
+            share, change = estimates.share(measure, reading, members), estimates.raw(measure, reading, members)
             rows.append({**row, **interval_columns("share", share), **interval_columns("change", change)})
     for measure, band, (group, less) in product(MEASURES, BANDS, (("paired", "matched"), ("band", "random"))):
-        if f"{measure}/removed/{group}/{band}" in effects.sums:
-            apart = effects.share(measure, "removed", (group, band), less=(less, band))
+        if {f"{measure}/removed/{group}/{band}", f"{measure}/removed/{less}/{band}"} <= sums.keys():
+            apart = estimates.share(measure, "removed", (group, band), less=(less, band))
             row = {"measure": measure, "reading": "removed", "set": f"{group} less {less}", "of": band}
             rows.append({**row, **interval_columns("share", apart)})
+    for measure in ("reconstruction", "prediction"):
+        row = {"measure": measure, "reading": "shapley"}
+        returning = {"returns": estimates.returning(measure), "returns less random": estimates.returning(measure, less_random=True)}
+        rows += [{**row, "set": name, "of": "", **interval_columns("share", share)} for name, share in returning.items()]
+        for band in BANDS:
+            rows.append({**row, "set": "band", "of": band, **interval_columns("share", estimates.shapley(measure, band))})
     for ablated in ("zero", "mean"):
         row = {"measure": "prediction", "reading": ablated, "set": "site", "of": ""}
-        rows.append({**row, **interval_columns("change", effects.site(ablated))})
+        rows.append({**row, **interval_columns("change", estimates.site(ablated))})
     return pd.DataFrame(rows)
 
 
@@ -122,25 +174,42 @@ def bands(results: Results) -> pd.DataFrame:
     """One row per band and seed: its size, its share of the features' energy, and how much of that has a match outside."""
 
     def rows(kind: str) -> pd.DataFrame:
-        measured, removed = effects(results, kind)
-        table = []
+        estimates = effects(results, kind)
+        energy, members, table = estimates.effects.energy, estimates.sets.members, []
+
+        def share(part: Tensor, whole: Tensor, seed: int) -> float:
+            total = energy[seed, whole].sum()
+            return float(energy[seed, part].sum() / total) if total > 0 else math.nan
+
         for band, (position, seed) in product(BANDS, enumerate(ensembles.ensemble(results, kind).seeds)):
-            inside, alive = removed.members["band", band][position], removed.members[ALL][position]
-            energy = measured.energy[position]
-            table.append(
-                {
-                    "band": band,
-                    "seed": seed,
-                    "features": int(inside.sum()),
-                    "share": float(inside.sum() / alive.sum()),
-                    "energy_share": float(energy[inside].sum() / energy[alive].sum()),
-                    "matched": int(removed.members["paired", band][position].sum()),
-                    "support": float(removed.support[band][position]),
-                }
-            )
+            inside, paired, matched = (members[role, band][position] for role in ("band", "paired", "matched"))
+            alive = members[ALL][position]
+            row = {"band": band, "seed": seed, "features": int(inside.sum()), "share": float(inside.sum() / alive.sum())}
+            row |= {"energy_share": share(inside, alive, position), "matched": int(paired.sum())}
+            table.append(row | {"support": share(paired, inside, position), "energy_ratio": share(paired, matched, position)})
         return pd.DataFrame(table)
 
     return each_kind(KINDS, rows)
+
+
+def reappearing(results: Results) -> pd.DataFrame:
+    """One row per kind and weight: how much of the features, their energy and their impacts reappears, over all pairs of seeds.
+
+    Of the surrogate also at the frequencies of the model's features (`at equal frequency`).
+    """
+    estimates = {kind: effects(results, kind) for kind in KINDS}
+    rows = []
+    for kind, weight in product(KINDS, get_args(Weight)):
+        rows.append({"kind": kind, "weight": weight, **interval_columns("share", estimates[kind].reappearing(weight))})
+    for weight in get_args(Weight):
+        equal = at_equal_frequency(estimates["real"], estimates["surrogate"], weight)
+        rows.append({"kind": "surrogate at equal frequency", "weight": weight, **interval_columns("share", equal)})
+    return pd.DataFrame(rows)
+
+
+def at_equal_frequency(real: Estimates, null: Estimates, weight: Weight) -> Interval:
+    """How much of a weight of a null's features would reappear, if they fired as often as the real ones."""
+    return matched_at_equal_frequency(null.stability, null.weight(weight), null.frequency, real.weight(weight), real.frequency)
 
 
 def impact(results: Results) -> pd.DataFrame:
@@ -149,9 +218,8 @@ def impact(results: Results) -> pd.DataFrame:
     Columns: `impact_reconstruction`, the share of the explained variance that is lost; `impact_prediction`, to second order, nats a
     token; `energy`, the share of all features' energy; `frequency`; and which of the matched sets it is in.
     """
-    measured, removed = effects(results)
-    matched = matching.stability(results)
-    parts = []
+    estimates, matched = effects(results), matching.stability(results)
+    measured, members, parts = estimates.effects, estimates.sets.members, []
     for position, seed in enumerate(ensembles.ensemble(results).seeds):
         live = matched.alive[position].nonzero()[:, 0]
         explained = measured.sums["reconstruction/size"].sum() - measured.sums["reconstruction/intact"][position].sum()
@@ -166,7 +234,7 @@ def impact(results: Results) -> pd.DataFrame:
             "impact_prediction": measured.on_prediction[position, live],
         }
         for band in BANDS:
-            columns |= {f"{role}_{band}": removed.members[role, band][position, live] for role in ("paired", "matched")}
+            columns |= {f"{role}_{band}": members[role, band][position, live] for role in ("paired", "matched")}
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 
@@ -183,60 +251,63 @@ def single_removals(results: Results) -> pd.DataFrame:
 
 
 def judge(results: Results) -> list[dict]:
-    (real, sets), (surrogate, surrogate_sets) = effects(results), effects(results, "surrogate")
-    return [judge_c2(real, surrogate), judge_c3(real, sets, surrogate), judge_c4(real, sets, surrogate, surrogate_sets)]
+    real, surrogate = effects(results), effects(results, "surrogate")
+    return [*judge_carrying("C2", real, surrogate), *judge_carrying("C3", real, surrogate), *judge_c4(real, surrogate)]
 
 
-def judge_c2(effects: Effects, surrogate: Effects) -> dict:
-    """C2 on one cell: most of the reconstruction. The null's value is the surrogate's, by its own stable band."""
-    again = effects.share("reselected", "removed", STABLE_BAND, less=("random", "stable"))
-    what = "the same once codes are chosen again and the decoder is fitted again"
-    conditions = [*_carries_most(effects, "reconstruction"), Condition(what, again, 0.0, control=True)]
-    value, null = (of.share("reconstruction", "removed", STABLE_BAND) for of in (effects, surrogate))
-    return judged(C2, value, null, conditions)
-
-
-def judge_c3(effects: Effects, sets: Sets, surrogate: Effects) -> dict:
-    """C3 on one cell: most of the prediction. The null's value is that of the surrogate's SAEs on the model's activations."""
-    apart = effects.share("prediction", "removed", ("paired", "stable"), less=("matched", "stable"))
+def judge_carrying(claim: str, real: Estimates, surrogate: Estimates) -> list[dict]:
+    """C2 or C3 on one cell. The null's value is the surrogate's, whose SAEs read the model's activations for the prediction."""
+    measure = MEANT[claim][0]
+    stated, beyond_size, beyond_energy = C2 if claim == "C2" else C3
+    share, null = real.returning(measure), surrogate.returning(measure)
+    less_random, alone = real.returning(measure, less_random=True), real.reappearing(measure)
+    equal = at_equal_frequency(real, surrogate, measure)
+    sizes = [
+        Condition("Shapley share of what reappears, less that of as many random features", less_random, 0.0),
+        Condition("Shapley share of what reappears, less the surrogate's", difference(share, null), 0.0),
+        Condition(
+            "impacts of single features that reappear, less the surrogate's at equal frequency", difference(alone, equal), 0.0
+        ),
+    ]
+    read = "reselected" if claim == "C2" else measure
+    apart = real.share(read, "removed", ("paired", "stable"), less=("matched", "stable"))
     what = "lost without stable features that have a match, less that of their matches"
-    matched = _supported(Condition(what, apart, 0.0, control=True), sets, "stable")
-    value, null = (of.share("prediction", "removed", STABLE_BAND) for of in (effects, surrogate))
-    return judged(C3, value, null, [*_carries_most(effects, "prediction"), matched])
-
-
-def _carries_most(effects: Effects, measure: str) -> list[Condition]:
-    apart = effects.share(measure, "removed", STABLE_BAND, less=("random", "stable"))
+    most = Condition("Shapley share of what reappears in another seed", share, MOST, no_effect=0.0)
     return [
-        Condition("lost without the stable features", effects.share(measure, "removed", STABLE_BAND), MOST),
-        Condition("kept with the stable features only", effects.share(measure, "kept", STABLE_BAND), MOST),
-        Condition("lost without the stable features, less that of as many random ones", apart, 0.0),
+        judged(stated, share, null, [most]),
+        judged(beyond_size, less_random, surrogate.returning(measure, less_random=True), sizes),
+        judged(beyond_energy, apart, NOWHERE, [_identified(Condition(what, apart, 0.0), real, "stable")]),
     ]
 
 
-def judge_c4(effects: Effects, sets: Sets, surrogate: Effects, surrogate_sets: Sets) -> dict:
-    """C4 on one cell: a weak marginal impact is one that is equivalent to none, within a margin."""
+def judge_c4(real: Estimates, surrogate: Estimates) -> list[dict]:
+    """C4 on one cell: a weak marginal impact."""
+    stated, beyond_size, beyond_energy = C4
     unstable = ("band", "unstable")
-    one_sided = effects.marginal(sets, unstable, confidence=0.9)  # its ends are those of the two one-sided tests
-    apart = effects.marginal(sets, ("paired", "unstable"), ("matched", "unstable"))
+    impact = real.impact(unstable)
+    less_random = real.share("prediction", "removed", unstable, less=("random", "unstable"))
+    apart = real.impact(("paired", "unstable"), less=("matched", "unstable"))
     what = "impact of unstable features that have a match, less that of their matches"
-    matched = _supported(Condition(what, apart, 0.0, below=True, control=True), sets, "unstable")
-    conditions = [
-        Condition("impact of an unstable feature (90 % interval)", one_sided, -WEAK),
-        Condition("impact of an unstable feature (90 % interval)", one_sided, WEAK, below=True),
-        matched,
+    null = surrogate.share("prediction", "removed", unstable, less=("random", "unstable"))
+    return [
+        judged(
+            stated,
+            impact,
+            surrogate.impact(unstable),
+            [Condition("impact of an unstable feature, over that of the others", impact, WEAK, below=True, no_effect=1.0)],
+        ),
+        judged(beyond_size, less_random, null, [Condition("lost without unstable, less random", less_random, 0.0, below=True)]),
+        judged(beyond_energy, apart, NOWHERE, [_identified(Condition(what, apart, 0.0, below=True), real, "unstable")]),
     ]
-    value, null = effects.marginal(sets, unstable), surrogate.marginal(surrogate_sets, unstable)
-    return judged(C4, value, null, conditions)
 
 
-def _supported(condition: Condition, sets: Sets, band: str) -> Condition:
-    """A matched comparison that covers too little of the band's energy tells nothing, whatever it finds."""
-    support = sets.mean_support(band)
-    told = replace(condition, what=f"{condition.what} ({support:.0%} of the band's energy has one)")
-    if support < SMALLEST_SUPPORT:
-        return replace(told, interval=Interval(condition.interval.value, math.nan, math.nan))
-    return told
+def _identified(condition: Condition, real: Estimates, band: str) -> Condition:
+    """A matched comparison that covers too little of the band's energy, or is out of balance, tells nothing, whatever it finds."""
+    support, balance = real.support(band), real.balance(band)
+    told = f"{condition.what} ({support:.0%} of the band's energy has one; energies differ by {balance:+.1%})"
+    if support < SMALLEST_SUPPORT or not abs(balance) <= BALANCE:
+        return replace(condition, what=told, interval=Interval(condition.interval.value, math.nan, math.nan))
+    return replace(condition, what=told)
 
 
 EXPERIMENT = Experiment(
@@ -244,6 +315,12 @@ EXPERIMENT = Experiment(
     compute,
     after=("matching",),
     reads=("threshold", "evaluation_tokens", "loss_tokens", "ablation_tokens", IS_MAIN),
-    tables={"removals": removals, "sets": bands, "impact": impact, "single_removals": single_removals},
+    tables={
+        "removals": removals,
+        "sets": bands,
+        "impact": impact,
+        "reappearing": reappearing,
+        "single_removals": single_removals,
+    },
     claims=judge,
 )

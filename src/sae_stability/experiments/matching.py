@@ -32,9 +32,14 @@ def compute(results: Results, folder: Path) -> None:
 
 def stability(results: Results, kind: str = "real", criterion: str = "decoder") -> Stability:
     """The stability of the live features of an ensemble by one of `CRITERIA`, at the cell's threshold."""
-    tensors = _load(results.folder("matching") / f"{kind}.safetensors")
+    return opened(results.folder("matching") / f"{kind}.safetensors", results.cell.threshold, criterion)
+
+
+def opened(path: Path, threshold: float, criterion: str = "decoder") -> Stability:
+    """The same from the file that `compute` wrote."""
+    tensors = _load(path)
     best_cosine, partner, runner_up = (tensors[f"{criterion}/{part}"] for part in PARTS)
-    return Stability(best_cosine, partner, runner_up, tensors["alive"], results.cell.threshold)
+    return Stability(best_cosine, partner, runner_up, tensors["alive"], threshold)
 
 
 def by_criterion(results: Results, kind: str = "real") -> dict[str, Stability]:

@@ -10,8 +10,8 @@ from sae_stability.experiments import ensembles, families, matching, quality, te
 from sae_stability.experiments.columns import each_kind, interval_columns
 from sae_stability.experiments.experiment import Experiment, Results, Tables
 from sae_stability.language.activations import gaussian
-from sae_stability.ledger import Condition, Rule, judged, named_interval, number
-from sae_stability.matching import BANDS, CRITERIA, Stability, band_of, calibrated_threshold, mean_mcc
+from sae_stability.ledger import NOWHERE, Condition, Rule, judged, named_interval
+from sae_stability.matching import BANDS, CRITERIA, Stability, at_equal_frequency, band_of, calibrated_threshold, mean_mcc
 from sae_stability.matching import stability as compare
 from sae_stability.saes import variant
 from sae_stability.statistics import Interval, difference
@@ -21,15 +21,30 @@ REFERENCE_SEEDS = 3  # of random directions and untrained SAEs
 SUBSETS = 8  # of seeds, that stand for smaller studies
 THRESHOLDS = np.round(np.arange(0.3, 1.0, 0.02), 2)
 
-SMALLEST_SEPARATION = 0.5
+RELIABLE = 0.7
 SMALLEST_BAND = 0.05
-C1 = Rule(
-    "C1",
-    "reappearance rate of stable less that of unstable features, in a seed that had no say in the bands",
-    f"supported in this model if the 95 % intervals over seeds lie above their bounds: the statistic above {SMALLEST_SEPARATION}, "
-    "the mean stability above the surrogate ensemble's, "
-    f"and the share of features in the stable and in the unstable band above {SMALLEST_BAND:.0%} each; "
-    "not supported if one lies below; inconclusive otherwise",
+OTHERWISE = "weaker than the bound if one misses it, opposite if one lies beyond no effect, and inconclusive otherwise"
+C1 = (
+    Rule(
+        "C1",
+        "reliability of feature stability: how much of its variance over features is not chance, at this number of seeds",
+        f"supported in this model if the 95 % intervals over seeds lie above their bounds: the statistic above {RELIABLE}, and the "
+        "latent shares of features whose probability of coming back is at least 0.9, and at most 0.1, above "
+        f"{SMALLEST_BAND:.0%} each; {OTHERWISE}",
+    ),
+    Rule(
+        "C1",
+        "mean stability less that of the surrogate ensemble",
+        "supported in this model if the 95 % intervals over seeds lie above 0, at the threshold and at the calibrated one; "
+        f"{OTHERWISE}",
+        "beyond size and noise",
+    ),
+    Rule(
+        "C1",
+        "mean stability less that of the surrogate ensemble, if its features fired as often",
+        f"supported in this model if the 95 % interval over seeds lies above 0; {OTHERWISE}",
+        "beyond energy and frequency",
+    ),
 )
 
 
@@ -208,26 +223,32 @@ def thresholds(results: Results) -> pd.DataFrame:
 
 
 def judge(results: Results) -> list[dict]:
-    nulls = {str(kind): matching.stability(results, kind) for kind in results.cell.nulls}
-    return [judge_c1(matching.stability(results), nulls)]
+    kinds = results.cell.kinds
+    matched = {str(kind): matching.stability(results, kind) for kind in kinds}
+    return judge_c1(matched, {str(kind): quality.fit(results, kind).frequency.numpy() for kind in kinds})
 
 
-def judge_c1(real: Stability, nulls: dict[str, Stability]) -> dict:
+def judge_c1(matched: dict[str, Stability], frequency: dict[str, np.ndarray]) -> list[dict]:
     """C1 on one cell. The mean over pairs does not depend on the number of seeds, so the means compare at unequal S.
 
     The surrogate has no features to find, so the rule asks for more than it has. Other nulls have some: what reappears in a model
     with shuffled weights is not noise, so it stands beside the verdict and not in the rule.
     """
-    separation, shares, surrogate = real.separation(), real.shares(), nulls["surrogate"]
+    real, surrogate = matched["real"], matched["surrogate"]
+    stated, beyond_noise, beyond_frequency = C1
+    reliability, latent = real.reliability(), real.latent_shares()
     conditions = [
-        Condition("separation", separation, SMALLEST_SEPARATION),
-        Condition("mean stability less the surrogate's", difference(real.mean(), surrogate.mean()), 0.0),
-        Condition("share of stable features", shares["stable"], SMALLEST_BAND),
-        Condition("share of unstable features", shares["unstable"], SMALLEST_BAND),
+        Condition("reliability", reliability, RELIABLE, no_effect=0.0),
+        Condition("latent share of stable features", latent["stable"], SMALLEST_BAND, no_effect=0.0),
+        Condition("latent share of unstable features", latent["unstable"], SMALLEST_BAND, no_effect=0.0),
     ]
-    equal = list(range(min(len(real.alive), len(surrogate.alive))))
-    beside = {
-        "value_at_null_seeds": number(real.among(equal).separation().value),
+    apart, calibrated = difference(real.mean(), surrogate.mean()), calibrated_threshold(real, surrogate, NULL_SHARE)
+    there = NOWHERE
+    if np.isfinite(calibrated):
+        there = difference(real.at(calibrated).mean(), surrogate.at(calibrated).mean())
+    ones = {kind: matched[kind].alive.numpy().astype(float) for kind in ("real", "surrogate")}
+    equal = at_equal_frequency(surrogate, ones["surrogate"], frequency["surrogate"], ones["real"], frequency["real"])
+    nulls = {
         "seeds": len(real.alive),
         "null_seeds": len(surrogate.alive),
         "nulls": [
@@ -237,10 +258,17 @@ def judge_c1(real: Stability, nulls: dict[str, Stability]) -> dict:
                 **named_interval("mean_stability", null.mean()),
                 **named_interval("above", difference(real.mean(), null.mean())),
             }
-            for kind, null in nulls.items()
+            for kind, null in matched.items()
+            if kind != "real"
         ],
     }
-    return judged(C1, separation, surrogate.separation(), conditions) | beside
+    noise = [Condition("at the threshold", apart, 0.0), Condition("at the calibrated threshold", there, 0.0)]
+    less = difference(real.mean(), equal)
+    return [
+        judged(stated, reliability, surrogate.reliability(), conditions) | nulls,
+        judged(beyond_noise, apart, NOWHERE, noise),
+        judged(beyond_frequency, less, NOWHERE, [Condition("mean stability, less the surrogate's at equal frequency", less, 0.0)]),
+    ]
 
 
 def across(tables: Tables) -> Tables:

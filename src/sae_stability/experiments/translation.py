@@ -16,7 +16,7 @@ from sae_stability.experiments.experiment import Experiment, Results, is_main
 from sae_stability.experiments.matching import CODE_TOKENS
 from sae_stability.files import save_arrays, write_table
 from sae_stability.matching import BANDS
-from sae_stability.statistics import over_seeds_and_documents
+from sae_stability.statistics import over_pairs, resampled
 
 TRANSLATED = ("stable", "unstable")
 
@@ -24,7 +24,7 @@ TRANSLATED = ("stable", "unstable")
 def compute(results: Results, folder: Path) -> None:
     """Translate the stable and the unstable features of each seed into the next one's, and let the model read the next one's."""
     site = texts.reading(results, results.study.ablation_tokens)
-    ensemble, (effects, _) = ensembles.ensemble(results), function.effects(results)
+    ensemble, effects = ensembles.ensemble(results), function.effects(results).effects
     encoded = Encoded.of(ensemble, texts.activations(results, "evaluation").first(CODE_TOKENS))
     held_out_band = torch.from_numpy(matching.stability(results).held_out_band)
     members = {band: held_out_band == BANDS.index(band) for band in TRANSLATED}
@@ -42,12 +42,20 @@ def translations(results: Results) -> pd.DataFrame:
 
 
 def transplants(results: Results) -> pd.DataFrame:
-    """What the model loses where a band's contribution is removed, averaged, or written by another seed: nats a token."""
+    """What the model loses where a band's contribution is removed, averaged, or written by another seed: nats a token.
+
+    A number a pair of seeds that follow one another, whose bands are those of the other seeds; to leave a seed out is to leave its
+    pairs out.
+    """
     rows = []
     for band in TRANSLATED:
         sums = load_file(results.folder("translation") / f"transplant-{band}.safetensors")
         for what in TRANSPLANTS:
-            change = over_seeds_and_documents(sums[what] - sums["intact"], sums["size"])
+            lost = sums[what] - sums["intact"]
+            by_pair = np.full((len(lost), len(lost)), np.nan)
+            by_pair[np.arange(len(lost)), (np.arange(len(lost)) + 1) % len(lost)] = lost.sum(1) / sums["size"].sum()
+            weights = resampled(lost.shape[1])
+            change = over_pairs(by_pair, (weights @ lost.mean(0)) / (weights @ sums["size"]))
             rows.append({"band": band, "what": what, **interval_columns("change", change)})
     return pd.DataFrame(rows)
 

@@ -1,6 +1,7 @@
 """What features fire on, in activation statistics (C5)."""
 
 import math
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -9,23 +10,41 @@ import pandas as pd
 from sae_stability import threads, triggers
 from sae_stability.evaluation import sparse_codes
 from sae_stability.experiments import ensembles, matching, quality, texts
+from sae_stability.experiments.columns import interval_columns
 from sae_stability.experiments.experiment import Experiment, Results
 from sae_stability.files import write_table
 from sae_stability.language import models
-from sae_stability.ledger import MOST, Condition, Rule, judged
-from sae_stability.matching import BANDS
+from sae_stability.ledger import MOST, NOWHERE, Condition, Rule, judged
+from sae_stability.matching import BANDS, Banding
 from sae_stability.statistics import Interval
 
 TRIGGER_TOKENS = 400_000
 """Held-out tokens on which it is asked what features fire on."""
+DEFINITIONS = {"strict": triggers.SURFACE, "with bundles": triggers.WITH_BUNDLES}
+"""Two readings of surface form: whether a bundle of tokens that have no form in common is one."""
 
-C5 = Rule(
-    "C5",
-    "share of the unstable features whose trigger is of surface form, by a written rule",
-    "supported in this model if the 95 % intervals over seeds lie on their side of the bounds: the statistic above "
-    f"{MOST:g}; Cliff's delta of unstable against stable features below 0 for firing frequency, and above 0 for the share of the "
-    "variance that the token tells, among all of them and among those that fire equally often; not supported if one fails; "
-    "inconclusive otherwise",
+OTHERWISE = "weaker than the bound if one misses it, opposite if one lies beyond no effect, and inconclusive otherwise"
+C5 = (
+    Rule(
+        "C5",
+        "share of the unstable features whose trigger is of surface form, by a written rule",
+        f"supported in this model if the 95 % intervals over seeds lie on their side of the bounds: the statistic above {MOST:g} "
+        "and above the same share of stable features; Cliff's delta of unstable against stable features below 0 for firing "
+        "frequency, of all live features, and above 0 for the rarity of the trigger tokens; "
+        f"{OTHERWISE}. Where bundles of tokens count as surface form too and the verdict is another, it depends on the definition",
+    ),
+    Rule(
+        "C5",
+        "the same share, less that of the same features in a text whose tokens are shuffled",
+        f"supported in this model if the 95 % interval over seeds lies above 0; {OTHERWISE}",
+        "beyond size and noise",
+    ),
+    Rule(
+        "C5",
+        "Cliff's delta of unstable against stable features that fire as often, in what the token tells of their variance",
+        f"supported in this model if the 95 % interval over seeds lies above 0; {OTHERWISE}",
+        "beyond energy and frequency",
+    ),
 )
 
 
@@ -48,11 +67,15 @@ def compute(results: Results, folder: Path) -> None:
     write_table(folder / "triggers.parquet", pd.concat(parts, ignore_index=True))
 
 
+def bands(results: Results) -> Banding:
+    return Banding(matching.stability(results), ensembles.ensemble(results).seeds)
+
+
 def by_band(results: Results) -> pd.DataFrame:
     """One row per live feature of the ensemble: what it fires on, how often, and its band."""
     matched, frequency = matching.stability(results), quality.fit(results).frequency
     table = pd.read_parquet(results.folder("triggers") / "triggers.parquet")
-    table["band"] = np.array([*BANDS, "dead"])[matched.band].ravel()
+    table = bands(results).banded(table)
     table["stability"], table["frequency"] = matched.probability.numpy().ravel(), frequency.numpy().ravel()
     return table[matched.alive.numpy().ravel()].reset_index(drop=True)
 
@@ -66,38 +89,53 @@ def features(results: Results) -> pd.DataFrame:
 
 def deltas(results: Results) -> pd.DataFrame:
     """One row per quantity: how unstable features differ from stable ones."""
-    return triggers.compare(by_band(results))
+    return triggers.compare(by_band(results), bands(results))
+
+
+def surface(results: Results) -> pd.DataFrame:
+    """The share of the triggers of each band that are of surface form, strictly and with bundles of tokens."""
+    table, rows = by_band(results), []
+    for band, (definition, classes) in product(BANDS, DEFINITIONS.items()):
+        share = triggers.surface_share(table, bands(results), band, classes=classes)
+        rows.append({"band": band, "definition": definition, **interval_columns("share", share)})
+    return pd.DataFrame(rows)
 
 
 def judge(results: Results) -> list[dict]:
-    return [judge_c5(by_band(results))]
+    return judge_c5(by_band(results), bands(results))
 
 
-def judge_c5(features: pd.DataFrame) -> dict:
+def judge_c5(features: pd.DataFrame, bands: Banding) -> list[dict]:
     """C5 on one cell, from the triggers of its features. The null's value is that of a text whose tokens are shuffled."""
-    compared = triggers.compare(features).set_index(["features", "quantity"])
+    stated, beyond_noise, beyond_frequency = C5
+    frequency, rarity = (triggers.delta(features, bands, quantity) for quantity in ("frequency", "rarity"))
 
-    def delta(chosen: str, quantity: str) -> Interval:
-        row = compared.loc[(chosen, quantity)]
-        return Interval(row["delta"], row["delta_low"], row["delta_high"])
+    def conditions(classes: tuple[str, ...]) -> list[Condition]:
+        share = triggers.surface_share(features, bands, "unstable", classes=classes)
+        more = triggers.surface_share(features, bands, "unstable", less="stable", classes=classes)
+        return [
+            Condition("unstable features with a trigger of surface form", share, MOST, no_effect=0.0),
+            Condition("the same, less that of stable features", more, 0.0),
+            Condition("Cliff's delta of firing frequency", frequency, 0.0, below=True),
+            Condition("Cliff's delta of the rarity of the trigger tokens", rarity, 0.0),
+        ]
 
-    value = triggers.surface_share(features, "unstable")
-    token, equal = (delta(chosen, "explained_token") for chosen in ("all", "equal frequency"))
-    conditions = [
-        Condition("unstable features with a trigger of surface form", value, MOST),
-        Condition("Cliff's delta of firing frequency", delta("all", "frequency"), 0.0, below=True),
-        Condition("Cliff's delta of what the token tells", token, 0.0),
-        Condition("Cliff's delta of what the token tells, at equal frequency", equal, 0.0, control=True),
+    strict = conditions(triggers.SURFACE)
+    shuffled = Interval(triggers.by_chance(features, "unstable"), math.nan, math.nan)
+    by_chance = triggers.surface_share(features, bands, "unstable", less="shuffled")
+    token = triggers.delta(features, bands, "explained_token", equal_frequency=True)
+    return [
+        judged(stated, strict[0].interval, shuffled, strict, conditions(triggers.WITH_BUNDLES)),
+        judged(beyond_noise, by_chance, shuffled, [Condition("surface form, less that by chance", by_chance, 0.0)]),
+        judged(beyond_frequency, token, NOWHERE, [Condition("delta of what the token tells, at equal frequency", token, 0.0)]),
     ]
-    null = Interval(triggers.shuffled_share(features, "unstable"), math.nan, math.nan)
-    return judged(C5, value, null, conditions)
 
 
 EXPERIMENT = Experiment(
     "triggers",
     compute,
     reads=("evaluation_tokens",),
-    tables={"triggers": features, "deltas": deltas},
+    tables={"triggers": features, "deltas": deltas, "surface": surface},
     claims=judge,
     report_after=("matching", "quality"),
     report_reads=("threshold",),

@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 from matplotlib.scale import SymmetricalLogScale
 from matplotlib.ticker import NullLocator
 
-from sae_stability.figures.style import BAND_STYLES, band_histograms, legend_below, new_axes, stacked
+from sae_stability.figures.style import BAND_STYLES, KINDS, band_histograms, legend_below, new_axes, stacked
 from sae_stability.matching import BANDS
 
 SET_STYLES = {  # marker, filled, what the legend says
@@ -27,6 +27,34 @@ ORDER_STYLES = {
     "frequency": ("#E69F00", "-.", "most frequent first"),
     "random": ("#000000", ":", "at random"),
 }
+WEIGHT_NAMES = {
+    "features": "features",
+    "energy": "their energy",
+    "reconstruction": "their impact on\nreconstruction",
+    "prediction": "their impact on\nprediction",
+}
+KIND_MARKERS = {"real": "o", "surrogate": "s", "surrogate at equal frequency": "D"}
+
+
+def reappearing(table: pd.DataFrame, title: str) -> Figure:
+    """What comes back in another seed, by what a feature counts for. Columns: kind, weight, share, share_low, share_high."""
+    figure, (axis,) = new_axes(title, height=3.8)
+    for place, (kind, marker) in enumerate(KIND_MARKERS.items()):
+        colour = KINDS["real" if kind == "real" else "surrogate"].colour
+        for position, weight in enumerate(WEIGHT_NAMES):
+            rows = table[(table["kind"] == kind) & (table["weight"] == weight)]
+            _point(axis, position + 0.15 * (place - 1), rows, "share", colour, marker, kind != "surrogate at equal frequency")
+    axis.set_xticks(range(len(WEIGHT_NAMES)), WEIGHT_NAMES.values())
+    axis.set(ylabel="share that comes back", ylim=(0, 1))
+    handles = [
+        Line2D(
+            [], [], linestyle="none", marker=marker, color=KINDS[kind.split()[0]].colour, label=label,
+            markerfacecolor="white" if "frequency" in kind else KINDS[kind.split()[0]].colour,
+        )
+        for (kind, marker), label in zip(KIND_MARKERS.items(), ("model", "surrogate", "surrogate, equal frequency"), strict=True)
+    ]  # fmt: skip
+    figure.legend(handles=handles, frameon=False, loc="outside lower center", fontsize="small", ncols=3)
+    return figure
 
 
 def asymmetry(table: pd.DataFrame, title: str) -> Figure:

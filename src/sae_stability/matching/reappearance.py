@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sae_stability.errors import UserError
 from sae_stability.matching.pairs import ROUNDING, Similarities, compare, cosines, reaches
-from sae_stability.statistics import Interval, LatentShares, binomial_interval, fit_beta_binomial, jackknife
+from sae_stability.statistics import Interval, LatentShares, binomial_interval, fit_beta_binomial, jackknife, over_pairs
 
 STABLE, UNSTABLE = 0.9, 0.1
 """Bands: stable from STABLE up, unstable up to UNSTABLE, the rest intermediate."""
@@ -110,12 +110,7 @@ class Stability:
 
     def mean(self) -> Interval:
         """Mean stability of live features, with its jackknife interval over seeds."""
-        rates = self.match_rates()
-
-        def estimate(seeds: list[int]) -> float:
-            return float(np.nanmean(rates[np.ix_(seeds, seeds)]))
-
-        return jackknife(estimate, len(self.alive))
+        return over_pairs(self.match_rates())
 
     def area(self) -> Interval:
         """The area under the curve of mean stability against the threshold, from 0 to 1, jackknifed over seeds.
@@ -123,7 +118,7 @@ class Stability:
         A feature is matched at all thresholds up to its best cosine, so the area is the mean of the best cosines above 0.
         """
         cosines = self.best_cosine.clamp(min=0).nanmean(2).numpy()
-        return jackknife(lambda seeds: float(np.nanmean(cosines[np.ix_(seeds, seeds)])), len(self.alive))
+        return over_pairs(cosines)
 
     def ambiguous_share(self) -> Interval:
         """The share of matches that are ambiguous, jackknifed over seeds."""
@@ -137,32 +132,53 @@ class Stability:
 
     def match_rates(self) -> Float[np.ndarray, "seed seed"]:
         """[s, t]: the share of the live features of s that reappear in t; NaN where t is s."""
-        live = self.alive.sum(1, keepdim=True).double()
-        rates = self.matched.sum(2) / live
-        return rates.fill_diagonal_(torch.nan).numpy()
+        return self.weighted(np.ones(self.alive.shape))
+
+    def weighted(self, weight: Float[np.ndarray, "seed d_sae"]) -> Float[np.ndarray, "seed seed"]:
+        """[s, t]: what the features of s that reappear in t hold of a weight, as a share of all live ones'; NaN where t is s."""
+        held = np.where(self.alive, weight, 0.0)
+        with np.errstate(invalid="ignore"):  # a seed may hold nothing of it
+            rates = np.einsum("sti,si->st", self.matched.numpy(), held) / held.sum(1, keepdims=True)
+        np.fill_diagonal(rates, np.nan)
+        return rates
+
+    def band_among(self, seeds: list[int]) -> Int[np.ndarray, "kept d_sae"]:
+        """The bands in a study of only these seeds (positions), with as many misses, or matches, as the whole study allows.
+
+        With shares in the place of counts, to leave a seed out would move the bands' edges and not only the features. With all
+        seeds it is `band`.
+        """
+        misses = self.trials - int(np.ceil((STABLE - ROUNDING) * self.trials))
+        matches = int(np.floor((UNSTABLE + ROUNDING) * self.trials))
+        counts, alive = self.matched[seeds][:, seeds].sum(1).numpy(), self.alive[seeds].numpy()
+        band = np.select([len(seeds) - 1 - counts <= misses, counts <= matches], [0, 2], default=1)
+        return np.where(alive, band, -1)
 
     def shares(self) -> dict[str, Interval]:
-        """The share of live features in each band, with jackknife intervals over seeds.
+        """The share of live features in each band, jackknifed over seeds (`band_among`)."""
+        among = cache(lambda kept: self.band_among(list(kept)))
 
-        A band allows as many misses, or matches, with a seed left out as with all of them: else leaving one out would move
-        the bands and not only the features.
-        """
-        trials = self.trials
-        misses = trials - int(np.ceil((STABLE - ROUNDING) * trials))
-        matches = int(np.floor((UNSTABLE + ROUNDING) * trials))
-
-        def share(member):
+        def share(number: int) -> Interval:
             def estimate(seeds: list[int]) -> float:
-                kept = self.among(seeds)
-                return float(member(kept.counts[kept.alive], kept.trials).double().mean())
+                band = among(tuple(seeds))
+                return float((band == number).sum() / (band >= 0).sum())
 
             return jackknife(estimate, len(self.alive)).within(0, 1)
 
-        return {
-            "stable": share(lambda counts, trials: trials - counts <= misses),
-            "intermediate": share(lambda counts, trials: (trials - counts > misses) & (counts > matches)),
-            "unstable": share(lambda counts, trials: (counts <= matches) & (trials - counts > misses)),
-        }
+        return {name: share(number) for number, name in enumerate(BANDS)}
+
+    def reliability(self) -> Interval:
+        """How much of the variance of p over features is not chance: (S-1) / (S-1 + alpha + beta), by the beta-binomial fit.
+
+        With the intraclass correlation 1 / (1 + alpha + beta) of a match it is Spearman and Brown's formula. Jackknifed over seeds;
+        all fits tell it of as many trials as the whole study has.
+        """
+
+        def estimate(seeds: list[int]) -> float:
+            fit = self.among(seeds).latent()
+            return self.trials / (self.trials + fit.alpha + fit.beta)
+
+        return jackknife(estimate, len(self.alive)).within(0, 1)
 
     def latent(self) -> LatentShares:
         """The beta-binomial fit to the counts of all live features."""
@@ -259,3 +275,24 @@ def band_of(probability: Float[np.ndarray, "*any"]) -> Int[np.ndarray, "*any"]:
     """The band of each probability as an index into BANDS; -1 for NaN."""
     band = np.select([probability >= STABLE - ROUNDING, probability <= UNSTABLE + ROUNDING], [0, 2], default=1)
     return np.where(np.isnan(probability), -1, band)
+
+
+def at_equal_frequency(
+    null: Stability,
+    weight: Float[np.ndarray, "seed d_sae"],
+    frequency: Float[np.ndarray, "seed d_sae"],
+    like_weight: Float[np.ndarray, "like_seed like_d_sae"],
+    like_frequency: Float[np.ndarray, "like_seed like_d_sae"],
+) -> Interval:
+    """How much of a weight of a null's features would reappear, if it were spread over firing frequencies as that of others is.
+
+    Direct standardisation: the weight within each bin of log frequency, a quarter of a decade, is scaled to what the others hold in
+    that bin. Bins in which the null holds nothing take no part. Dead features have weight 0.
+    """
+    bins, like_bins = (np.floor(4 * np.log10(np.maximum(each, 1e-12))) for each in (frequency, like_frequency))
+    scaled = np.zeros_like(weight)
+    for place in np.unique(bins):
+        inside = bins == place
+        if weight[inside].sum() > 0:
+            scaled[inside] = weight[inside] * like_weight[like_bins == place].sum() / weight[inside].sum()
+    return over_pairs(null.weighted(scaled)) if scaled.any() else Interval(*[float("nan")] * 3)
