@@ -284,6 +284,18 @@ def test_what_the_token_tells_is_drawn_beside_the_shuffled_text():
 # Function
 
 
+def test_what_comes_back_is_drawn_for_the_model_beside_noise():
+    kinds, weights = list(function.KIND_MARKERS), list(function.WEIGHT_NAMES)
+    table = pd.DataFrame({"kind": np.repeat(kinds, 4), "weight": weights * 3}).assign(
+        **with_interval("share", np.linspace(0, 0.9, 12))
+    )
+    (axis,) = function.reappearing(table, "title").axes
+    points = [line for line in axis.get_lines() if line.get_marker() not in ("None", "", None)]
+    drawn = [(line.get_marker(), round(float(line.get_xdata()[0])), float(line.get_ydata()[0])) for line in points]
+    wanted = [(function.KIND_MARKERS[row.kind], weights.index(row.weight), row.share) for row in table.itertuples()]
+    assert drawn == wanted
+
+
 def test_fates_and_transplants_are_drawn_by_band():
     table = pd.DataFrame({"band": ["stable"] * 2 + ["unstable"] * 2, "fate": ["same", "same", "same", "missing"]})
     (axis,) = function.fates(table, ("same", "missing"), "title").axes
