@@ -218,7 +218,7 @@ def delta(features: pd.DataFrame, bands: Banding, quantity: str, equal_frequency
     def of_seed(part: pd.DataFrame) -> float:
         return cliffs_delta(at_equal_frequency(part) if equal_frequency else part, quantity)
 
-    return bands.jackknife(known, lambda banded: over_seeds(banded, of_seed))
+    return bands.jackknife(known, lambda banded: over_seeds(banded, of_seed)).within(-1, 1)
 
 
 def over_seeds(features: pd.DataFrame, of_seed: Callable[[pd.DataFrame], float]) -> float:

@@ -150,7 +150,7 @@ class Estimates:
 
     def reappearing(self, of: Weight) -> Interval:
         """The share of features, of energy or of the impacts of single features that reappears in another seed, over all pairs."""
-        return over_pairs(self.stability.weighted(self.weight(of)), self._drawn(of))
+        return over_pairs(self.stability.weighted(self.weight(of)), self._drawn(of)).within(0, 1)
 
     def _drawn(self, of: Weight) -> Float[np.ndarray, "sample"] | None:
         """The same of the next seed alone on resampled text; features are counted whatever the text."""

@@ -62,7 +62,7 @@ def _carrying(claim: str) -> tuple[Rule, Rule, Rule]:
         ),
         Rule(
             claim,
-            f"the same share in the {what}, less that of as many random features",
+            f"Shapley share in the {what} of what reappears in another seed, less that of as many random features",
             f"{SUPPORTED} above 0 for the differences of the share from {NOISE}at equal frequency; {OTHERWISE}",
             "beyond size and noise",
         ),

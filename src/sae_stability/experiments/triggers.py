@@ -35,7 +35,7 @@ C5 = (
     ),
     Rule(
         "C5",
-        "the same share, less that of the same features in a text whose tokens are shuffled",
+        "share of the unstable features of surface form, less that of the same features in a text whose tokens are shuffled",
         f"supported in this model if the 95 % interval over seeds lies above 0; {OTHERWISE}",
         "beyond size and noise",
     ),

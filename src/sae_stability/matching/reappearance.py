@@ -110,7 +110,7 @@ class Stability:
 
     def mean(self) -> Interval:
         """Mean stability of live features, with its jackknife interval over seeds."""
-        return over_pairs(self.match_rates())
+        return over_pairs(self.match_rates()).within(0, 1)
 
     def area(self) -> Interval:
         """The area under the curve of mean stability against the threshold, from 0 to 1, jackknifed over seeds.
@@ -295,4 +295,4 @@ def at_equal_frequency(
         inside = bins == place
         if weight[inside].sum() > 0:
             scaled[inside] = weight[inside] * like_weight[like_bins == place].sum() / weight[inside].sum()
-    return over_pairs(null.weighted(scaled)) if scaled.any() else Interval(*[float("nan")] * 3)
+    return over_pairs(null.weighted(scaled)).within(0, 1) if scaled.any() else Interval(*[float("nan")] * 3)
