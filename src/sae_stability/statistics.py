@@ -35,6 +35,8 @@ class Interval:
 
     def __format__(self, spec: str) -> str:
         """The value with its interval, or alone where too few seeds give none."""
+        if np.isnan(self.value):
+            return "not defined"
         ends = f" [{self.low:{spec}}, {self.high:{spec}}]" if np.isfinite(self.low) else ""
         return f"{self.value:{spec}}{ends}"
 

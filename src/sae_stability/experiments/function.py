@@ -304,7 +304,8 @@ def judge_c4(real: Estimates, surrogate: Estimates) -> list[dict]:
 def _identified(condition: Condition, real: Estimates, band: str) -> Condition:
     """A matched comparison that covers too little of the band's energy, or is out of balance, tells nothing, whatever it finds."""
     support, balance = real.support(band), real.balance(band)
-    told = f"{condition.what} ({support:.0%} of the band's energy has one; energies differ by {balance:+.1%})"
+    told = f"{condition.what} ({support:.0%} of the band's energy has one"
+    told += ")" if math.isnan(balance) else f"; energies differ by {balance:+.1%})"
     if support < SMALLEST_SUPPORT or not abs(balance) <= BALANCE:
         return replace(condition, what=told, interval=Interval(condition.interval.value, math.nan, math.nan))
     return replace(condition, what=told)
