@@ -131,7 +131,7 @@ def test_a_kernel_that_only_a_method_names_computes_everything_that_encodes(copy
 def test_what_figures_and_pages_say_computes_nothing(copy):
     before = planned()
     edit(copy / "figures" / "style.py", "WIDTH = 5.6", "WIDTH = 5.7")
-    edit(copy / "book" / "page.py", '"supported": "✓"', '"supported": "yes"')
+    edit(copy / "book" / "page.py", '"✓<✗~±–"', '"✔<✗~±–"')
     edit(copy / "cli.py", "The command line", "The commands")
     assert changed(before, planned()) == set()
 

@@ -33,6 +33,9 @@ CLAIMS = {
 Line = Literal["as stated", "beyond size and noise", "beyond energy and frequency"]
 """How a claim is read: as the paper asks, against the nulls, and against features that are alike in energy and frequency."""
 
+OTHERWISE = "weaker than the bound if one misses it, opposite if one lies beyond no effect, and inconclusive otherwise"
+"""How rules end, after what is asked of a supported line."""
+
 MOST = 0.5
 """More than half: what a share must exceed for `most`."""
 

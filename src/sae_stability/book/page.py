@@ -22,21 +22,14 @@ from sae_stability import places
 from sae_stability.experiments import Results, texts
 from sae_stability.figures.style import BAND_STYLES
 from sae_stability.files import read_json
-from sae_stability.ledger import Line
+from sae_stability.ledger import VERDICTS, Line
 from sae_stability.loading import load_study, read_study
 from sae_stability.matching import BANDS
 from sae_stability.pipeline import Plan, compute
 from sae_stability.store import git_commit
 from sae_stability.study import Cell, Study, told_apart
 
-SIGNS = {
-    "supported": "✓",
-    "weaker than the bound": "<",
-    "opposite": "✗",
-    "inconclusive": "~",
-    "depends on the definition": "±",
-    "not tested": "–",
-}
+SIGNS = dict(zip(VERDICTS, "✓<✗~±–", strict=True))
 FURTHER_NULLS = {
     "randomised": "the activations of a model whose *weights are shuffled*. That model computes nothing useful, but it does tell "
     "its tokens apart, so there are features to find in it. What comes back there owes nothing to what the model has learned: "

@@ -24,9 +24,8 @@ from sae_stability.experiments.columns import each_kind, interval_columns
 from sae_stability.experiments.experiment import IS_MAIN, Experiment, Results
 from sae_stability.experiments.matching import CODE_TOKENS
 from sae_stability.files import save_tensors
-from sae_stability.ledger import MOST, NOWHERE, Condition, Rule, judged
-from sae_stability.matching import BANDS
-from sae_stability.matching import at_equal_frequency as matched_at_equal_frequency
+from sae_stability.ledger import MOST, NOWHERE, OTHERWISE, Condition, Rule, judged
+from sae_stability.matching import BANDS, at_equal_frequency
 from sae_stability.statistics import Interval, difference
 
 KINDS = ["real", "surrogate"]
@@ -34,7 +33,6 @@ SAMPLED = 8  # features of each band, of the first seed, whose impact on predict
 WEAK = 0.5
 SMALLEST_SUPPORT = 0.3
 SUPPORTED = "supported in this model if the 95 % intervals over seeds and text lie"
-OTHERWISE = "weaker than the bound if one misses it, opposite if one lies beyond no effect, and inconclusive otherwise"
 IDENTIFIABLE = (
     f"and where less than {SMALLEST_SUPPORT:.0%} of the band's energy has a match, or the matched energies differ by more than "
     f"{BALANCE:.0%}"
@@ -202,14 +200,14 @@ def reappearing(results: Results) -> pd.DataFrame:
     for kind, weight in product(KINDS, get_args(Weight)):
         rows.append({"kind": kind, "weight": weight, **interval_columns("share", estimates[kind].reappearing(weight))})
     for weight in get_args(Weight):
-        equal = at_equal_frequency(estimates["real"], estimates["surrogate"], weight)
+        equal = null_at_equal_frequency(estimates["real"], estimates["surrogate"], weight)
         rows.append({"kind": "surrogate at equal frequency", "weight": weight, **interval_columns("share", equal)})
     return pd.DataFrame(rows)
 
 
-def at_equal_frequency(real: Estimates, null: Estimates, weight: Weight) -> Interval:
+def null_at_equal_frequency(real: Estimates, null: Estimates, weight: Weight) -> Interval:
     """How much of a weight of a null's features would reappear, if they fired as often as the real ones."""
-    return matched_at_equal_frequency(null.stability, null.weight(weight), null.frequency, real.weight(weight), real.frequency)
+    return at_equal_frequency(null.stability, null.weight(weight), null.frequency, real.weight(weight), real.frequency)
 
 
 def impact(results: Results) -> pd.DataFrame:
@@ -261,7 +259,7 @@ def judge_carrying(claim: str, real: Estimates, surrogate: Estimates) -> list[di
     stated, beyond_size, beyond_energy = C2 if claim == "C2" else C3
     share, null = real.returning(measure), surrogate.returning(measure)
     less_random, alone = real.returning(measure, less_random=True), real.reappearing(measure)
-    equal = at_equal_frequency(real, surrogate, measure)
+    equal = null_at_equal_frequency(real, surrogate, measure)
     sizes = [
         Condition("Shapley share of what reappears, less that of as many random features", less_random, 0.0),
         Condition("Shapley share of what reappears, less the surrogate's", difference(share, null), 0.0),

@@ -10,7 +10,7 @@ from sae_stability.experiments import ensembles, families, matching, quality, te
 from sae_stability.experiments.columns import each_kind, interval_columns
 from sae_stability.experiments.experiment import Experiment, Results, Tables
 from sae_stability.language.activations import gaussian
-from sae_stability.ledger import NOWHERE, Condition, Rule, judged, named_interval
+from sae_stability.ledger import NOWHERE, OTHERWISE, Condition, Rule, judged, named_interval
 from sae_stability.matching import BANDS, CRITERIA, Stability, at_equal_frequency, band_of, calibrated_threshold, mean_mcc
 from sae_stability.matching import stability as compare
 from sae_stability.saes import variant
@@ -23,7 +23,6 @@ THRESHOLDS = np.round(np.arange(0.3, 1.0, 0.02), 2)
 
 RELIABLE = 0.7
 SMALLEST_BAND = 0.05
-OTHERWISE = "weaker than the bound if one misses it, opposite if one lies beyond no effect, and inconclusive otherwise"
 C1 = (
     Rule(
         "C1",

@@ -14,7 +14,7 @@ from sae_stability.experiments.columns import interval_columns
 from sae_stability.experiments.experiment import Experiment, Results
 from sae_stability.files import write_table
 from sae_stability.language import models
-from sae_stability.ledger import MOST, NOWHERE, Condition, Rule, judged
+from sae_stability.ledger import MOST, NOWHERE, OTHERWISE, Condition, Rule, judged
 from sae_stability.matching import BANDS, Banding
 from sae_stability.statistics import Interval
 
@@ -23,7 +23,6 @@ TRIGGER_TOKENS = 400_000
 DEFINITIONS = {"strict": triggers.SURFACE, "with bundles": triggers.WITH_BUNDLES}
 """Two readings of surface form: whether a bundle of tokens that have no form in common is one."""
 
-OTHERWISE = "weaker than the bound if one misses it, opposite if one lies beyond no effect, and inconclusive otherwise"
 C5 = (
     Rule(
         "C5",
