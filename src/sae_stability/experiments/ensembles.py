@@ -33,8 +33,8 @@ def entries(study: Study, cell: Cell, kind: str) -> dict[str, str]:
     recipe = cell.recipe
     fastest = str(fastest_dtype(torch.device(study.device)))
     inputs = {**recipe.model_dump(), "device": study.device, "fastest": fastest, "stream": study.stream}
-    where = {"model", "corpus", "context"}  # the key before it holds what they are, and not where
-    inputs = {name: value for name, value in inputs.items() if name not in where}
+    before = {"model", "corpus", "context", "model_dtype"}  # the key before it holds what they are
+    inputs = {name: value for name, value in inputs.items() if name not in before}
     roots = [train_streamed if study.stream else train_cached, variant(recipe.variant)]
     key = key_of(inputs, roots, [texts.data_key(study, recipe, kind)])
     name = f"{SHARED}/ensembles/{recipe.variant}-{recipe.d_sae}-{kind}-{key[:12]}"
@@ -54,7 +54,7 @@ def stages(study: Study) -> Iterable[Stage]:
     if not study.stream:
         for group, (cell, kind, of_seeds) in wanted.items():
             data = texts.activations_entry(study, cell, kind)[0]
-            behind = data if sources.source(kind).drawn else texts.pass_name(cell, kind)
+            behind = data if sources.source(kind).drawn else texts.pass_name(study, cell, kind)
             yield Stage(group, of_seeds, partial(train_cached, study, cell, kind), group, (behind,))
         return
     streams: dict[str, dict[str, tuple[Cell, str, dict[str, str]]]] = {}
@@ -132,7 +132,7 @@ class _Streams:
         """What a cell, or one of its nulls, is trained on."""
         source = sources.source(kind)
         text, _ = texts.text_entry(cell.recipe)
-        shared = (text, source.shuffled_weights, cell.model_dtype, cell.dtype)
+        shared = (text, source.shuffled_weights, texts.model_dtype(self.study, cell), cell.dtype)
         if shared not in self.open:
             packed = Contexts(**texts.load_file(Store(self.study).path(text) / "train.safetensors"))
             cells = [other for other in self.study.cells.values() if texts.text_entry(other.recipe)[0] == text]

@@ -17,6 +17,7 @@ from sae_stability.language import corpus, models
 from sae_stability.language.activations import Activations, collect, kept, longest_norms
 from sae_stability.language.corpus import Contexts
 from sae_stability.language.interventions import Reading
+from sae_stability.saes import fastest_dtype
 from sae_stability.store import SHARED, Store, Work
 from sae_stability.study import Cell, Recipe, Study, digest
 
@@ -35,8 +36,8 @@ def text_entry(recipe: Recipe) -> tuple[str, str]:
 
 def data_key(study: Study, recipe: Recipe, kind: str) -> str:
     """The key of what an ensemble is trained on, the activations of a site or a null source, whatever else of it is cached."""
-    kept_apart = {"hook_name", "dtype", "model_dtype", "norm_cutoff"}
-    inputs = {**recipe.model_dump(include=kept_apart), "device": study.device, "threads": study.threads}
+    inputs = recipe.model_dump(include={"hook_name", "dtype", "norm_cutoff"})
+    inputs |= {"model_dtype": str(model_dtype(study, recipe)), "device": study.device, "threads": study.threads}
     source = sources.source(kind)
     if source.drawn:
         inputs["tokens"] = recipe.tokens  # that it is fitted to
@@ -61,10 +62,10 @@ def stages(study: Study) -> Iterable[Stage]:
         yield Stage(entry, {entry: key}, partial(read_text, _widest(group), hooks), entry)
     for kind in _kinds(study, drawn=False):
         cells = [cell for cell in study.cells.values() if kind in cell.kinds]
-        for group in _grouped(study, _pass, cells):
+        for group in _grouped(study, partial(_pass, study), cells):
             entries = dict(activations_entry(study, cell, kind) for cell in group)
             cells_of = {activations_entry(study, cell, kind)[0]: cell for cell in group}
-            name, text = pass_name(group[0], kind), text_entry(group[0].recipe)[0]
+            name, text = pass_name(study, group[0], kind), text_entry(group[0].recipe)[0]
             yield Stage(name, entries, partial(run_model, study, kind, cells_of), f"{SHARED}/{name}", (text,))
     for kind in _kinds(study, drawn=True):
         done = set()
@@ -72,14 +73,14 @@ def stages(study: Study) -> Iterable[Stage]:
             entry, key = activations_entry(study, cell, kind) if kind in cell.kinds else ("", "")
             if entry and entry not in done:
                 done.add(entry)
-                behind = (pass_name(cell, "real"),)
+                behind = (pass_name(study, cell, "real"),)
                 yield Stage(entry, {entry: key}, partial(draw_null, study, kind, cell), entry, behind)
 
 
-def pass_name(cell: Cell, kind: str) -> str:
+def pass_name(study: Study, cell: Cell, kind: str) -> str:
     """The name of the stage that computes the activations of a cell, or of one of its nulls, in one pass with those of others."""
     text = text_entry(cell.recipe)[0].rpartition("/")[2]
-    return f"activations/{kind}/{text}-{digest(_pass(cell))[:6]}"
+    return f"activations/{kind}/{text}-{digest(_pass(study, cell))[:6]}"
 
 
 def read_text(cell: Cell, hook_names: list[str], work: Work) -> None:
@@ -179,7 +180,13 @@ def reading(results: Results, tokens: int) -> Reading:
 
 def load_model(study: Study, cell: Cell, shuffled_weights: bool = False):
     """The language model of a cell, where and in which dtype the study computes."""
-    return models.load(cell.model, shuffled_weights, study.device, getattr(torch, cell.model_dtype))
+    return models.load(cell.model, shuffled_weights, study.device, model_dtype(study, cell))
+
+
+def model_dtype(study: Study, recipe: Recipe) -> torch.dtype:
+    """In which dtype the language model computes on the device of a study."""
+    fastest = recipe.model_dtype == "fastest"
+    return fastest_dtype(torch.device(study.device)) if fastest else getattr(torch, recipe.model_dtype)
 
 
 def facts(results: Results) -> dict:
@@ -202,7 +209,7 @@ def _ids(text: Path, folder: Path, split: str, rows: int) -> torch.Tensor:
 
 def _cached_tokens(study: Study, cell: Cell) -> dict[str, int]:
     """How many tokens of the cell's text are kept as activations: as many as any cell that shares the pass wants."""
-    group = [other for other in study.cells.values() if _pass(other) == _pass(cell)]
+    group = [other for other in study.cells.values() if _pass(study, other) == _pass(study, cell)]
     tokens = {"train": max(other.tokens for other in group), "evaluation": max(other.evaluation_tokens for other in group)}
     return {"evaluation": tokens["evaluation"]} if study.stream else tokens
 
@@ -212,9 +219,9 @@ def _text(cell: Cell) -> tuple:
     return (cell.model, cell.corpus, cell.context, cell.tokens if corpus.is_bounded(cell.corpus) else None)
 
 
-def _pass(cell: Cell) -> tuple:
+def _pass(study: Study, cell: Cell) -> tuple:
     """What cells have in common that one pass of the model can serve."""
-    return (*_text(cell), cell.dtype, cell.model_dtype, cell.norm_cutoff)
+    return (*_text(cell), cell.dtype, str(model_dtype(study, cell)), cell.norm_cutoff)
 
 
 def _kinds(study: Study, drawn: bool) -> list[str]:

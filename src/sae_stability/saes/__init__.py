@@ -22,7 +22,7 @@ def variant(name: str) -> type[Variant]:
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """In which encoder products are fastest: bfloat16 where the processor multiplies it, float32 elsewhere."""
+    """In which matrix products are fastest: bfloat16 where the processor multiplies it, float32 elsewhere."""
     if device.type == "cuda":
         multiplies = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     else:
