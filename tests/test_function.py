@@ -82,7 +82,9 @@ def planted():
     rows = cluster.ravel()
     held_out = Encoded.of(ensemble, Activations.of(bridge.embedding[torch.from_numpy(tokens).long().flatten()]))
     found, site = stability(ensemble.W_dec, threshold=0.95), Reading(bridge, "site", contexts, tokens.size)
-    effects, sets = ablation.measure(held_out, found, rows, site, tokens_alone=tokens.size, detail="curves")
+    effects, sets = ablation.measure(
+        held_out, found, rows, site, refitted_on=held_out.activations, tokens_alone=tokens.size, detail="curves"
+    )
     estimates = ablation.Estimates(effects, found)
     return SimpleNamespace(
         bridge=bridge, ensemble=ensemble, site=site, held_out=held_out, cluster=rows,

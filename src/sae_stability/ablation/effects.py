@@ -12,15 +12,16 @@ from sae_stability.ablation.controls import ALL, NONE, RETURNS, Name, Sets, sets
 from sae_stability.ablation.impact import impact_on_prediction, impact_on_reconstruction
 from sae_stability.ablation.removal import on_prediction, on_reconstruction, reselected
 from sae_stability.evaluation import Encoded
+from sae_stability.language.activations import Activations
 from sae_stability.language.interventions import Reading
 from sae_stability.matching import BANDS, Stability
 
 MEASURES = ("reconstruction", "reselected", "prediction", "divergence")
 """Squared error; the same once codes are chosen again; cross-entropy; KL divergence from the clean prediction."""
-REFITTED = 50_000  # tokens on which decoders are fitted again and judged
+REFITTED = 40  # tokens a feature on which decoders are fitted again, and as many on which they are judged
 OWN = ("firings", "activation", "energy", "impact", "first_order", "second_order")
 CHOSEN_AGAIN: tuple[Name, ...] = (
-    *(ALL, RETURNS, ("random", "returns"), ("random", "stable"), ("paired", "stable"), ("matched", "stable")),
+    *(ALL, ("random", "stable"), ("paired", "stable"), ("matched", "stable")),
     *(("band", band) for band in BANDS),
 )
 """Sets without which codes are chosen again: each costs a fit of the decoder for every seed."""
@@ -97,14 +98,16 @@ def measure(
     cluster: Int[np.ndarray, "token"],
     site: Reading,
     *,
+    refitted_on: Activations,
     tokens_alone: int,
     detail: Detail,
 ) -> tuple[Effects, Sets]:
     """Remove the bands of an ensemble and their controls, and read what is lost.
 
-    Reconstruction is judged on `held_out`, whose rows come from `cluster`, and prediction without a set at `site`. Prediction
-    without one feature is judged there on about `tokens_alone` tokens: two passes of the model whatever the sets, so there can be
-    more of them.
+    Reconstruction is judged on `held_out`, whose rows come from `cluster`, and prediction without a set at `site`. Where codes are
+    chosen again, decoders are fitted on as many tokens of `refitted_on` as they need, which begins with those of `held_out`.
+    Prediction without one feature is judged at the site on about `tokens_alone` tokens: two passes of the model whatever the
+    sets, so there can be more of them.
     """
     ensemble, activations = held_out.ensemble, held_out.activations
     own = impact_on_reconstruction(held_out)
@@ -113,7 +116,8 @@ def measure(
     residuals_of = {"reconstruction": on_reconstruction(held_out, cluster, sets.members)}
     if detail != "bands":
         again = {name: sets.members[name] for name in CHOSEN_AGAIN}
-        residuals_of["reselected"] = reselected(ensemble, activations.first(REFITTED), cluster, again)
+        tokens = refitted_on.first(2 * REFITTED * ensemble.d_sae)
+        residuals_of["reselected"] = reselected(ensemble, tokens, cluster, sets.members[ALL], again)
     for measure_name, residuals in residuals_of.items():
         sums |= {f"{measure_name}/intact": residuals.intact, f"{measure_name}/size": residuals.total}
         for reading, of in (("removed", residuals.removed), ("kept", residuals.kept)):

@@ -2,8 +2,8 @@
 
 In the primary reading codes stay as they are and so does the SAE's error: the model sees x - sum of a_i d_i over the set. The
 full splice puts the reconstruction without the set in the place of x. For reconstruction there is a third reading: codes are
-chosen again among the features that are left, and their decoder is fitted again by least squares, since at an optimum the
-first reading gives back what the features write (PAPER, Function).
+chosen again among the features that are left, by matching pursuit whatever the variant, and their decoder is fitted again by
+least squares, since at an optimum the first reading gives back what the features write (PAPER, Function).
 """
 
 from collections.abc import Hashable, Iterator, Mapping
@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from scipy.linalg import cho_factor, cho_solve
@@ -21,9 +22,10 @@ from tqdm import tqdm
 
 from sae_stability import threads
 from sae_stability.ablation.controls import Name
-from sae_stability.evaluation import Encoded, sparse_codes
+from sae_stability.evaluation import Encoded
 from sae_stability.language.activations import Activations
 from sae_stability.language.interventions import Predictions, Reading, intervene
+from sae_stability.methods.pursuit import matching_pursuit
 from sae_stability.saes.ensemble import Ensemble
 
 RIDGE = 1e-6  # of a feature's mean energy: refitted directions of features that hardly fire stay finite
@@ -78,26 +80,34 @@ def on_reconstruction(held_out: Encoded, cluster: Int[np.ndarray, "token"], memb
     return Residuals(total, intact, removed, kept)
 
 
-def reselected(ensemble: Ensemble, activations: Activations, cluster: Int[np.ndarray, "token"], members: Members) -> Residuals:
+def reselected(
+    ensemble: Ensemble,
+    activations: Activations,
+    cluster: Int[np.ndarray, "token"],
+    alive: Bool[Tensor, "seed d_sae"],
+    members: Members,
+) -> Residuals:
     """The squared error without each set once codes are chosen again and the decoder is fitted again.
 
-    The decoder is fitted on every other cluster and judged on the rest, with nothing removed (`intact`) as well as without
-    each set. Memory beside the codes is that of `_least_squares`, for each thread.
+    Codes are chosen by one encoder for all variants, matching pursuit with k atoms among the live features that are left, since
+    an SAE's own encoder was trained with the others in place. The decoder is fitted on every other cluster and judged on the
+    rest, with nothing removed (`intact`) as well as without each set. Memory beside the codes is that of `_least_squares`, for
+    each thread.
     """
     kinds, cluster = np.unique(cluster[: len(activations)], return_inverse=True)
     judged = cluster % 2 == 1
-    x = ensemble.normalise(activations.data).numpy()
-    centre = x[~judged].mean(0)
-    total = np.bincount(cluster[judged], np.square(x[judged] - centre).sum(1), len(kinds))
+    x = ensemble.normalise(activations.data)
+    target = x.numpy()
+    total = np.bincount(cluster[judged], np.square(target[judged] - target[~judged].mean(0)).sum(1), len(kinds))
     without = {None: torch.zeros(len(ensemble.seeds), ensemble.d_sae, dtype=torch.bool), **members}
 
     def errors(seed: int) -> dict[Name | None, np.ndarray]:
         """Of one seed, by the set that it does without."""
-        alone = ensemble.of(seed)
-        found = {}
+        sae, found = ensemble.saes[seed], {}
+        directions, centred = F.normalize(sae.W_dec, dim=1), x - sae.b_dec
         for name, gone in _of_seed(without, seed).items():
-            (codes,) = sparse_codes(_less(alone, gone), activations)
-            error = x[judged] - _least_squares(codes[:, : int((~gone).sum())], x, judged)
+            codes = matching_pursuit(centred, directions[alive[seed] & ~gone], ensemble.k)
+            error = target[judged] - _least_squares(codes, target, judged)
             found[name] = np.bincount(cluster[judged], np.square(error).sum(1), len(kinds))
         return found
 
@@ -141,14 +151,6 @@ def on_prediction(site: Reading, ensemble: Ensemble, members: Members, readings:
 def _of_seed(members: Mapping[Key, Bool[Tensor, "seed d_sae"]], seed: int) -> dict[Key, Bool[Tensor, "d_sae"]]:
     """The sets that are given for a seed."""
     return {name: member[seed] for name, member in members.items() if seed < len(member)}
-
-
-def _less(alone: Ensemble, gone: Bool[Tensor, "d_sae"]) -> Ensemble:
-    """An SAE without some features: those that are left come first, and then, where they are fewer than k, some that can't fire."""
-    features = gone.int().argsort(stable=True)[: max(int((~gone).sum()), alone.k)]
-    own = {name: of[:, features] for name, of in alone.parameters._asdict().items() if name != "b_dec" and of.dim() > 1}
-    own["b_enc"] = own["b_enc"].masked_fill(gone[features], -torch.inf)
-    return alone.with_parameters(**own)
 
 
 def _least_squares(codes: sparse.csr_array, x: np.ndarray, judged: np.ndarray) -> np.ndarray:

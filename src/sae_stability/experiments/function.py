@@ -106,11 +106,14 @@ def compute(results: Results, folder: Path) -> None:
     cluster = site.contexts.cluster[site.contexts.is_text]
     for kind in KINDS:
         ensemble, matched = ensembles.ensemble(results, kind), matching.stability(results, kind)
-        encoded = Encoded.of(ensemble, texts.activations(results, "evaluation", kind).first(CODE_TOKENS))
+        held_out = texts.activations(results, "evaluation", kind)
+        encoded = Encoded.of(ensemble, held_out.first(CODE_TOKENS))
         detail: Literal["bands", "controls", "curves"] = (
             "bands" if kind == "surrogate" else "curves" if results.is_main else "controls"
         )
-        measured, removed = ablation.measure(encoded, matched, cluster, site, tokens_alone=study.loss_tokens, detail=detail)
+        measured, removed = ablation.measure(
+            encoded, matched, cluster, site, refitted_on=held_out, tokens_alone=study.loss_tokens, detail=detail
+        )
         save_tensors(folder / f"{kind}.safetensors", measured.tensors(), {})
         if kind == "real" and results.is_main:
             sampled, first = ablation.sample(measured, removed, SAMPLED), ensemble.of(0)
