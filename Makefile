@@ -17,10 +17,14 @@ test: $(READY)  ## lint, types, the order of imports, then the whole test suite
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest
 
-publish: $(READY)  ## compute a study and keep its tables in published/: make publish STUDY=many-seeds
+# Tables with a row a feature are large, and no page of another study reads them.
+PER_FEATURE := features impact families activity triggers explanations examples translations single_removals
+
+publish: $(READY)  ## compute a study and keep its tables and verdicts in published/: make publish STUDY=many-seeds
 	$(VENV)/bin/sae-stability run $(STUDY)
-	mkdir -p published/$(STUDY)
-	cp $(foreach table,features cells unique seeds,results/$(STUDY)/tables/$(table).parquet) results/$(STUDY)/tables/provenance.json published/$(STUDY)/
+	rm -rf published/$(STUDY) && mkdir -p published/$(STUDY)
+	cp results/$(STUDY)/claims.json results/$(STUDY)/tables/*.parquet results/$(STUDY)/tables/provenance.json published/$(STUDY)/
+	rm -f $(foreach table,$(PER_FEATURE),published/$(STUDY)/$(table).parquet)
 
 bench: $(READY) $(PEERS)/ready  ## measure training and matching against SAELens, dictionary_learning and sparsify
 	$(VENV)/bin/python benchmarks/data.py

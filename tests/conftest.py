@@ -13,7 +13,7 @@ from beartype import BeartypeConf, beartype
 # Shapes in signatures hold at run time: every call in these modules is checked. Those with kernels are left out: numba compiles no
 # function that is wrapped, and the lengths of sparse rows are sums of others.
 CHECKED = (
-    *("statistics", "triggers", "sources", "evaluation", "ablation", "methods"),
+    *("statistics", "triggers", "sources", "evaluation", "ablation", "methods.dictionary"),
     *("language.activations", "language.interventions", "language.norms", "language.site", "language.corpus", "language.streaming"),
     *("matching.reappearance", "matching.criteria", "matching.assignment", "matching.families"),
     *(
@@ -36,6 +36,7 @@ import torch  # noqa: E402
 
 from sae_stability import cli, pipeline  # noqa: E402
 from sae_stability.book import build, page  # noqa: E402
+from sae_stability.book.tables import Book  # noqa: E402
 from sae_stability.language import pretraining  # noqa: E402
 from sae_stability.loading import load_study  # noqa: E402
 from sae_stability.study import Cell  # noqa: E402
@@ -68,7 +69,7 @@ WORDS = [
 
 
 @pytest.fixture(scope="session")
-def quick() -> page.Book:
+def quick() -> Book:
     """The quick study, computed; what an earlier run of the suite has computed is used."""
     study = load_study("quick")
     pipeline.compute(study)

@@ -46,23 +46,13 @@ def test_stability_is_judged_at_the_threshold_that_is_asked_for(monkeypatch):
     assert derived.stability_by_kind(results, 0.8) == dict.fromkeys(["real", "surrogate", "whitened"], "at 0.8")
 
 
-def test_cells_of_one_variant_are_compared_apart_and_at_their_own_thresholds(monkeypatch):
-    cells = {id: SimpleNamespace(id=id, threshold=threshold) for id, threshold in (("a", 0.6), ("b", 0.8))}
-    others = pd.DataFrame({"cell": ["a", "b"], "name": ["topk, d_sae=256", "topk, d_sae=512 †"]})
-
-    def matches(results, threshold):
-        return pd.DataFrame({"kind": ["real", "surrogate", "whitened"], "matches": round(10 * threshold), "trials": 9})
-
-    monkeypatch.setattr(derived.tables, "at_equal_seeds", matches)
-    book = SimpleNamespace(
-        others=lambda: others, study=SimpleNamespace(cells=cells), plan=SimpleNamespace(results=lambda cell: cell)
+def test_a_row_of_each_feature_is_made_of_counts():
+    names = ["topk, d_sae=256", "topk, d_sae=512 †", "topk, d_sae=512 †"]
+    counts = pd.DataFrame(
+        {"name": names, "kind": ["real", "surrogate", "whitened"], "trials": 9, "matches": [6, 0, 3], "features": [3, 2, 4]}
     )
-    table = derived.grid_at_equal_seeds(book)
-    assert table.groupby("name", sort=False)["matches"].unique().map(list).to_dict() == {
-        "topk, d_sae=256": [6],
-        "topk, d_sae=512 †": [8],
-    }
-    assert set(table["kind"]) == {"real", "surrogate"}
+    table = derived.grid_at_equal_seeds(SimpleNamespace(others={"counts": counts}.get))
+    assert table.value_counts().to_dict() == {(names[0], "real", 6, 9): 3, (names[1], "surrogate", 0, 9): 2}
 
 
 def test_back_everywhere_counts_features_with_a_match_in_every_other_seed():

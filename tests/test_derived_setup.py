@@ -2,18 +2,19 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from sae_stability.book import derived, page
+from sae_stability.book import derived
+from sae_stability.book.tables import Book
 from sae_stability.study import Study
 
 
-def planted(grid: dict) -> page.Book:
+def planted(grid: dict) -> Book:
     """A book of a study whose cells have two SAEs each."""
     keys = {"model": "docstrings-2l", "hook_name": "blocks.1.hook_resid_pre", "tokens": 1000, "batch": 100, "k": 4}
     study = Study(name="planted", d_sae=64, seeds=2, grid=grid, **keys)
     cells = pd.DataFrame([{"cell": id, "variant": cell.variant, "d_sae": cell.d_sae} for id, cell in study.cells.items()])
     saes = pd.DataFrame({"cell": [*study.cells] * 2, "loss_recovered": 0.9, "dead": 16, "training_seconds": 2.0})
     tables = {"cells": cells.assign(cell_on_target=cells["variant"] != "relu"), "saes": saes.assign(cell_on_target=True)}
-    return page.Book(SimpleNamespace(study=study, store=SimpleNamespace(study=study, table=tables.get)))
+    return Book(SimpleNamespace(study=study, store=SimpleNamespace(study=study, table=tables.get)))
 
 
 def test_variants_are_compared_where_all_else_is_equal():

@@ -8,8 +8,9 @@ from markdown_it import MarkdownIt
 
 from sae_stability import ledger
 from sae_stability.book import page
+from sae_stability.book.tables import Book
 from sae_stability.statistics import Interval
-from sae_stability.study import Study
+from sae_stability.study import Study, told_apart
 
 
 def line(cell: str, value: float | None, verdict: str, scope: str = "in this model") -> dict:
@@ -66,11 +67,11 @@ KEYS = {
 }
 
 
-def book_of(grid: dict | None = None, claims: list[dict] | None = None, tables: dict | None = None, **keys) -> page.Book:
+def book_of(grid: dict | None = None, claims: list[dict] | None = None, tables: dict | None = None, **keys) -> Book:
     """A book whose results are given, and not computed."""
     study = Study(name="planted", grid=grid or {}, **(KEYS | keys))
     store = SimpleNamespace(study=study, claims=lambda: claims or [], table=lambda name: (tables or {})[name])
-    return page.Book(SimpleNamespace(study=study, store=store, stages=[]))
+    return Book(SimpleNamespace(study=study, store=store, stages=[]))
 
 
 def cells_of(study: Study, **columns) -> pd.DataFrame:
@@ -129,7 +130,7 @@ def test_stages_are_those_of_the_plan_each_with_all_of_its_entries():
         SimpleNamespace(name="ensemble", entries={"seeds/0": "", "seeds/1": ""}),
         SimpleNamespace(name="new", entries={"new": ""}),
     ]
-    book = page.Book(SimpleNamespace(stages=stages, store=SimpleNamespace(provenance=provenances.get)))
+    book = Book(SimpleNamespace(stages=stages, store=SimpleNamespace(provenance=provenances.get)))
     (stage,) = book.stages().to_dict("records")
     assert stage == {"name": "ensemble", "seconds": 5.0, "peak_memory_gb": 1.5, "machine": "this one"}
 
@@ -190,4 +191,4 @@ def test_the_gallery_escapes_what_the_corpus_says_and_marks_what_fires():
 
 def test_seeds_are_not_named_where_something_else_tells_cells_apart():
     study = book_of({"variant": ["relu"], "seeds": [3]}).study
-    assert list(page.told_apart(study.cells.values()).values()) == ["topk", "relu"]
+    assert list(told_apart(study.cells.values()).values()) == ["topk", "relu"]

@@ -19,7 +19,7 @@ def test_the_mean_mcc_is_that_of_each_pair_of_seeds():
     W_dec = drawn(3, 7, 5)
     paired = one_to_one(W_dec, 0.7, torch.ones(3, 7, dtype=torch.bool))
     pairs = [mcc(W_dec[s], W_dec[t]) for s, t in itertools.combinations(range(3), 2)]
-    assert mean_mcc(paired) == pytest.approx(np.mean(pairs), abs=1e-6)
+    assert mean_mcc(paired).value == pytest.approx(np.mean(pairs), abs=1e-6)
 
 
 def test_without_a_calibrated_threshold_there_is_no_mean_stability_at_it():
@@ -56,12 +56,28 @@ def test_matches_are_compared_in_studies_of_equal_size(quick):
     real = matching.stability(quick.main).among(list(range(smallest)))
     mean = table.loc[table["kind"] == "real", "matches"].mean() / (smallest - 1)
     assert mean == pytest.approx(real.counts[real.alive].double().mean().item() / (smallest - 1))
+    counts = quick.table("counts")
+    of_real = counts[counts["kind"] == "real"]
+    assert of_real["features"].sum() == real.alive.sum()
+    assert (of_real["features"] * of_real["matches"]).sum() == real.counts[real.alive].sum()
+
+
+def test_a_smaller_study_is_off_by_what_the_other_seeds_say(monkeypatch):
+    W = drawn(6, 4, 30)
+    W[1:3, 0] = W[0, 0]  # one feature that the first three seeds share, and the others do not have
+    found = compare(W, 0.9)
+    assert np.isnan(stability._off(found, [0, 1, 2])["p_error"])  # too few are outside
+    monkeypatch.setattr(stability, "OUTSIDE", 3)
+    off = stability._off(found, [0, 1, 2])
+    assert off["p_error"] == pytest.approx(np.sqrt(1 / 4))  # of four features one has p = 1 here and 0 outside
+    assert off["other_band"] == pytest.approx(1 / 4)
+    assert stability._off(found, [3, 4, 5]) == {"p_error": 0.0, "other_band": 0.0}
 
 
 def test_the_row_of_a_cell_says_what_was_trained_and_found(quick):
     row, cell = quick.row, quick.cell
     assert (row["variant"], row["d_sae"], row["k"], row["seeds"]) == (cell.variant, cell.d_sae, cell.k, len(cell.seed_list))
-    assert row["mcc"] == pytest.approx(mean_mcc(matching.stability(quick.main, "real", "one-to-one")))
+    assert row["mcc"] == pytest.approx(mean_mcc(matching.stability(quick.main, "real", "one-to-one")).value)
     criteria = quick.table("criteria").set_index(["kind", "criterion"])
     assert criteria.loc[("real", "decoder"), "mean_stability"] == pytest.approx(row["mean_stability"])
     assert criteria.loc[("real", "decoder"), "same_band"] == 1

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from sae_stability import places
 from sae_stability.errors import UserError
 from sae_stability.files import read_json
-from sae_stability.study import Study, complaint, nearest
+from sae_stability.study import Study, complaint, grids, nearest
 
 NAMES = {"model": (*places.MODELS, *places.FETCHED), "corpus": (places.CORPUS,)}
 """Names that mean what the project ships, in every working directory."""
@@ -38,25 +38,26 @@ def load_study(study: str, overrides: Sequence[str] = (), name: str | None = Non
         fields.pop("notes", None)  # they give the reasons of another choice
     for override in overrides:
         _override(fields, override)
-        if isinstance(fields.get("grid"), dict):  # what is set by hand holds for every cell
-            fields["grid"].pop(override.partition("=")[0], None)
+        for grid in grids(fields.get("grid")):  # what is set by hand holds for every cell
+            grid.pop(override.partition("=")[0], None)
     if name is not None:
         fields["name"] = name
-    grid = fields.get("grid")
     for key, names in NAMES.items():
         if key in fields:
             fields[key] = _absolute(fields[key], names)
-        if isinstance(grid, dict) and isinstance(grid.get(key), list):
-            grid[key] = [_absolute(value, names) for value in grid[key]]
-    return _validated(fields)
+        for grid in grids(fields.get("grid")):
+            if isinstance(grid.get(key), list):
+                grid[key] = [_absolute(value, names) for value in grid[key]]
+    return read_fields(fields)
 
 
 def read_study(path: Path) -> Study:
     """A study as a run wrote it down in its results."""
-    return _validated(read_json(path))
+    return read_fields(read_json(path))
 
 
-def _validated(fields: dict) -> Study:
+def read_fields(fields: dict) -> Study:
+    """A study from its keys and values. Raises `UserError` that names the first bad field and the mend."""
     try:
         return Study(**{str(key): value for key, value in fields.items()})
     except ValidationError as error:

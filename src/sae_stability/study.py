@@ -46,6 +46,7 @@ MOST_TOKENS = 10**13
 Share = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(gt=0, le=MOST_TOKENS)]
 Dtype = Literal["bfloat16", "float32"]
+Grid = dict[str, list[Any]]
 
 
 class Recipe(BaseModel):
@@ -64,7 +65,11 @@ class Recipe(BaseModel):
         None, description="leave out tokens whose activation is longer than so many times the median; by default none is"
     )
     dtype: Dtype = Field("bfloat16", description="of activations")
-    model_dtype: Dtype = Field("float32", description="in which the language model computes; its losses are float32")
+    model_dtype: Dtype | Literal["fastest"] = Field(
+        "float32",
+        description="in which the language model computes: bfloat16, float32, or fastest, which is bfloat16 where the processor "
+        "multiplies it; its losses are float32",
+    )
 
     variant: Variants = "topk"
     d_sae: Annotated[int, Field(ge=2, le=MOST_FEATURES, description="features of each SAE")]
@@ -163,8 +168,11 @@ class Cell(Recipe):
 
     @cached_property
     def id(self) -> str:
-        """Short and unique: tables, claims, chapters and folders know the cell by it."""
-        keys = self.model_dump(include=set(Cell.model_fields)) | {"seeds": self.seed_list}
+        """Short and unique: tables, claims, chapters and folders know the cell by it.
+
+        What stands at its default is no part of it, so that a new key of the schema leaves published tables readable.
+        """
+        keys = self.model_dump(include=set(Cell.model_fields), exclude_defaults=True) | {"seeds": self.seed_list}
         return f"{self.variant}-{self.d_sae}-{digest(keys)[:8]}"
 
 
@@ -216,12 +224,14 @@ class Study(Cell):
     )
     ablation_tokens: Tokens = Field(20_000, description="held-out tokens on which it is measured without sets of features")
     explainer: Explainer | None = Field(None, description="a language model that explains features; without one C6 is not tested")
-    grid: dict[str, list[Any]] = Field({}, description="lists over keys of the cell, crossed into further cells")
+    grid: Grid | list[Grid] = Field(
+        {}, description="lists over keys of the cell, crossed into further cells; or several such grids"
+    )
 
     @field_validator("grid")
     @classmethod
-    def _known_keys(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        for key, choices in value.items():
+    def _known_keys(cls, value: Grid | list[Grid]) -> Grid | list[Grid]:
+        for key, choices in (pair for grid in grids(value) for pair in grid.items()):
             if key not in Cell.model_fields:
                 raise ValueError(f"{key} is no key of a cell{nearest(key, Cell.model_fields)}")
             if not choices:
@@ -240,10 +250,12 @@ class Study(Cell):
 
     @cached_property
     def cells(self) -> dict[str, Cell]:
-        """The main cell, then those of the grid that differ from all before them, by their ids."""
+        """The main cell, then those of the grids that differ from all before them, by their ids."""
         keys = {key: getattr(self, key) for key in Cell.model_fields}
-        choices = itertools.product(*self.grid.values())
-        varied = (Cell(**{**keys, **dict(zip(self.grid, choice, strict=True))}) for choice in choices)
+        crossed = (
+            dict(zip(grid, choice, strict=True)) for grid in grids(self.grid) for choice in itertools.product(*grid.values())
+        )
+        varied = (Cell(**{**keys, **choice}) for choice in crossed)
         cells: dict[str, Cell] = {}
         for cell in (Cell(**keys), *varied):
             cells.setdefault(cell.id, cell)
@@ -261,6 +273,11 @@ class Study(Cell):
     @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def grids(grid: Any) -> list[dict[str, Any]]:
+    """The grids of a study, which may be given as one or as a list."""
+    return [each for each in (grid if isinstance(grid, list) else [grid]) if isinstance(each, dict)]
 
 
 def told_apart(cells: Iterable[Cell]) -> dict[str, str]:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from sae_stability.book.page import Book
+from sae_stability.book.tables import Tables
 from sae_stability.experiments import Results, ensembles, matching
 from sae_stability.experiments import stability as tables
 from sae_stability.experiments.columns import interval_columns
@@ -60,14 +60,11 @@ def at_equal_seeds(results: Results, threshold: float) -> pd.DataFrame:
     return tables.at_equal_seeds(results, threshold)
 
 
-def grid_at_equal_seeds(book: Book) -> pd.DataFrame:
+def grid_at_equal_seeds(study: Tables) -> pd.DataFrame:
     """The same of each cell of the grid and its surrogate, at its own threshold, with what tells the cell apart as `name`."""
-    parts = []
-    for row in book.others().itertuples():
-        cell = book.study.cells[row.cell]
-        matches = tables.at_equal_seeds(book.plan.results(cell), cell.threshold)
-        parts.append(matches[matches["kind"].isin(["real", "surrogate"])].assign(name=row.name))
-    return pd.concat(parts, ignore_index=True)
+    counts = study.others("counts")
+    counts = counts[counts["kind"].isin(["real", "surrogate"])]
+    return counts.loc[counts.index.repeat(counts["features"]), ["name", "kind", "matches", "trials"]].reset_index(drop=True)
 
 
 def share_back_everywhere(features: pd.DataFrame) -> pd.Series:
@@ -127,19 +124,21 @@ def training_ends(curve: pd.DataFrame) -> pd.DataFrame:
     return last.groupby("kind", sort=False)["explained_variance"].agg(["min", "max", "size"])
 
 
-def variants_side_by_side(book: Book) -> list[pd.DataFrame]:
-    """The cells that share everything but their variant, in groups of two or more: their rows of the table `cells`.
-
-    Added to them: name, and the means over their SAEs of loss_recovered, dead_share and training_seconds.
-    """
-    groups: dict[str, list[str]] = {}
-    for cell in book.study.cells.values():
-        groups.setdefault(cell.model_dump_json(exclude={"variant"}), []).append(cell.id)
-    cells, saes = book.table("cells", every_cell=True), book.table("saes", every_cell=True)
+def cells_with_means(study: Tables) -> pd.DataFrame:
+    """Every row of the table `cells`, with the means over its SAEs of loss_recovered, dead_share and training_seconds."""
+    cells, saes = study.table("cells", every_cell=True), study.table("saes", every_cell=True)
     means = saes.groupby("cell", as_index=False)[["loss_recovered", "dead", "training_seconds"]].mean()
     cells = cells.merge(means, on="cell")
-    cells = cells.assign(dead_share=cells["dead"] / cells["d_sae"])
-    return [book.named(cells[cells["cell"].isin(group)]) for group in groups.values() if len(group) > 1]
+    return cells.assign(dead_share=cells["dead"] / cells["d_sae"])
+
+
+def variants_side_by_side(study: Tables) -> list[pd.DataFrame]:
+    """The cells that share everything but their variant, in groups of two or more: rows of `cells_with_means` and their name."""
+    groups: dict[str, list[str]] = {}
+    for cell in study.study.cells.values():
+        groups.setdefault(cell.model_dump_json(exclude={"variant"}), []).append(cell.id)
+    cells = cells_with_means(study)
+    return [study.named(cells[cells["cell"].isin(group)]) for group in groups.values() if len(group) > 1]
 
 
 def with_reports(stages: pd.DataFrame) -> pd.DataFrame:

@@ -10,8 +10,7 @@ import html
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -19,15 +18,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sae_stability import places
-from sae_stability.experiments import Results, texts
+from sae_stability.book.tables import Tables
+from sae_stability.book.tables import open_study as open_study
+from sae_stability.book.tables import published as published
+from sae_stability.book.tables import short as short
 from sae_stability.figures.style import BAND_STYLES
 from sae_stability.files import read_json
 from sae_stability.ledger import VERDICTS, Line
-from sae_stability.loading import load_study, read_study
 from sae_stability.matching import BANDS
-from sae_stability.pipeline import Plan, compute
-from sae_stability.store import git_commit
-from sae_stability.study import Cell, Study, told_apart
 
 SIGNS = dict(zip(VERDICTS, "✓<✗~±–", strict=True))
 FURTHER_NULLS = {
@@ -42,111 +40,6 @@ FURTHER_NULLS = {
 """What nulls beside the surrogate are trained on, and what they say."""
 Column = str | Callable[[pd.Series], str]
 """How a column of a printed table is made of a row: a format string over its columns (`"{l0:.1f}"`), or a function."""
-
-
-@dataclass(frozen=True, eq=False)
-class Book:
-    """The results of a study, as chapters read them."""
-
-    plan: Plan
-
-    @property
-    def study(self) -> Study:
-        return self.plan.study
-
-    @property
-    def cell(self) -> Cell:
-        """The main cell."""
-        return self.study.main
-
-    @cached_property
-    def main(self) -> Results:
-        """What was computed for the main cell, for what no table holds."""
-        return self.plan.results(self.cell)
-
-    @property
-    def model(self) -> str:
-        """What readers call the main cell's language model."""
-        return Path(self.cell.model).name
-
-    @property
-    def folder(self) -> Path:
-        return self.plan.store.folder
-
-    def table(self, name: str, every_cell: bool = False) -> pd.DataFrame:
-        """The main cell's rows of a table, or those of every cell; empty where the study has no such table."""
-        try:
-            rows = self.plan.store.table(name)
-        except FileNotFoundError:
-            return pd.DataFrame(columns=["cell", "cell_on_target"])
-        return rows if every_cell else rows[rows["cell"] == self.cell.id].reset_index(drop=True)
-
-    @cached_property
-    def row(self) -> pd.Series:
-        """The main cell's row of `cells`."""
-        return self.table("cells").iloc[0]
-
-    @cached_property
-    def ledger(self) -> list[dict]:
-        """Every line of every cell."""
-        return self.plan.store.claims()
-
-    @property
-    def lines(self) -> list[dict]:
-        """The main cell's lines of the ledger."""
-        return [line for line in self.ledger if line["cell"] == self.cell.id]
-
-    @property
-    def commits(self) -> tuple[str, str]:
-        """The commit at which the ledger was computed, and the one at hand."""
-        provenance = self.plan.store.provenance("claims.json") or {"commit": "unknown"}
-        return short(provenance["commit"]), short(git_commit())
-
-    def claims(self, claim: str, cell: str | None = None) -> list[dict]:
-        """The lines of a claim on a cell, by default the main one."""
-        wanted = cell or self.cell.id
-        return [line for line in self.ledger if line["id"] == claim and line["cell"] == wanted]
-
-    def claim(self, claim: str, cell: str | None = None, line: str = "as stated") -> dict:
-        """One of them, by default what the claim states."""
-        return next(each for each in self.claims(claim, cell) if each["line"] == line)
-
-    @property
-    def facts(self) -> dict:
-        """Sizes and hashes of the text and the model behind the main cell."""
-        return texts.facts(self.main)
-
-    def others(self, name: str = "cells") -> pd.DataFrame:
-        """The rows of the cells of the grid, with what tells each apart in the column `name`; its † says that it misses its L0."""
-        rows = self.table(name, every_cell=True)
-        return self.named(rows[rows["cell"] != self.cell.id])
-
-    def named(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Rows of some cells, with what tells these cells apart in the column `name`."""
-        cells = {id: self.study.cells[id] for id in rows["cell"]}
-        names = told_apart(cells.values()) if len(cells) > 1 else self.study.names
-        signs = ["" if hit else " †" for hit in rows["cell_on_target"]]
-        return rows.reset_index(drop=True).assign(name=[names[id] + sign for id, sign in zip(rows["cell"], signs, strict=True)])
-
-    def stages(self) -> pd.DataFrame:
-        """What each stage took: name, seconds (of its last part, where it was interrupted), peak_memory_gb, machine."""
-        rows = []
-        for stage in self.plan.stages:
-            taken = [self.plan.store.provenance(entry) for entry in stage.entries]
-            known = [each for each in taken if each is not None]
-            if known:
-                seconds, memory = sum(each["seconds"] for each in known), max(each["peak_memory_gb"] for each in known)
-                rows.append({"name": stage.name, "seconds": seconds, "peak_memory_gb": memory, "machine": known[0]["machine"]})
-        return pd.DataFrame(rows)
-
-
-def open_study(name: str) -> Book:
-    """What a chapter calls first: the study's results, computed where they are missing."""
-    path = places.results() / name / "study.json"
-    book = Book(Plan(read_study(path) if path.is_file() else load_study(name)))
-    if not all(book.plan.is_done(book.plan.stage(stage)) for stage in ("tables", "claims.json")):
-        compute(book.study)
-    return book
 
 
 def markdown_table(rows: pd.DataFrame, columns: Mapping[str, Column]) -> str:
@@ -193,11 +86,6 @@ def benchmarks() -> dict:
     return read_json(benchmarks_file())
 
 
-def short(commit: str) -> str:
-    """A commit as pages print it; what was changed since is not hidden."""
-    return commit[:10] + ("+changes" if commit.endswith("+changes") else "")
-
-
 def show(figure: Figure, name: str, alt: str, caption: str) -> None:
     """Display a figure with its alt text, caption and the name by which pages refer to it."""
     from IPython.display import display
@@ -222,12 +110,6 @@ def show_html(text: str) -> None:
 def box(title: str, text: str) -> None:
     """Display a short aside, beside the line of argument; `text` is HTML."""
     show_html(f'<div class="admonition note"><p class="admonition-title">{title}</p><p>{text}</p></div>')
-
-
-def published(name: str) -> tuple[dict[str, pd.DataFrame], dict]:
-    """The tables of a study that takes long to compute, as they are published, and the provenance that came with them."""
-    folder = places.root() / "published" / name
-    return {path.stem: pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}, read_json(folder / "provenance.json")
 
 
 def labelled_explanations() -> pd.DataFrame:
@@ -284,21 +166,21 @@ def judged(lines: list[dict]) -> str:
     )
 
 
-def by_line(book: Book, claims: list[str]) -> str:
+def by_line(study: Tables, claims: list[str]) -> str:
     """The verdicts of some claims on every cell of the grid: a column a line, each with its statistic."""
 
     def found(row: pd.Series, claim: str, line: str) -> str:
-        judged = book.claim(claim, row["cell"], line)
+        judged = study.claim(claim, row["cell"], line)
         return f"{judged['verdict']}: {line_interval(judged, '.2f')}"
 
     headings = {f"{claim} {line}": (claim, line) for claim in claims for line in get_args(Line)}
     columns = {heading: partial(found, claim=claim, line=line) for heading, (claim, line) in headings.items()}
-    return grid_table(book, columns)
+    return grid_table(study, columns)
 
 
-def grid_table(book: Book, columns: Mapping[str, Column]) -> str:
+def grid_table(study: Tables, columns: Mapping[str, Column]) -> str:
     """A table of the cells of the grid, each by what tells it from the others."""
-    rows = book.others()
+    rows = study.others()
     if rows.empty:
         return "This study has one cell; `grid: {variant: [relu, gated]}` in its file adds others."
     note = "" if rows["cell_on_target"].all() else "\n\nA dagger marks a cell that misses its L0."

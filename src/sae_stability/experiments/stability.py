@@ -19,6 +19,8 @@ from sae_stability.statistics import Interval, difference
 NULL_SHARE = 0.05  # at the calibrated threshold the surrogate's match rate is at most this share of the real one
 REFERENCE_SEEDS = 3  # of random directions and untrained SAEs
 SUBSETS = 8  # of seeds, that stand for smaller studies
+EVERY = 12  # seeds up to which every smaller study is looked at; beyond, those whose bands are cut exactly, and the whole
+OUTSIDE = 20  # seeds that tell how far p is off in a smaller study, which has no part in them
 THRESHOLDS = np.round(np.arange(0.3, 1.0, 0.02), 2)
 
 RELIABLE = 0.7
@@ -102,13 +104,16 @@ def calibrated_columns(matched: Stability, threshold: float) -> dict[str, float]
 
 
 def by_seeds(results: Results) -> pd.DataFrame:
-    """What smaller studies would have found: shares of the bands against the number of seeds.
+    """What smaller studies would have found: shares of the bands against the number of seeds, and how far p is off.
 
-    One row per number of seeds, averaged over `SUBSETS` random choices of them; intervals are averages too.
+    One row per number of seeds, averaged over `SUBSETS` random choices of them; intervals are averages too. `p_error` is the root
+    mean square of p less its value by the seeds outside, and `other_band` the share of features that these put into another band;
+    NaN where fewer than `OUTSIDE` are outside.
     """
     matched, generator = matching.stability(results), np.random.default_rng(0)
     rows = []
-    for seeds in range(min(3, len(matched.alive)), len(matched.alive) + 1):
+    whole = len(matched.alive)
+    for seeds in (n for n in range(min(3, whole), whole + 1) if n <= EVERY or (n - 1) % 10 == 0 or n == whole):
         chosen = {tuple(sorted(generator.permutation(len(matched.alive))[:seeds].tolist())) for _ in range(SUBSETS)}
         subsets = []
         for positions in sorted(chosen):
@@ -118,9 +123,20 @@ def by_seeds(results: Results) -> pd.DataFrame:
                 row |= interval_columns(f"{band}_share", interval)
             for band, interval in subset.latent_shares().items():
                 row |= interval_columns(f"latent_{band}_share", interval)
-            subsets.append(row)
+            subsets.append(row | _off(matched, list(positions)))
         rows.append({"seeds": seeds, **pd.DataFrame(subsets).mean()})
     return pd.DataFrame(rows)
+
+
+def _off(matched: Stability, seeds: list[int]) -> dict[str, float]:
+    """How far the p that some seeds give their features is from what the others give the same features."""
+    outside = [seed for seed in range(len(matched.alive)) if seed not in seeds]
+    if len(outside) < OUTSIDE:
+        return {"p_error": np.nan, "other_band": np.nan}
+    own, alive = matched.among(seeds), matched.alive[seeds]
+    other = matched.matched[seeds][:, outside].double().mean(1)[alive].numpy()
+    ours = own.probability[alive].double().numpy()
+    return {"p_error": float(np.sqrt(((ours - other) ** 2).mean())), "other_band": float((band_of(ours) != band_of(other)).mean())}
 
 
 def at_equal_seeds(results: Results, threshold: float) -> pd.DataFrame:
@@ -132,6 +148,12 @@ def at_equal_seeds(results: Results, threshold: float) -> pd.DataFrame:
         [pd.DataFrame({"kind": kind, "matches": part.counts[part.alive].numpy(), "trials": part.trials}) for kind, part in parts],
         ignore_index=True,
     )
+
+
+def counts(results: Results) -> pd.DataFrame:
+    """How many features have so many matches, of the model and its nulls, at the cell's threshold and an equal number of seeds."""
+    matches = at_equal_seeds(results, results.cell.threshold)
+    return matches.groupby(["kind", "trials", "matches"], sort=False).size().rename("features").reset_index()
 
 
 def cells(results: Results) -> pd.DataFrame:
@@ -162,8 +184,8 @@ def cells(results: Results) -> pd.DataFrame:
         **interval_columns("area", real.area()),
         "surrogate_area": surrogate.area().value,
         **interval_columns("ambiguous_share", real.ambiguous_share()),
-        "mcc": mean_mcc(matching.stability(results, "real", "one-to-one")),
-        "surrogate_mcc": mean_mcc(matching.stability(results, "surrogate", "one-to-one")),
+        "mcc": mean_mcc(matching.stability(results, "real", "one-to-one")).value,
+        "surrogate_mcc": mean_mcc(matching.stability(results, "surrogate", "one-to-one")).value,
         "alpha": real.latent().alpha,
         "beta": real.latent().beta,
     }
@@ -286,6 +308,7 @@ EXPERIMENT = Experiment(
     tables={
         "cells": cells,
         "features": features,
+        "counts": counts,
         "criteria": criteria,
         "seeds": by_seeds,
         "growth": growth,

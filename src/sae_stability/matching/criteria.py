@@ -17,6 +17,7 @@ from sae_stability.language.activations import whitening
 from sae_stability.matching.assignment import assign
 from sae_stability.matching.pairs import ROUNDING, correlations, cosines, weaker
 from sae_stability.matching.reappearance import Stability, reappear, stability
+from sae_stability.statistics import Interval, over_pairs
 
 CRITERIA = {
     "decoder": "best cosine of decoder directions (the default)",
@@ -99,13 +100,13 @@ def without_top_component(covariance: Float[Tensor, "d_in d_in"]) -> Float[Tenso
         return (torch.eye(len(covariance), dtype=torch.float64) - first @ first.T).float()
 
 
-def mean_mcc(paired: Stability) -> float:
-    """The mean cosine of one-to-one partners (Song et al., arXiv:2505.20254), over all pairs of seeds and their live features.
+def mean_mcc(paired: Stability) -> Interval:
+    """The mean cosine of one-to-one partners (Song et al., arXiv:2505.20254), over all pairs of seeds, jackknifed over seeds.
 
     `paired` is what `one_to_one` gave. Pairs of unequal numbers of live features leave some without a partner, which do not count.
     """
     cosines = torch.where(paired.partner >= 0, paired.best_cosine, torch.nan)
-    return float(cosines.nanmean(2).nanmean())
+    return over_pairs(cosines.nanmean(2).numpy())
 
 
 def calibrated_threshold(real: Stability, surrogate: Stability, share: float) -> float:

@@ -1,0 +1,192 @@
+"""The tables and verdicts of a study, as pages read them: from its results, or as they are published in this repository."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from sae_stability import places
+from sae_stability.experiments import Results, texts
+from sae_stability.files import read_json
+from sae_stability.loading import load_study, read_fields, read_study
+from sae_stability.pipeline import Plan, compute
+from sae_stability.store import git_commit
+from sae_stability.study import Cell, Study, told_apart
+
+VARIANTS = "variants"
+"""The published study in which the main cell of `embedded` is trained by every variant."""
+
+
+class Tables(ABC):
+    """What pages read of a study, wherever it stands."""
+
+    study: Study
+    origin = ""
+    """Where the tables come from, in a sentence, if not from a study that was run here."""
+
+    @abstractmethod
+    def _read(self, name: str) -> pd.DataFrame:
+        """A table with the rows of all cells. Raises `FileNotFoundError` where there is none."""
+
+    @property
+    @abstractmethod
+    def ledger(self) -> list[dict]:
+        """Every line of every cell."""
+
+    @property
+    def cell(self) -> Cell:
+        """The main cell."""
+        return self.study.main
+
+    def table(self, name: str, every_cell: bool = False) -> pd.DataFrame:
+        """The main cell's rows of a table, or those of every cell; empty where the study has no such table."""
+        try:
+            rows = self._read(name)
+        except FileNotFoundError:
+            return pd.DataFrame(columns=["cell", "cell_on_target"])
+        return rows if every_cell else rows[rows["cell"] == self.cell.id].reset_index(drop=True)
+
+    @cached_property
+    def row(self) -> pd.Series:
+        """The main cell's row of `cells`."""
+        return self.table("cells").iloc[0]
+
+    @property
+    def lines(self) -> list[dict]:
+        """The main cell's lines of the ledger."""
+        return [line for line in self.ledger if line["cell"] == self.cell.id]
+
+    def claims(self, claim: str, cell: str | None = None) -> list[dict]:
+        """The lines of a claim on a cell, by default the main one."""
+        wanted = cell or self.cell.id
+        return [line for line in self.ledger if line["id"] == claim and line["cell"] == wanted]
+
+    def claim(self, claim: str, cell: str | None = None, line: str = "as stated") -> dict:
+        """One of them, by default what the claim states."""
+        return next(each for each in self.claims(claim, cell) if each["line"] == line)
+
+    def others(self, name: str = "cells") -> pd.DataFrame:
+        """The rows of the cells of the grid, with what tells each apart in the column `name`; its † says that it misses its L0."""
+        rows = self.table(name, every_cell=True)
+        return self.named(rows[rows["cell"] != self.cell.id])
+
+    def named(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Rows of some cells, with what tells these cells apart in the column `name`."""
+        cells = {id: self.study.cells[id] for id in rows["cell"]}
+        names = told_apart(cells.values()) if len(cells) > 1 else self.study.names
+        signs = ["" if hit else " †" for hit in rows["cell_on_target"]]
+        return rows.reset_index(drop=True).assign(name=[names[id] + sign for id, sign in zip(rows["cell"], signs, strict=True)])
+
+
+@dataclass(frozen=True, eq=False)
+class Book(Tables):
+    """The results of a study, as chapters read them."""
+
+    plan: Plan
+
+    @property
+    def study(self) -> Study:  # type: ignore[override]
+        return self.plan.study
+
+    @cached_property
+    def main(self) -> Results:
+        """What was computed for the main cell, for what no table holds."""
+        return self.plan.results(self.cell)
+
+    @property
+    def model(self) -> str:
+        """What readers call the main cell's language model."""
+        return Path(self.cell.model).name
+
+    @property
+    def folder(self) -> Path:
+        return self.plan.store.folder
+
+    def _read(self, name: str) -> pd.DataFrame:
+        return self.plan.store.table(name)
+
+    @cached_property
+    def ledger(self) -> list[dict]:
+        """Every line of every cell."""
+        return self.plan.store.claims()
+
+    @property
+    def commits(self) -> tuple[str, str]:
+        """The commit at which the ledger was computed, and the one at hand."""
+        provenance = self.plan.store.provenance("claims.json") or {"commit": "unknown"}
+        return short(provenance["commit"]), short(git_commit())
+
+    @property
+    def facts(self) -> dict:
+        """Sizes and hashes of the text and the model behind the main cell."""
+        return texts.facts(self.main)
+
+    @property
+    def compared(self) -> Tables:
+        """Where the main cell is compared with others: this study, where it has any, or the published variants of the same cell."""
+        elsewhere = published(VARIANTS)
+        if len(self.study.cells) > 1 or elsewhere is None or elsewhere.cell.recipe != self.cell.recipe:
+            return self
+        return elsewhere
+
+    def stages(self) -> pd.DataFrame:
+        """What each stage took: name, seconds (of its last part, where it was interrupted), peak_memory_gb, machine."""
+        rows = []
+        for stage in self.plan.stages:
+            taken = [self.plan.store.provenance(entry) for entry in stage.entries]
+            known = [each for each in taken if each is not None]
+            if known:
+                seconds, memory = sum(each["seconds"] for each in known), max(each["peak_memory_gb"] for each in known)
+                rows.append({"name": stage.name, "seconds": seconds, "peak_memory_gb": memory, "machine": known[0]["machine"]})
+        return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Published(Tables):
+    """The tables of a study that takes long to compute, as they are published, and the provenance that came with them."""
+
+    folder: Path
+
+    @cached_property
+    def provenance(self) -> dict:
+        return read_json(self.folder / "provenance.json")
+
+    @cached_property
+    def study(self) -> Study:  # type: ignore[override]
+        return read_fields(self.provenance["study"])
+
+    def _read(self, name: str) -> pd.DataFrame:
+        return pd.read_parquet(self.folder / f"{name}.parquet")
+
+    @cached_property
+    def ledger(self) -> list[dict]:
+        return read_json(self.folder / "claims.json")
+
+    @property
+    def origin(self) -> str:  # type: ignore[override]
+        return (
+            f"These tables are published with the book: they come from commit `{short(self.provenance['commit'])}`, on "
+            f"{self.provenance['machine']}, and `sae-stability run {self.study.name}` computes them again."
+        )
+
+
+def open_study(name: str) -> Book:
+    """What a chapter calls first: the study's results, computed where they are missing."""
+    path = places.results() / name / "study.json"
+    book = Book(Plan(read_study(path) if path.is_file() else load_study(name)))
+    if not all(book.plan.is_done(book.plan.stage(stage)) for stage in ("tables", "claims.json")):
+        compute(book.study)
+    return book
+
+
+def published(name: str) -> Published | None:
+    """A published study; None where this repository holds no such tables."""
+    folder = places.root() / "published" / name
+    return Published(folder) if (folder / "provenance.json").is_file() else None
+
+
+def short(commit: str) -> str:
+    """A commit as pages print it; what was changed since is not hidden."""
+    return commit[:10] + ("+changes" if commit.endswith("+changes") else "")

@@ -1,0 +1,112 @@
+"""Rules of sharing against counts by hand, and as the paper asks."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import drawn
+from sae_stability.experiments import asked, sharing
+from sae_stability.figures import sharing as figures
+from sae_stability.matching import stability
+
+SEEDS, D_IN = 5, 40
+
+
+def ensemble() -> torch.Tensor:
+    """Directions [seed, 8, d_in] at right angles. Two features are those of all seeds, and one is that of the first two."""
+    axes = torch.linalg.qr(drawn(D_IN, D_IN))[0]
+    own = axes[10:]
+    dictionaries = []
+    for seed in range(SEEDS):
+        rows = [axes[0], axes[1], axes[2] if seed < 2 else own[6 * seed], *own[6 * seed + 1 : 6 * seed + 6]]
+        dictionaries.append(torch.stack(rows)[torch.randperm(8, generator=torch.Generator().manual_seed(seed))])
+    return torch.stack(dictionaries)
+
+
+@pytest.mark.parametrize(("wanted", "share"), [("every", 2 / 8), ("some", (2 * 3 + 3 * 2) / 40), ("another", (20 * 2 + 2) / 160)])
+def test_a_share_counts_where_features_come_back(wanted, share):
+    assert sharing.share(stability(ensemble()), wanted).value == pytest.approx(share)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 1000))
+def test_shares_are_ordered_and_no_order_of_features_or_seeds_matters(seed):
+    W = drawn(4, 12, 3, seed=seed)
+    found = {place: sharing.share(stability(W, 0.8), place).value for place in sharing.ASKED}
+    assert found["every"] <= found["another"] <= found["some"]
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.stack([W[s][torch.randperm(12, generator=generator)] for s in torch.randperm(4, generator=generator)])
+    for place, value in found.items():
+        assert sharing.share(stability(shuffled, 0.8), place).value == pytest.approx(value)
+        assert sharing.share(stability(W, 0.95), place).value <= value
+
+
+def test_the_table_has_every_rule_and_the_figure_shows_it(quick):
+    table = sharing.shared(quick.main)
+    counted = table[table["threshold"].notna()]
+    assert len(counted) == 2 * len(sharing.RULES) * len(sharing.THRESHOLDS) * len(sharing.ASKED)
+    assert set(table["seeds"]) == {4}
+    by_rule = table.set_index(["kind", "criterion", "threshold", "asked"])["share"]
+    mean = quick.row["mean_stability"]
+    assert by_rule["real", "decoder", 0.7, "another"] == pytest.approx(mean)
+    assert by_rule["real", "mutual", 0.7, "another"] <= mean
+    (axis,) = figures.rules(table, "x").axes
+    drawn_shares = sorted(line.get_xdata()[0] for line in axis.get_lines() if len(line.get_xdata()) == 1)
+    assert drawn_shares == pytest.approx(sorted(table.loc[table["asked"] == "another", "share"]))
+
+
+def test_bands_of_the_paper_allow_as_many_misses_when_a_seed_is_left_out():
+    own = stability(torch.cat([drawn(1, 6, 30).expand(22, 6, 30), drawn(22, 4, 30, seed=1)], 1), 0.95)
+    everyone = asked.bands(own, list(range(22)))
+    assert everyone["stable"][:, :6].all()
+    assert everyone["unstable"][:, 6:].all()
+    missed = dataclasses.replace(own, best_cosine=own.best_cosine.clone())
+    missed.best_cosine[0, 1, 0] = 0  # one miss of 21 is allowed, two are not
+    assert asked.bands(missed, list(range(22)))["stable"][0, 0]
+    missed.best_cosine[0, 2, 0] = 0
+    assert not asked.bands(missed, list(range(22)))["stable"][0, 0]
+    assert asked.bands(missed, [0, *range(2, 22)])["stable"][0, 0]
+
+
+def test_masked_sets_are_one_to_four_and_lie_in_their_bands():
+    found = stability(torch.cat([drawn(1, 6, 30).expand(22, 6, 30), drawn(22, 11, 30, seed=1)], 1), 0.95)
+    members, bands = asked.masked(found), asked.bands(found, list(range(22)))
+    assert members["masked", "stable"].sum(1).tolist() == [2] * 22  # of 11 unstable features 8 are masked
+    assert members["masked", "unstable"].sum(1).tolist() == [8] * 22
+    assert not (members["masked", "stable"] & ~bands["stable"]).any()
+    assert not (members["masked", "unstable"] & ~bands["unstable"]).any()
+
+
+def test_the_effective_rank_of_orthogonal_rows_is_their_number_and_of_equal_ones_is_one():
+    assert asked.effective_rank(3 * torch.linalg.qr(drawn(9, 9))[0][:5]) == pytest.approx(5)
+    assert asked.effective_rank(drawn(1, 9).expand(4, 9)) == pytest.approx(1)
+    two = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), dim=1)
+    values = np.sqrt([1.6, 0.4])
+    shares = values / values.sum()
+    assert asked.effective_rank(two) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def test_what_is_asked_of_a_cell_follows_from_its_tables(quick, tmp_path, monkeypatch):
+    asked.compute(quick.main, tmp_path)
+    folder = type(quick.main).folder
+    monkeypatch.setattr(type(quick.main), "folder", lambda self, name: tmp_path if name == "asked" else folder(self, name))
+    answers = asked.asked(quick.main).set_index(["quantity", "band", "anchors"])["value"]
+    features = quick.table("features").query("kind == 'real' and alive")
+    stable = features[features["matches"] == 3]  # at 0.95, of three other seeds all
+    assert answers["share of the features", "stable", "every"] == pytest.approx(
+        (stable.groupby("seed").size() / features.groupby("seed").size()).mean()
+    )
+    first = stable[stable["seed"] == stable["seed"].iloc[0]]
+    assert answers["frequency", "stable", "first"] == pytest.approx(first["frequency"].mean())
+    # N features of one band and 4 N of the other: what a set writes is what its masking costs.
+    assert answers["explained variance lost", "stable", "every"] > 0
+    agreed = asked.agreement(quick.main)
+    assert answers["agreement of one to one and many to one", "matched", "every"] == pytest.approx(np.nanmean(agreed))
+    assert np.nanmax(agreed) <= 1
+    assert pd.notna(answers).any()
