@@ -16,6 +16,7 @@ import pytest
 
 from sae_stability import pipeline
 from sae_stability.book import page
+from sae_stability.errors import UserError
 from sae_stability.ledger import CLAIMS
 from sae_stability.loading import load_study
 from sae_stability.pipeline import Plan
@@ -292,3 +293,14 @@ def test_tables_read_anywhere(quick):
     provenance = json.loads((quick.folder / "tables" / "provenance.json").read_text())
     assert {"key", "study_sha256", "versions", "commit", "device", "seconds", "peak_memory_gb", "files"} <= set(provenance)
     assert provenance["study"]["seeds"] == quick.study.seeds
+
+
+def test_a_study_of_some_experiments_asks_those_and_what_they_read():
+    names = {stage.name for stage in Plan(load_study("quick", ["experiments=[sharing]", "grid={}"])).stages}
+    of_cells = {name.partition("/")[2] for name in names if name.startswith("topk-")}
+    assert of_cells == {"quality", "quality/report", "matching", "sharing/report"}
+
+
+def test_an_experiment_that_there_is_not_is_named_with_what_there_is():
+    with pytest.raises(UserError, match=r"experiments: there is no sharin, did you mean sharing\?; there are"):
+        Plan(load_study("quick", ["experiments=[sharin]"])).stages

@@ -60,7 +60,10 @@ def run(
         for stage in plan.stages:
             print("done   " if plan.is_done(stage) else "missing", stage.name)
         return
-    pipeline.compute(chosen)
+    store = pipeline.compute(chosen)
+    if chosen.experiments is not None:  # pages show all questions
+        print(f"{store.folder / 'claims.json'}; a study of some experiments has tables and verdicts, and no book")
+        return
     build.execute(chosen)
     print(build.build(chosen))
 

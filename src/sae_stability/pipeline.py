@@ -21,7 +21,7 @@ from sae_stability.keys import key_of
 from sae_stability.language import models
 from sae_stability.saes import variant
 from sae_stability.store import SHARED, Store, Work
-from sae_stability.study import Cell, Study
+from sae_stability.study import Cell, Study, nearest
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,25 @@ class Plan:
         return entries
 
     def _asked(self, cell: Cell) -> list[Experiment]:
-        return [experiment for experiment in experiments().values() if experiment.asked(self.study, cell)]
+        wanted = self._wanted
+        return [each for each in experiments().values() if each.name in wanted and each.asked(self.study, cell)]
+
+    @cached_property
+    def _wanted(self) -> set[str]:
+        """The names of the experiments that the study asks for, and of those that they read.
+
+        Raises `UserError` for a name that no experiment has.
+        """
+        known = experiments()
+        waiting, wanted = list(self.study.experiments or known), set()
+        while waiting:
+            name = waiting.pop()
+            if name not in known:
+                raise UserError(f"experiments: there is no {name}{nearest(name, known)}; there are {', '.join(known)}")
+            if name not in wanted:
+                wanted.add(name)
+                waiting += [*known[name].after, *known[name].report_after]
+        return wanted
 
     @cached_property
     def _keys(self) -> dict[tuple[str, str], str]:
@@ -237,7 +255,7 @@ def write_tables(store: Store, reports: list[tuple[str, str]], work: Work) -> No
         for name, all_parts in parts.items()
     }
     for experiment in experiments().values():
-        if experiment.across is not None:
+        if experiment.across is not None and "cells" in tables:  # which they compare
             tables = experiment.across(tables)
     for name, table in tables.items():
         write_table(work.folder / f"{name}.parquet", table)

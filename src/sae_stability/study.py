@@ -224,6 +224,9 @@ class Study(Cell):
     )
     ablation_tokens: Tokens = Field(20_000, description="held-out tokens on which it is measured without sets of features")
     explainer: Explainer | None = Field(None, description="a language model that explains features; without one C6 is not tested")
+    experiments: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="the questions that are asked, with those that they read; by default all, which the book's pages need"
+    )
     grid: Grid | list[Grid] = Field(
         {}, description="lists over keys of the cell, crossed into further cells; or several such grids"
     )
