@@ -4,10 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from sae_stability import keys
 from sae_stability.loading import load_study
 from sae_stability.pipeline import Plan
+from sae_stability.saes import fastest_dtype
 
 
 @pytest.fixture
@@ -161,6 +163,13 @@ def test_a_new_variant_null_or_key_of_the_schema_and_how_results_are_stored_comp
 @pytest.mark.parametrize("override", ["device=cuda", "threads=1", "dtype=float32", "model_dtype=bfloat16"])
 def test_what_moves_the_bits_of_activations_trains_again(override):
     assert changed(planned(), planned(override)) >= TRAINED
+
+
+def test_what_is_fastest_is_found_under_what_it_is_here():
+    here = str(fastest_dtype(torch.device("cpu"))).removeprefix("torch.")
+    for dtype in ("float32", "bfloat16"):
+        trained = changed(planned("model_dtype=fastest"), planned(f"model_dtype={dtype}")) & TRAINED
+        assert bool(trained) == (dtype != here)
 
 
 def test_seeds_and_nulls_of_one_study_serve_another():

@@ -303,4 +303,4 @@ def test_a_study_of_some_experiments_asks_those_and_what_they_read():
 
 def test_an_experiment_that_there_is_not_is_named_with_what_there_is():
     with pytest.raises(UserError, match=r"experiments: there is no sharin, did you mean sharing\?; there are"):
-        Plan(load_study("quick", ["experiments=[sharin]"])).stages
+        list(Plan(load_study("quick", ["experiments=[sharin]"])).stages)

@@ -18,9 +18,18 @@ def each_seed(work: Callable[[int], object], seeds: int, described: str) -> list
         return list(tqdm(shared.map(work, range(seeds)), described, total=seeds, unit="seed", disable=None))
 
 
-def workers(seeds: int) -> int:
-    """How many seeds to work on at a time: one a thread, which beats sharing each product among threads."""
-    return max(1, min(seeds, torch.get_num_threads())) if _concurrent() else 1
+def each_pair(work: Callable[[int, int], object], seeds: int, described: str) -> None:
+    """Do `work` for each pair of seeds s < t, by their positions: several at a time, with a progress bar."""
+    pairs = [(s, t) for s in range(seeds) for t in range(s + 1, seeds)]
+    with pool(workers(len(pairs))) as shared:
+        done = shared.map(lambda pair: work(*pair), pairs)
+        for _ in tqdm(done, described, total=len(pairs), unit="pair", disable=None, leave=False):
+            pass
+
+
+def workers(tasks: int) -> int:
+    """How many seeds or pairs to work on at a time: one a thread, which beats sharing each product among threads."""
+    return max(1, min(tasks, torch.get_num_threads())) if _concurrent() else 1
 
 
 def pool(workers: int) -> ThreadPoolExecutor:

@@ -60,17 +60,19 @@ def one_to_one(W_dec: Float[Tensor, "seed d_sae d_in"], threshold: float, alive:
     seeds, d_sae, _ = W_dec.shape
     cosine = torch.full((seeds, seeds, d_sae), torch.nan)
     partner = torch.full((seeds, seeds, d_sae), -1)
-    for s in range(seeds):
-        for t in range(s + 1, seeds):
-            of_s, of_t = alive[s].nonzero().squeeze(1), alive[t].nonzero().squeeze(1)
-            paired = assign(W_dec[s, of_s], W_dec[t, of_t])
-            places = torch.from_numpy(paired.partner)
-            there = places >= 0
-            rows, columns = of_s[there], of_t[places[there]]
-            found = torch.from_numpy(paired.cosine)[there]
-            cosine[s, t, of_s], cosine[t, s, of_t] = -1.0, -1.0
-            cosine[s, t, rows], cosine[t, s, columns] = found, found
-            partner[s, t, rows], partner[t, s, columns] = columns, rows
+
+    def pair(s: int, t: int) -> None:
+        of_s, of_t = alive[s].nonzero().squeeze(1), alive[t].nonzero().squeeze(1)
+        paired = assign(W_dec[s, of_s], W_dec[t, of_t])
+        places = torch.from_numpy(paired.partner)
+        there = places >= 0
+        rows, columns = of_s[there], of_t[places[there]]
+        found = torch.from_numpy(paired.cosine)[there]
+        cosine[s, t, of_s], cosine[t, s, of_t] = -1.0, -1.0
+        cosine[s, t, rows], cosine[t, s, columns] = found, found
+        partner[s, t, rows], partner[t, s, columns] = columns, rows
+
+    threads.each_pair(pair, seeds, "matching one to one")
     return Stability(cosine, partner, torch.full_like(cosine, -1.0), alive, threshold)
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
+from sae_stability import threads
 from sae_stability.errors import UserError
 from sae_stability.matching.pairs import ROUNDING, Similarities, compare, cosines, reaches
 from sae_stability.statistics import Interval, LatentShares, binomial_interval, fit_beta_binomial, jackknife, over_pairs
@@ -223,7 +223,7 @@ def stability(
     """Compare every seed's dictionary with every other's. Directions need not have unit length.
 
     Dead features (`alive` false), and directions of length zero, match nothing. Memory beside the result is a copy of the
-    directions and `pairs.CHUNK * d_sae` cosines. Raises `UserError` for one seed, a threshold outside (0, 1], weights that are not
+    directions and `pairs.CHUNK * d_sae` cosines a thread. Raises `UserError` for one seed, a threshold outside (0, 1], weights that are not
     finite, a decoder of zeros, or shapes that don't fit.
     """
     W_dec = torch.as_tensor(W_dec).detach().float()
@@ -261,13 +261,15 @@ def reappear(
     partner = torch.full((seeds, seeds, d_sae), -1)
     runner_up = torch.full((seeds, seeds, d_sae), torch.nan)
     living = alive.to(device)
-    pairs = [(s, t) for s in range(seeds) for t in range(s + 1, seeds)]
-    for s, t in tqdm(pairs, "matching", unit="pair", disable=None, leave=False):
+
+    def compare_pair(s: int, t: int) -> None:
         for (one, other), found in zip(((s, t), (t, s)), compare(similarities(s, t), living[s], living[t]), strict=True):
             dead = ~living[one]
             best[one, other] = found.similarity.masked_fill(dead, torch.nan)
             partner[one, other] = found.partner
             runner_up[one, other] = found.runner_up.masked_fill(dead, torch.nan)
+
+    threads.each_pair(compare_pair, seeds, "matching")
     return Stability(best, partner, runner_up, alive, threshold)
 
 
