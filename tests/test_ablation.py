@@ -42,6 +42,11 @@ def random_ensemble(name: str, activations: Activations, seeds: int = 2) -> Ense
     return Ensemble(name, K, list(range(seeds)), parameters, activations.mean, activations.scale)
 
 
+def alone(encoded: Encoded) -> ablation.Impact:
+    """The impact of each feature on reconstruction, whatever the text."""
+    return ablation.impact_on_reconstruction(encoded, np.zeros(len(encoded.activations), dtype=int), {})
+
+
 @pytest.fixture(scope="module")
 def site(model_folders, text_file):
     """A model, held-out contexts, and the activations of their text at one hook point."""
@@ -83,7 +88,7 @@ def test_codes_are_the_same_in_batches_and_as_a_whole(site, monkeypatch):
 @pytest.mark.parametrize("name", Variants.__args__)
 def test_marginal_impact_is_what_removing_each_feature_does(site, name):
     ensemble = random_ensemble(name, site.activations)
-    found = ablation.impact_on_reconstruction(Encoded.of(ensemble, site.activations))
+    found = alone(Encoded.of(ensemble, site.activations))
     x, z = ensemble.normalise(site.activations.data).double(), ensemble.encode(site.activations.data).double()
     W_dec, b_dec = ensemble.W_dec.double(), ensemble.parameters.b_dec.double()
     whole = z @ W_dec + b_dec[:, None]
@@ -101,7 +106,7 @@ def test_the_impact_of_features_in_another_order_is_the_same_in_that_order(site)
         b_enc=ensemble.parameters.b_enc[:, order],
         W_dec=ensemble.W_dec[:, order],
     )
-    one, other = (ablation.impact_on_reconstruction(Encoded.of(of, site.activations)).reconstruction for of in (ensemble, moved))
+    one, other = (alone(Encoded.of(of, site.activations)).reconstruction for of in (ensemble, moved))
     torch.testing.assert_close(one[:, order], other, rtol=1e-5, atol=1e-4)
 
 
@@ -209,9 +214,7 @@ def test_losses_of_a_bfloat16_model_are_float32s_up_to_its_precision(site, model
 
 def test_gradients_flow_through_a_bfloat16_model(site, model_folders):
     half, ensemble = models.load(str(model_folders["gpt2"]), dtype=torch.bfloat16), random_ensemble("topk", site.activations)
-    exact, found = (
-        ablation.impact_on_prediction(replace(site.reading, bridge=bridge), ensemble, {}) for bridge in (site.bridge, half)
-    )
+    exact, found = (ablation.impact_on_prediction(replace(site.reading, bridge=bridge), ensemble) for bridge in (site.bridge, half))
     for of in (found.first_order, found.second_order):
         assert of.isfinite().all()
         assert of.abs().sum() > 0
@@ -223,7 +226,7 @@ def test_first_order_impact_becomes_exact_as_contributions_become_small(site):
     apart = []
     for size in (0.3, 0.03):
         small = ensemble.with_parameters(W_dec=ensemble.W_dec * size)
-        first_order = ablation.impact_on_prediction(site.reading, small, {}).first_order[:, :20]
+        first_order = ablation.impact_on_prediction(site.reading, small).first_order[:, :20]
         true = ablation.true_impact_on_prediction(site.reading, small, features)
         apart.append(((first_order - true).abs().sum() / true.abs().sum()).item())
     assert apart[1] < 0.05
@@ -254,7 +257,7 @@ def test_planted_features_lose_their_energy_and_no_more():
     assert found.intact.sum() < 1e-6
     assert found.removed["band", "stable"].sum() == pytest.approx(strengths[:, :3].square().sum().item(), rel=1e-4)
     assert found.kept["band", "stable"].sum() == pytest.approx(strengths[:, 3:].square().sum().item(), rel=1e-4)
-    impact = ablation.impact_on_reconstruction(Encoded.of(ensemble, activations))
+    impact = alone(Encoded.of(ensemble, activations))
     expected = torch.cat([strengths.square().sum(0), torch.zeros(8)]).double()[None]
     torch.testing.assert_close(impact.reconstruction, expected, rtol=1e-4, atol=1e-3)
 

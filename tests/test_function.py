@@ -6,6 +6,7 @@ The prediction reads the twelve only.
 """
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -82,13 +83,12 @@ def planted():
     rows = cluster.ravel()
     held_out = Encoded.of(ensemble, Activations.of(bridge.embedding[torch.from_numpy(tokens).long().flatten()]))
     found, site = stability(ensemble.W_dec, threshold=0.95), Reading(bridge, "site", contexts, tokens.size)
-    effects, sets = ablation.measure(
-        held_out, found, rows, site, refitted_on=held_out.activations, tokens_alone=tokens.size, detail="curves"
-    )
-    estimates = ablation.Estimates(effects, found)
+    impacts = ablation.measure_impacts(held_out, found, rows, site)
+    effects, sets = ablation.measure(held_out, impacts, found, rows, site, refitted_on=held_out.activations, detail="curves")
+    estimates = ablation.Estimates(effects, impacts, found)
     return SimpleNamespace(
         bridge=bridge, ensemble=ensemble, site=site, held_out=held_out, cluster=rows,
-        found=found, effects=effects, sets=sets, estimates=estimates, table=shares(estimates),
+        found=found, effects=effects, impacts=impacts, sets=sets, estimates=estimates, table=shares(estimates),
     )  # fmt: skip
 
 
@@ -131,25 +131,25 @@ def test_cumulative_curves_show_what_was_planted(planted):
 
 def test_single_features_do_what_was_planted(planted):
     unstable, stable = (planted.sets.members["band", band] for band in ("unstable", "stable"))
-    assert planted.effects.on_prediction[unstable].abs().max() < 1e-8
+    assert planted.impacts.on_prediction[unstable].abs().max() < 1e-8
     assert planted.estimates.impact(("band", "unstable")).value == pytest.approx(0, abs=1e-6)
-    assert (planted.effects.on_prediction[stable] > 0).all()
-    sampled = ablation.sample(planted.effects, planted.sets, 4)
+    assert (planted.impacts.on_prediction[stable] > 0).all()
+    sampled = ablation.sample(planted.impacts, planted.sets, 4)
     assert len(sampled[0]) == 4 * sum(bool(planted.sets.members["band", band][0].any()) for band in BANDS)
     alone = planted.ensemble.of(0)
     true = ablation.true_impact_on_prediction(planted.site, alone, sampled)[0]
     assert true[~stable[0, sampled[0]]].abs().max() < 1e-6
     chosen = stable[0, sampled[0]]
-    first, second = (of[0, sampled[0]][chosen] for of in (planted.effects.first_order, planted.effects.on_prediction))
+    first, second = (of[0, sampled[0]][chosen] for of in (planted.impacts.first_order, planted.impacts.on_prediction))
     # The model predicts what its tokens are drawn from: to first order no removal matters, to second order each does.
     assert (first - true[chosen]).abs().mean() > 0.8 * true[chosen].mean()
     assert (second - true[chosen]).abs().mean() < 0.2 * true[chosen].mean()
     # A sum of squares over the tokens on which the feature fires: its energy, as the SAE has no error.
-    torch.testing.assert_close(planted.effects.impact, planted.effects.energy, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(planted.impacts.reconstruction, planted.impacts.energy, rtol=1e-2, atol=1e-2)
 
 
 def test_the_impact_of_a_set_is_that_of_its_features_over_the_others(planted):
-    stable, impact = planted.sets.members["band", "stable"], planted.effects.on_prediction
+    stable, impact = planted.sets.members["band", "stable"], planted.impacts.on_prediction
     others = impact[planted.found.alive & ~stable].mean()
     found = planted.estimates.impact(("band", "stable"), less=("band", "unstable"))
     unstable = planted.sets.members["band", "unstable"]
@@ -157,16 +157,18 @@ def test_the_impact_of_a_set_is_that_of_its_features_over_the_others(planted):
 
 
 def test_an_impact_varies_with_the_text_where_all_seeds_are_alike(planted):
-    alike = dict(planted.effects.sums)
-    alike |= {name: sums[:1].repeat(SEEDS, 0) for name, sums in alike.items() if name.startswith("alone/")}
+    names = ("first_order", "second_order", "energy", "firings", "by_context")
     firsts = {
-        name: getattr(planted.effects, name)[:1].repeat(SEEDS, 1) for name in ("first_order", "second_order", "energy", "firings")
+        name: getattr(planted.impacts, name)[:1].expand(SEEDS, *[-1] * (getattr(planted.impacts, name).dim() - 1)) for name in names
     }
     cosines = planted.found.best_cosine[:1, 1:2].expand(SEEDS, SEEDS, -1)
     found = Stability(cosines, planted.found.partner, cosines, planted.found.alive, planted.found.threshold)
-    changed = ablation.Estimates(ablation.Effects(**{**vars(planted.effects), "sums": alike, **firsts}), found)
-    impact, weights = changed.impact(("band", "stable")), resampled(alike["alone/all/"].shape[1])
-    stable, everything = (weights @ alike[f"alone/{name}"][0] for name in ("band/stable", "all/"))
+    changed = ablation.Estimates(planted.effects, replace(planted.impacts, **firsts), found)
+    impact, weights = changed.impact(("band", "stable")), resampled(planted.impacts.by_context.shape[1])
+    everything = planted.impacts.by_context[0].double().numpy()
+    stable, everything = (
+        weights @ everything[:, chosen].sum(1) for chosen in (planted.sets.members["band", "stable"][0].numpy(), slice(None))
+    )
     drawn = (stable / SHARED) / ((everything - stable) / (FEATURES - SHARED))
     low, centre, high = np.quantile(drawn, [0.025, 0.5, 0.975])
     assert (impact.value - impact.low, impact.high - impact.value) == pytest.approx((centre - low, high - centre))
@@ -200,22 +202,26 @@ def test_shapley_shares_are_averages_over_orders_and_sum_to_one(planted):
 
 def test_what_reappears_carries_what_was_planted(planted):
     estimates = planted.estimates
-    assert estimates.reappearing("features").value == pytest.approx(planted.found.mean().value)
+    assert estimates.single.share("features").value == pytest.approx(planted.found.mean().value)
     returning = planted.found.matched.float().mean().item() * SEEDS / (SEEDS - 1)
-    assert estimates.reappearing("features").value == pytest.approx(returning, rel=1e-5)
-    assert estimates.reappearing("prediction").value == pytest.approx(1, abs=1e-6)  # the subspace does nothing
+    assert estimates.single.share("features").value == pytest.approx(returning, rel=1e-5)
+    assert estimates.single.share("prediction").value == pytest.approx(1, abs=1e-6)  # the subspace does nothing
     assert estimates.returning("prediction").value == pytest.approx(1, abs=1e-3)
-    energy = planted.effects.energy
+    energy = planted.impacts.energy
     by_hand = np.mean(
         [
             (energy[s][planted.found.matched[s, t]].sum() / energy[s].sum()).item()
             for s, t in itertools.permutations(range(SEEDS), 2)
         ]
     )
-    assert estimates.reappearing("energy").value == pytest.approx(by_hand)
+    assert estimates.single.share("energy").value == pytest.approx(by_hand)
     assert by_hand > ENERGY - 0.05
+    impacts = planted.impacts
+    returning = [impacts.reconstruction[seed, planted.found.matched[seed, (seed + 1) % SEEDS]].sum() for seed in range(SEEDS)]
+    torch.testing.assert_close(impacts.returning.sum(1), torch.stack(returning))
+    torch.testing.assert_close(impacts.everything.sum(1), impacts.reconstruction.sum(1))
     for interval in (
-        estimates.reappearing("energy"),
+        estimates.single.share("energy"),
         estimates.returning("reconstruction"),
         estimates.shapley("prediction", "stable"),
     ):
@@ -230,13 +236,12 @@ def test_the_order_of_seeds_and_of_features_changes_no_estimate(planted):
         found.best_cosine[seeds][:, seeds][:, :, features], found.partner, found.runner_up, found.alive[seeds][:, features],
         found.threshold,
     )  # fmt: skip
-    own = {
-        name: getattr(planted.effects, name)[seeds][:, features]
-        for name in ("energy", "firings", "impact", "first_order", "second_order")
-    }
-    changed = ablation.Estimates(ablation.Effects(**{**vars(planted.effects), **own}), moved)
+    names = ("energy", "firings", "reconstruction", "first_order", "second_order")
+    own = {name: getattr(planted.impacts, name)[seeds][:, features] for name in names}
+    own |= {"by_context": planted.impacts.by_context[seeds][:, :, features]}
+    changed = ablation.Reappearing(replace(planted.impacts, **own), moved)
     for weight in ("features", "energy", "reconstruction", "prediction"):
-        one, other = planted.estimates.reappearing(weight), changed.reappearing(weight)
+        one, other = planted.estimates.single.share(weight), changed.share(weight)
         assert other.value == pytest.approx(one.value)
 
 
@@ -252,7 +257,7 @@ def test_translations_and_transplants_show_what_was_planted(planted):
     assert stable.explained_1.min() > 0.999
     assert (unstable.fate != "missing").mean() > 0.9  # the other basis spans the same subspace
     assert unstable.explained_8.median() > 0.8
-    mean = planted.effects.activation / planted.effects.rows
+    mean = planted.impacts.activation / planted.impacts.rows
     everything = planted.sets.members["all", ""][:, None].expand(-1, SEEDS, -1)
     moved = ablation.transplant(planted.site, planted.ensemble, everything, mean)
     np.testing.assert_allclose(moved.nats["transplanted", 0], moved.clean, rtol=1e-4)

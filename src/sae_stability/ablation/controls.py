@@ -54,8 +54,7 @@ def sets_of(
     alive, band = found.alive[kept], found.band_among(kept)
     energy, firings = energy[kept], firings[kept]
     ranks = torch.stack([torch.from_numpy(np.random.default_rng(seed).random(alive.shape[1])) for seed in kept])
-    following = kept[1:] + kept[:1]
-    returns = found.matched[kept, following]
+    returns = following(found, kept)
     members: dict[Name, Tensor] = {ALL: alive, RETURNS: returns, ("random", "returns"): _random(returns, alive, ranks)}
     fires = (alive & (energy > 0)).numpy()
     covariates = torch.stack([energy.clamp_min(1e-30).log(), firings.clamp_min(1e-30).log()], 2).double().numpy()
@@ -74,6 +73,12 @@ def sets_of(
         probability = torch.where(alive, found.matched[kept][:, kept].sum(1) / max(len(kept) - 1, 1), torch.nan)
         members |= _cumulative(alive, {"stability": probability, "energy": energy, "frequency": firings}, ranks)
     return Sets(members)
+
+
+def following(found: Stability, seeds: list[int] | None = None) -> Bool[Tensor, "kept d_sae"]:
+    """The features of each seed that reappear in the next one, of some seeds (positions) or of all."""
+    kept = list(range(len(found.alive))) if seeds is None else seeds
+    return found.matched[kept, kept[1:] + kept[:1]]
 
 
 def _random(like: Bool[Tensor, "seed d_sae"], alive: Bool[Tensor, "seed d_sae"], ranks: Float[Tensor, "seed d_sae"]) -> Tensor:

@@ -1,6 +1,6 @@
 """What removals of an ensemble's features were found to do, as shares of what removing all of them does."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_stability.ablation.controls import ALL, NONE, RETURNS, Name, Sets, sets_of
-from sae_stability.ablation.impact import impact_on_prediction, impact_on_reconstruction
+from sae_stability.ablation.impacts import Impacts
 from sae_stability.ablation.removal import on_prediction, on_reconstruction, reselected
 from sae_stability.evaluation import Encoded
 from sae_stability.language.activations import Activations
@@ -19,7 +19,6 @@ from sae_stability.matching import BANDS, Stability
 MEASURES = ("reconstruction", "reselected", "prediction", "divergence")
 """Squared error; the same once codes are chosen again; cross-entropy; KL divergence from the clean prediction."""
 REFITTED = 40  # tokens a feature on which decoders are fitted again, and as many on which they are judged
-OWN = ("firings", "activation", "energy", "impact", "first_order", "second_order")
 CHOSEN_AGAIN: tuple[Name, ...] = (
     *(ALL, ("random", "stable"), ("paired", "stable"), ("matched", "stable")),
     *(("band", band) for band in BANDS),
@@ -35,25 +34,11 @@ COMPLEMENT = {"kept": "removed", "only": "spliced"}
 
 @dataclass(frozen=True)
 class Effects:
-    """Sums over the tokens of each cluster, by measure, reading and set; and each feature's own impact."""
+    """Sums over the tokens of each cluster, by measure, reading and set."""
 
     sums: dict[str, Float[np.ndarray, "seed cluster"]]
     """`measure/reading/kind/band`, `measure/intact`, and `measure/size`, by which a raw change is divided; what does not
-    depend on an SAE lacks the first axis. And `alone/kind/band`: the impacts on prediction of a set's features, each removed alone;
-    its second axis is the context."""
-    firings: Float[Tensor, "seed d_sae"]
-    """Tokens on which each feature fires, of those on which reconstruction is judged."""
-    activation: Float[Tensor, "seed d_sae"]
-    """Its activation, summed over them."""
-    energy: Float[Tensor, "seed d_sae"]
-    impact: Float[Tensor, "seed d_sae"]
-    """On reconstruction, of each feature alone: growth of the squared error."""
-    first_order: Float[Tensor, "seed d_sae"]
-    """On prediction, of each feature alone, in nats a token: gradient x activation."""
-    second_order: Float[Tensor, "seed d_sae"]
-    """The next term of the same, never negative."""
-    rows: int
-    """Tokens on which reconstruction is judged."""
+    depend on an SAE lacks the first axis."""
 
     def lost(self, measure: str, reading: str, name: Name) -> Float[np.ndarray, "seed cluster"]:
         """How much larger the measure is under an intervention than without."""
@@ -70,48 +55,38 @@ class Effects:
         return self.lost(measure, reading, name)
 
     @property
-    def on_prediction(self) -> Float[Tensor, "seed d_sae"]:
-        """The impact of each feature alone on the cross-entropy, to second order, in nats a token."""
-        return self.first_order + self.second_order
-
-    @property
     def curves(self) -> bool:
         """Whether features were also added in several orders."""
         return any("/by " in name for name in self.sums)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything as flat tensors, for a file."""
-        own = {name: getattr(self, name) for name in OWN}
-        own["rows"] = torch.tensor(self.rows)
-        return own | {f"sums/{name}": torch.from_numpy(of) for name, of in self.sums.items()}
+        return {name: torch.from_numpy(of) for name, of in self.sums.items()}
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> "Effects":
         """From what `tensors` gave."""
-        sums = {name.removeprefix("sums/"): of.numpy() for name, of in tensors.items() if name.startswith("sums/")}
-        return cls(sums, **{name: tensors[name] for name in OWN}, rows=int(tensors["rows"]))
+        return cls({name: of.numpy() for name, of in tensors.items()})
 
 
 def measure(
     held_out: Encoded,
+    impacts: Impacts,
     stability: Stability,
     cluster: Int[np.ndarray, "token"],
     site: Reading,
     *,
     refitted_on: Activations,
-    tokens_alone: int,
     detail: Detail,
 ) -> tuple[Effects, Sets]:
     """Remove the bands of an ensemble and their controls, and read what is lost.
 
-    Reconstruction is judged on `held_out`, whose rows come from `cluster`, and prediction without a set at `site`. Where codes are
-    chosen again, decoders are fitted on as many tokens of `refitted_on` as they need, which begins with those of `held_out`.
-    Prediction without one feature is judged at the site on about `tokens_alone` tokens: two passes of the model whatever the
-    sets, so there can be more of them.
+    Reconstruction is judged on `held_out`, whose rows come from `cluster`, and prediction without a set at `site`. Matches follow
+    the energies and firings of `impacts`. Where codes are chosen again, decoders are fitted on as many tokens of `refitted_on` as
+    they need, which begins with those of `held_out`.
     """
-    ensemble, activations = held_out.ensemble, held_out.activations
-    own = impact_on_reconstruction(held_out)
-    sets = sets_of(stability, own.energy, own.firings, detail == "curves")
+    ensemble = held_out.ensemble
+    sets = sets_of(stability, impacts.energy, impacts.firings, detail == "curves")
     sums: dict[str, np.ndarray] = {}
     residuals_of = {"reconstruction": on_reconstruction(held_out, cluster, sets.members)}
     if detail != "bands":
@@ -134,12 +109,7 @@ def measure(
             for name in names:
                 by_seed = np.stack([of[(reading, *name, seed)] for seed in range(len(sets.members.get(name, stability.alive)))])
                 sums[f"{measure_name}/{reading}/{'/'.join(name)}"] = by_seed
-    of_bands = {name: member for name, member in sets.members.items() if name[0] in UNMATCHED + MATCHED}
-    alone = impact_on_prediction(replace(site, tokens=tokens_alone), ensemble, of_bands)
-    sums |= {f"alone/{'/'.join(name)}": nats.numpy() for name, nats in alone.of_sets.items()}
-    return Effects(
-        sums, own.firings, own.activation, own.energy, own.reconstruction, alone.first_order, alone.second_order, len(activations)
-    ), sets
+    return Effects(sums), sets
 
 
 def readings_of(sets: Sets, detail: Detail) -> dict[str, list[Name]]:
@@ -156,12 +126,12 @@ def readings_of(sets: Sets, detail: Detail) -> dict[str, list[Name]]:
     return readings
 
 
-def sample(effects: Effects, sets: Sets, count: int) -> Int[Tensor, "1 chosen"]:
+def sample(impacts: Impacts, sets: Sets, count: int) -> Int[Tensor, "1 chosen"]:
     """Up to `count` features of each band of the first seed, spread evenly over the ranks of their impact on prediction."""
     chosen = []
     for band in BANDS:
         features = sets.members["band", band][0].nonzero()[:, 0]
-        ranked = features[effects.on_prediction[0, features].argsort(stable=True)]
+        ranked = features[impacts.on_prediction[0, features].argsort(stable=True)]
         if len(ranked):
             chosen.append(ranked[np.unique(np.linspace(0, len(ranked) - 1, count).round().astype(int))])
     return torch.cat(chosen)[None]

@@ -9,7 +9,6 @@ rests on that, never its value.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -17,11 +16,9 @@ from torch import Tensor
 
 from sae_stability.ablation.controls import ALL, RETURNS, Name, Sets, sets_of
 from sae_stability.ablation.effects import COMPLEMENT, Effects
+from sae_stability.ablation.impacts import Impacts, Reappearing
 from sae_stability.matching import BANDS, Stability
-from sae_stability.statistics import Interval, bootstrap_ratio, jackknife, over_pairs, resampled
-
-Weight = Literal["features", "energy", "reconstruction", "prediction"]
-"""What a feature counts for: one, its energy, what its removal alone does to the squared error, and to the cross-entropy."""
+from sae_stability.statistics import Interval, bootstrap_ratio, jackknife, resampled
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +30,20 @@ class Estimates:
     """
 
     effects: Effects
+    impacts: Impacts
     stability: Stability
+
+    @property
+    def single(self) -> Reappearing:
+        """Of single features: what they weigh, and how much of it reappears."""
+        return Reappearing(self.impacts, self.stability)
 
     @cached_property
     def sets(self) -> Sets:
         return self._sets(None)
 
     def _sets(self, seeds: list[int] | None) -> Sets:
-        return sets_of(self.stability, self.effects.energy, self.effects.firings, self.effects.curves, seeds)
+        return sets_of(self.stability, self.impacts.energy, self.impacts.firings, self.effects.curves, seeds)
 
     @property
     def seeds(self) -> int:
@@ -58,20 +61,9 @@ class Estimates:
         (left_out,) = set(range(self.seeds)) - set(seeds)
         return self._without[left_out].members[name]
 
-    def weight(self, of: Weight) -> Float[np.ndarray, "seed d_sae"]:
-        """What each live feature counts for."""
-        effects = self.effects
-        weights = {"energy": effects.energy, "reconstruction": effects.impact, "prediction": effects.on_prediction}
-        return np.where(self.stability.alive, weights[of].numpy() if of in weights else 1.0, 0.0)
-
-    @property
-    def frequency(self) -> Float[np.ndarray, "seed d_sae"]:
-        """The share of the tokens on which each feature fires; half a token's where it fires on none."""
-        return np.maximum(self.effects.firings.numpy(), 0.5) / self.effects.rows
-
     def _additive(self, measure: str, name: Name, seeds: list[int]) -> Float[np.ndarray, "kept"]:
         """The share of single features' impacts that a set of some seeds holds."""
-        weight = self.weight("reconstruction" if measure in ("reconstruction", "reselected") else "prediction")
+        weight = self.single.weight("reconstruction" if measure in ("reconstruction", "reselected") else "prediction")
         member = self._members(name, seeds).numpy()
         of = weight[seeds[: len(member)]]
         return (of * member).sum(1) / of.sum(1)
@@ -148,24 +140,9 @@ class Estimates:
         )
         return self._interval(measure, parts, numerator, self._everything(measure, "removed"))
 
-    def reappearing(self, of: Weight) -> Interval:
-        """The share of features, of energy or of the impacts of single features that reappears in another seed, over all pairs."""
-        return over_pairs(self.stability.weighted(self.weight(of)), self._drawn(of)).within(0, 1)
-
-    def _drawn(self, of: Weight) -> Float[np.ndarray, "sample"] | None:
-        """The same of the next seed alone on resampled text; features are counted whatever the text."""
-        if of == "features":
-            return None
-        if of == "prediction":
-            part, whole = (self.effects.sums[f"alone/{'/'.join(name)}"] for name in (RETURNS, ALL))
-        else:  # what a set writes is nearly what its removal costs
-            part, whole = self.effects.carried("reconstruction", "removed", RETURNS), self._everything("reconstruction", "removed")
-        weights = resampled(part.shape[1])
-        return ((weights @ part.T) / (weights @ whole.T)).mean(1)
-
     def impact(self, name: Name, less: Name | None = None) -> Interval:
         """Mean impact on the prediction of the features of a set (less another's); an average live feature outside it has 1."""
-        weight = self.weight("prediction")
+        weight = self.single.weight("prediction")
 
         def mean_impact(member: Callable[[Name], np.ndarray], summed: Callable[[Name], np.ndarray]):
             everything, ours = member(ALL).sum(), member(name).sum()
@@ -179,10 +156,10 @@ class Estimates:
 
             return float(mean_impact(member, lambda of: (weight[kept] * member(of)).sum()))
 
-        resampling = resampled(self.effects.sums["alone/all/"].shape[1])
+        resampling = resampled(self.impacts.by_context.shape[1])
         with np.errstate(divide="ignore", invalid="ignore"):
             drawn = mean_impact(
-                lambda of: self.sets.members[of].numpy(), lambda of: resampling @ self.effects.sums[f"alone/{'/'.join(of)}"].sum(0)
+                lambda of: self.sets.members[of].numpy(), lambda of: resampling @ self.impacts.alone(self.sets.members[of]).sum(0)
             )
             return jackknife(estimate, self.seeds, drawn)
 
@@ -196,4 +173,4 @@ class Estimates:
         return float(self._energy("paired", band) / matched - 1) if matched > 0 else float("nan")
 
     def _energy(self, role: str, band: str) -> float:
-        return float((self.effects.energy * self.sets.members[role, band]).sum())
+        return float((self.impacts.energy * self.sets.members[role, band]).sum())

@@ -7,16 +7,16 @@ order of a removal is near zero on average whatever the feature does, as E[a r.d
 the second order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_stability.ablation.controls import Name
 from sae_stability.evaluation import Encoded
 from sae_stability.language.interventions import BATCH, Reading, intervene
 from sae_stability.language.models import device_of
@@ -35,20 +35,31 @@ class Impact:
     """|a_i d_i|^2: what the feature writes."""
     reconstruction: Float[Tensor, "seed d_sae"]
     """How much the squared error grows: exactly |a_i d_i|^2 + 2 a_i r.d_i, with r = x - x_hat (PAPER, marginal impact)."""
+    of_sets: dict[str, Float[Tensor, "seed cluster"]]
+    """That, summed over the features of some sets, by the cluster of the token: for intervals that resample text."""
 
 
-def impact_on_reconstruction(held_out: Encoded) -> Impact:
-    """The effect of every feature of every seed, in one pass over the activations."""
-    ensemble = held_out.ensemble
-    firings, activation, energy, cross = torch.zeros(4, len(ensemble.seeds), ensemble.d_sae, dtype=torch.float64)
-    for _, x, coded in tqdm(held_out.batches(), "impact on reconstruction", total=len(held_out.codes), unit="batch", disable=None):
+def impact_on_reconstruction(
+    held_out: Encoded, cluster: Int[np.ndarray, "token"], members: Mapping[str, Bool[Tensor, "seed d_sae"]]
+) -> Impact:
+    """The effect of every feature of every seed, in one pass over the activations, whose rows come from `cluster`."""
+    ensemble, seeds = held_out.ensemble, len(held_out.ensemble.seeds)
+    kinds, cluster = np.unique(cluster[: len(held_out.activations)], return_inverse=True)
+    of_token = torch.from_numpy(cluster)
+    firings, activation, energy, cross = torch.zeros(4, seeds, ensemble.d_sae, dtype=torch.float64)
+    of_sets = {name: torch.zeros(seeds, len(kinds), dtype=torch.float64) for name in members}
+    progress = tqdm(held_out.batches(), "impact on reconstruction", total=len(held_out.codes), unit="batch", disable=None)
+    for rows, x, coded in progress:
         for seed, (sae, codes) in enumerate(coded):
             residual = x - codes.decode(sae.W_dec) - sae.b_dec
             squares = codes.values.square() * sae.W_dec.square().sum(1)[codes.features]
             along = codes.values * codes.into(residual, sae.W_dec)
             for total, values in ((firings, codes.values > 0), (activation, codes.values), (energy, squares), (cross, along)):
                 total[seed].index_add_(0, codes.features, values.double())
-    return Impact(firings, activation, energy, energy + 2 * cross)
+            growth, where = (squares + 2 * along).double(), of_token[rows][codes.rows()]
+            for name, member in members.items():
+                of_sets[name][seed].index_add_(0, where, growth * member[seed][codes.features])
+    return Impact(firings, activation, energy, energy + 2 * cross, of_sets)
 
 
 @dataclass(frozen=True)
@@ -62,15 +73,18 @@ class PredictionImpact:
 
     Its expectation is half the curvature of the cross-entropy of a calibrated model (Fisher information; Martens, arXiv:1412.1193).
     """
-    of_sets: dict[Name, Float[Tensor, "seed context"]]
-    """Both orders summed over the features of a set, in nats, by context: for intervals that resample text."""
+    by_context: Float[Tensor, "seed context d_sae"]
+    """Both orders, in nats, by context: for intervals that resample text. In float32."""
 
 
-def impact_on_prediction(site: Reading, ensemble: Ensemble, members: dict[Name, Bool[Tensor, "seed d_sae"]]) -> PredictionImpact:
-    """The effect of every feature of every seed on held-out tokens: two backward passes, whatever the seeds."""
+def impact_on_prediction(site: Reading, ensemble: Ensemble) -> PredictionImpact:
+    """The effect of every feature of every seed on held-out tokens: two backward passes, whatever the seeds.
+
+    Memory beside the model's is a number for each feature of each seed in each context.
+    """
     contexts, scored, generator = site.spread(), 0, torch.Generator().manual_seed(0)
     first, second = torch.zeros(2, len(ensemble.seeds), ensemble.d_sae, dtype=torch.float64)
-    of_sets = {name: torch.zeros(len(ensemble.seeds), len(contexts.tokens), dtype=torch.float64) for name in members}
+    by_context = torch.zeros(len(ensemble.seeds), len(contexts.tokens), ensemble.d_sae)
     for start in tqdm(range(0, len(contexts.tokens), BATCH), "impact on prediction", unit="batch", disable=None):
         rows = slice(start, start + BATCH)
         ids, text = torch.from_numpy(contexts.tokens[rows]).long(), torch.from_numpy(contexts.is_text[rows])
@@ -86,9 +100,8 @@ def impact_on_prediction(site: Reading, ensemble: Ensemble, members: dict[Name, 
             orders = -within[0], within[1].square() / 2
             first[seed] += orders[0].sum(0)
             second[seed] += orders[1].sum(0)
-            for name, member in members.items():
-                of_sets[name][seed, rows] = (orders[0] + orders[1]) @ member[seed].double()
-    return PredictionImpact(first / scored, second / scored, of_sets)
+            by_context[seed, rows] = (orders[0] + orders[1]).float()
+    return PredictionImpact(first / scored, second / scored, by_context)
 
 
 def true_impact_on_prediction(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -14,21 +14,20 @@ from safetensors.torch import load_file as load_tensors
 from torch import Tensor
 
 from sae_stability import ablation
-from sae_stability.ablation import Effects, Estimates
+from sae_stability.ablation import Effects, Estimates, Impacts
 from sae_stability.ablation.controls import ALL, BALANCE, NONE
 from sae_stability.ablation.effects import MEASURES
-from sae_stability.ablation.estimates import Weight
 from sae_stability.evaluation import Encoded
-from sae_stability.experiments import ensembles, matching, texts
+from sae_stability.experiments import ensembles, impacts, matching, texts
 from sae_stability.experiments.columns import each_kind, interval_columns
 from sae_stability.experiments.experiment import IS_MAIN, Experiment, Results
+from sae_stability.experiments.impacts import KINDS
 from sae_stability.experiments.matching import CODE_TOKENS
 from sae_stability.files import save_tensors
 from sae_stability.ledger import MOST, NOWHERE, OTHERWISE, Condition, Rule, judged
-from sae_stability.matching import BANDS, at_equal_frequency
+from sae_stability.matching import BANDS
 from sae_stability.statistics import Interval, difference
 
-KINDS = ["real", "surrogate"]
 SAMPLED = 8  # features of each band, of the first seed, whose impact on prediction is measured one by one
 WEAK = 0.5
 SMALLEST_SUPPORT = 0.3
@@ -102,7 +101,7 @@ def compute(results: Results, folder: Path) -> None:
 
     The surrogate's SAEs are judged on what they were trained on for reconstruction, and on the model's activations for prediction.
     """
-    site, study = texts.reading(results, results.study.ablation_tokens), results.study
+    site = texts.reading(results, results.study.ablation_tokens)
     cluster = site.contexts.cluster[site.contexts.is_text]
     for kind in KINDS:
         ensemble, matched = ensembles.ensemble(results, kind), matching.stability(results, kind)
@@ -111,27 +110,26 @@ def compute(results: Results, folder: Path) -> None:
         detail: Literal["bands", "controls", "curves"] = (
             "bands" if kind == "surrogate" else "curves" if results.is_main else "controls"
         )
-        measured, removed = ablation.measure(
-            encoded, matched, cluster, site, refitted_on=held_out, tokens_alone=study.loss_tokens, detail=detail
-        )
+        alone = impacts.single(results, kind).impacts
+        measured, removed = ablation.measure(encoded, alone, matched, cluster, site, refitted_on=held_out, detail=detail)
         save_tensors(folder / f"{kind}.safetensors", measured.tensors(), {})
         if kind == "real" and results.is_main:
-            sampled, first = ablation.sample(measured, removed, SAMPLED), ensemble.of(0)
-            alone = ablation.impact_on_prediction(site, first, {})
+            sampled, first = ablation.sample(alone, removed, SAMPLED), ensemble.of(0)
+            here = ablation.impact_on_prediction(site, first)  # on the tokens on which the truth is measured
             true = ablation.true_impact_on_prediction(site, first, sampled)
-            orders = {"first_order": alone.first_order[0, sampled[0]], "second_order": alone.second_order[0, sampled[0]]}
+            orders = {"first_order": here.first_order[0, sampled[0]], "second_order": here.second_order[0, sampled[0]]}
             save_tensors(folder / "sample.safetensors", {"feature": sampled[0], "true": true[0], **orders}, {})
 
 
 def effects(results: Results, kind: str = "real") -> Estimates:
     """The effects of removals, as estimates with intervals."""
     name = f"{kind}.safetensors"
-    return _estimates(results.folder("function") / name, results.folder("matching") / name, results.cell.threshold)
+    return _estimates(*(results.folder(stage) / name for stage in ("function", "impacts", "matching")), results.cell.threshold)
 
 
 @lru_cache(maxsize=2)  # tables and claims ask for the same, and sets without each seed take a while
-def _estimates(measured: Path, matched: Path, threshold: float) -> Estimates:
-    return Estimates(Effects.of(load_tensors(measured)), matching.opened(matched, threshold))
+def _estimates(measured: Path, alone: Path, matched: Path, threshold: float) -> Estimates:
+    return Estimates(Effects.of(load_tensors(measured)), Impacts(**load_tensors(alone)), matching.opened(matched, threshold))
 
 
 def removals(results: Results) -> pd.DataFrame:
@@ -176,7 +174,7 @@ def bands(results: Results) -> pd.DataFrame:
 
     def rows(kind: str) -> pd.DataFrame:
         estimates = effects(results, kind)
-        energy, members, table = estimates.effects.energy, estimates.sets.members, []
+        energy, members, table = estimates.impacts.energy, estimates.sets.members, []
 
         def share(part: Tensor, whole: Tensor, seed: int) -> float:
             total = energy[seed, whole].sum()
@@ -193,26 +191,6 @@ def bands(results: Results) -> pd.DataFrame:
     return each_kind(KINDS, rows)
 
 
-def reappearing(results: Results) -> pd.DataFrame:
-    """One row per kind and weight: how much of the features, their energy and their impacts reappears, over all pairs of seeds.
-
-    Of the surrogate also at the frequencies of the model's features (`at equal frequency`).
-    """
-    estimates = {kind: effects(results, kind) for kind in KINDS}
-    rows = []
-    for kind, weight in product(KINDS, get_args(Weight)):
-        rows.append({"kind": kind, "weight": weight, **interval_columns("share", estimates[kind].reappearing(weight))})
-    for weight in get_args(Weight):
-        equal = null_at_equal_frequency(estimates["real"], estimates["surrogate"], weight)
-        rows.append({"kind": "surrogate at equal frequency", "weight": weight, **interval_columns("share", equal)})
-    return pd.DataFrame(rows)
-
-
-def null_at_equal_frequency(real: Estimates, null: Estimates, weight: Weight) -> Interval:
-    """How much of a weight of a null's features would reappear, if they fired as often as the real ones."""
-    return at_equal_frequency(null.stability, null.weight(weight), null.frequency, real.weight(weight), real.frequency)
-
-
 def impact(results: Results) -> pd.DataFrame:
     """One row per live feature of the ensemble: its stability, and what its removal alone does.
 
@@ -220,7 +198,7 @@ def impact(results: Results) -> pd.DataFrame:
     token; `energy`, the share of all features' energy; `frequency`; and which of the matched sets it is in.
     """
     estimates, matched = effects(results), matching.stability(results)
-    measured, members, parts = estimates.effects, estimates.sets.members, []
+    measured, alone, members, parts = estimates.effects, estimates.impacts, estimates.sets.members, []
     for position, seed in enumerate(ensembles.ensemble(results).seeds):
         live = matched.alive[position].nonzero()[:, 0]
         explained = measured.sums["reconstruction/size"].sum() - measured.sums["reconstruction/intact"][position].sum()
@@ -229,10 +207,10 @@ def impact(results: Results) -> pd.DataFrame:
             "feature": live,
             "band": np.array(BANDS)[matched.band[position, live]],
             "stability": matched.probability[position, live],
-            "frequency": measured.firings[position, live] / measured.rows,
-            "energy": measured.energy[position, live] / measured.energy[position].sum(),
-            "impact_reconstruction": measured.impact[position, live] / explained,
-            "impact_prediction": measured.on_prediction[position, live],
+            "frequency": alone.firings[position, live] / alone.rows,
+            "energy": alone.energy[position, live] / alone.energy[position].sum(),
+            "impact_reconstruction": alone.reconstruction[position, live] / explained,
+            "impact_prediction": alone.on_prediction[position, live],
         }
         for band in BANDS:
             columns |= {f"{role}_{band}": members[role, band][position, live] for role in ("paired", "matched")}
@@ -261,8 +239,8 @@ def judge_carrying(claim: str, real: Estimates, surrogate: Estimates) -> list[di
     measure = MEANT[claim][0]
     stated, beyond_size, beyond_energy = C2 if claim == "C2" else C3
     share, null = real.returning(measure), surrogate.returning(measure)
-    less_random, alone = real.returning(measure, less_random=True), real.reappearing(measure)
-    equal = null_at_equal_frequency(real, surrogate, measure)
+    less_random, alone = real.returning(measure, less_random=True), real.single.share(measure)
+    equal = impacts.null_at_equal_frequency(real.single, surrogate.single, measure)
     sizes = [
         Condition("Shapley share of what reappears, less that of as many random features", less_random, 0.0),
         Condition("Shapley share of what reappears, less the surrogate's", difference(share, null), 0.0),
@@ -315,13 +293,12 @@ def _identified(condition: Condition, real: Estimates, band: str) -> Condition:
 EXPERIMENT = Experiment(
     "function",
     compute,
-    after=("matching",),
-    reads=("threshold", "evaluation_tokens", "loss_tokens", "ablation_tokens", IS_MAIN),
+    after=("matching", "impacts"),
+    reads=("threshold", "evaluation_tokens", "ablation_tokens", IS_MAIN),
     tables={
         "removals": removals,
         "sets": bands,
         "impact": impact,
-        "reappearing": reappearing,
         "single_removals": single_removals,
     },
     claims=judge,

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from sae_stability import ablation
 from sae_stability.ablation.translation import TRANSPLANTS
 from sae_stability.evaluation import Encoded
-from sae_stability.experiments import ensembles, function, matching, texts
+from sae_stability.experiments import ensembles, impacts, matching, texts
 from sae_stability.experiments.columns import interval_columns
 from sae_stability.experiments.experiment import Experiment, Results, is_main
 from sae_stability.experiments.matching import CODE_TOKENS
@@ -24,14 +24,14 @@ TRANSLATED = ("stable", "unstable")
 def compute(results: Results, folder: Path) -> None:
     """Translate the stable and the unstable features of each seed into the next one's, and let the model read the next one's."""
     site = texts.reading(results, results.study.ablation_tokens)
-    ensemble, effects = ensembles.ensemble(results), function.effects(results).effects
+    ensemble, alone = ensembles.ensemble(results), impacts.single(results).impacts
     encoded = Encoded.of(ensemble, texts.activations(results, "evaluation").first(CODE_TOKENS))
     held_out_band = torch.from_numpy(matching.stability(results).held_out_band)
     members = {band: held_out_band == BANDS.index(band) for band in TRANSLATED}
     cluster = site.contexts.cluster[site.contexts.is_text]
     write_table(folder / "translation.parquet", ablation.translate_to_next(encoded, cluster, members))
     for band, member in members.items():
-        moved = ablation.transplant(site, ensemble, member, effects.activation / effects.rows)
+        moved = ablation.transplant(site, ensemble, member, alone.activation / alone.rows)
         by_seed = {what: np.stack([moved.nats[what, seed] for seed in range(len(ensemble.seeds))]) for what in TRANSPLANTS}
         save_arrays(folder / f"transplant-{band}.safetensors", {"intact": moved.clean, "size": moved.tokens, **by_seed})
 
@@ -63,7 +63,7 @@ def transplants(results: Results) -> pd.DataFrame:
 EXPERIMENT = Experiment(
     "translation",
     compute,
-    after=("function",),
+    after=("impacts",),
     reads=("threshold", "evaluation_tokens", "ablation_tokens"),
     tables={"translations": translations, "transplants": transplants},
     asked=is_main,

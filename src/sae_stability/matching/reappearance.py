@@ -223,8 +223,8 @@ def stability(
     """Compare every seed's dictionary with every other's. Directions need not have unit length.
 
     Dead features (`alive` false), and directions of length zero, match nothing. Memory beside the result is a copy of the
-    directions and `pairs.CHUNK * d_sae` cosines a thread. Raises `UserError` for one seed, a threshold outside (0, 1], weights that are not
-    finite, a decoder of zeros, or shapes that don't fit.
+    directions and, for each thread, `pairs.CHUNK * d_sae` cosines. Raises `UserError` for one seed, a threshold outside (0, 1],
+    weights that are not finite, a decoder of zeros, or shapes that don't fit.
     """
     W_dec = torch.as_tensor(W_dec).detach().float()
     if W_dec.ndim != 3 or len(W_dec) < 2:
