@@ -23,7 +23,7 @@ KINDS = ["real", "surrogate"]
 
 
 def compute(results: Results, folder: Path) -> None:
-    """Remove every feature alone. SAEs of the surrogate read what they were trained on, and for prediction the model's activations."""
+    """Remove every feature alone. The surrogate's SAEs read what they were trained on; for prediction, the model's activations."""
     site = texts.reading(results, results.study.loss_tokens)
     cluster = site.contexts.cluster[site.contexts.is_text]
     for kind in KINDS:
