@@ -27,9 +27,9 @@ def each_pair(work: Callable[[int, int], object], seeds: int, described: str) ->
             pass
 
 
-def workers(tasks: int) -> int:
-    """How many seeds or pairs to work on at a time: one a thread, which beats sharing each product among threads."""
-    return max(1, min(tasks, torch.get_num_threads())) if _concurrent() else 1
+def workers(seeds: int) -> int:
+    """How many seeds, or pairs of them, to work on at a time: one a thread, which beats sharing each product among threads."""
+    return max(1, min(seeds, torch.get_num_threads())) if _concurrent() else 1
 
 
 def pool(workers: int) -> ThreadPoolExecutor:
