@@ -113,3 +113,28 @@ def test_keys_that_differ_are_those_of_some_cell_from_the_main_one():
     study = Study(name="s", **keys, grid={"variant": ["topk", "relu"], "d_sae": [24, 48], "seeds": [3]})
     assert derived.keys_that_differ(study) == ["variant", "d_sae"]
     assert derived.keys_that_differ(Study(name="s", **keys)) == []
+
+
+def test_what_comes_back_is_told_of_every_cell_once():
+    def study(name: str, cells: dict[str, float]) -> SimpleNamespace:
+        rows = [
+            {
+                "cell": cell,
+                "name": cell,
+                "kind": "real",
+                "weight": "energy",
+                "share": share,
+                "share_low": share - 0.1,
+                "share_high": 1.0,
+            }
+            for cell, share in cells.items()
+        ]
+        known = {cell: SimpleNamespace(seed_list=[0, 1, 2]) for cell in cells}
+        return SimpleNamespace(
+            table=lambda *_, **__: pd.DataFrame(rows), named=lambda rows: rows, study=SimpleNamespace(name=name, cells=known)
+        )
+
+    table = derived.what_comes_back([study("one", {"a": 0.5}), study("two", {"a": 0.6, "b": 0.7})])
+    assert table[["study", "name", "seeds"]].values.tolist() == [["one", "a", 3], ["two", "b", 3]]
+    assert table["real/energy"].tolist() == [0.5, 0.7]
+    assert table["real/energy_low"].tolist() == pytest.approx([0.4, 0.6])

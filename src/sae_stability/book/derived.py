@@ -124,6 +124,23 @@ def training_ends(curve: pd.DataFrame) -> pd.DataFrame:
     return last.groupby("kind", sort=False)["explained_variance"].agg(["min", "max", "size"])
 
 
+def what_comes_back(studies: Iterable[Tables]) -> pd.DataFrame:
+    """How much of each weight comes back in another seed, on every cell of some studies: a row a cell, each cell once.
+
+    Columns: study, name (what tells the cell apart), seeds, and for each kind and weight of the table `reappearing` KIND/WEIGHT,
+    with its ends KIND/WEIGHT_low and so on.
+    """
+    rows: dict[str, dict] = {}
+    for each in studies:
+        table = each.table("reappearing", every_cell=True)
+        for (cell, name), of_cell in each.named(table).groupby(["cell", "name"], sort=False):
+            row: dict = {"study": each.study.name, "name": name, "seeds": len(each.study.cells[cell].seed_list)}
+            for _, found in of_cell.iterrows():
+                row |= {f"{found['kind']}/{found['weight']}{end}": found[f"share{end}"] for end in ("", "_low", "_high")}
+            rows.setdefault(cell, row)
+    return pd.DataFrame(list(rows.values()))
+
+
 def cells_with_means(study: Tables) -> pd.DataFrame:
     """Every row of the table `cells`, with the means over its SAEs of loss_recovered, dead_share and training_seconds."""
     cells, saes = study.table("cells", every_cell=True), study.table("saes", every_cell=True)
