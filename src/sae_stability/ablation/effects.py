@@ -36,7 +36,7 @@ COMPLEMENT = {"kept": "removed", "only": "spliced"}
 class Effects:
     """Sums over the tokens of each cluster, by measure, reading and set."""
 
-    sums: dict[str, Float[np.ndarray, "seed cluster"]]
+    sums: dict[str, Float[np.ndarray, "*seed cluster"]]
     """`measure/reading/kind/band`, `measure/intact`, and `measure/size`, by which a raw change is divided; what does not
     depend on an SAE lacks the first axis."""
 

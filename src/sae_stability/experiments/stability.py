@@ -20,6 +20,7 @@ NULL_SHARE = 0.05  # at the calibrated threshold the surrogate's match rate is a
 REFERENCE_SEEDS = 3  # of random directions and untrained SAEs
 SUBSETS = 8  # of seeds, that stand for smaller studies
 EVERY = 12  # seeds up to which every smaller study is looked at; beyond, those whose bands are cut exactly, and the whole
+GROWN = 12  # the first seeds, whose decoders are compared as training goes
 OUTSIDE = 20  # seeds that tell how far p is off in a smaller study, which has no part in them
 THRESHOLDS = np.round(np.arange(0.3, 1.0, 0.02), 2)
 
@@ -200,11 +201,12 @@ def cells(results: Results) -> pd.DataFrame:
 
 
 def growth(results: Results) -> pd.DataFrame:
-    """Stability as training goes: one row per snapshot. Features that are dead in the end are left out all along."""
+    """Stability as training goes, of the first `GROWN` seeds: one row per snapshot. What is dead in the end is always left out."""
 
     def rows(kind: str) -> pd.DataFrame:
         end, cell = matching.stability(results, kind), results.cell
-        decoders = ensembles.snapshots(results, kind)
+        end = end.among(list(range(min(GROWN, len(end.alive)))))
+        decoders = {tokens: W_dec[:GROWN] for tokens, W_dec in ensembles.snapshots(results, kind).items()}
         matched = {tokens: compare(W_dec, end.threshold, end.alive) for tokens, W_dec in decoders.items()}
         matched[cell.tokens * cell.passes] = end
         return pd.DataFrame(

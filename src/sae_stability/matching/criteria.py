@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_stability import threads
 from sae_stability.language.activations import whitening
 from sae_stability.matching.assignment import assign
-from sae_stability.matching.pairs import ROUNDING, correlations, cosines, weaker
+from sae_stability.matching.pairs import ROUNDING, Activity, correlations, cosines, weaker
 from sae_stability.matching.reappearance import Stability, reappear, stability
 from sae_stability.statistics import Interval, over_pairs
 
@@ -92,7 +92,8 @@ def by_activation(codes: Sequence[sparse.csr_array], threshold: float, alive: Bo
 
     `codes` holds the activations [token, d_sae] of each seed on the same tokens.
     """
-    return reappear(lambda s, t: correlations(codes[s], codes[t]), alive, threshold)
+    activities = [Activity.of(each) for each in codes]
+    return reappear(lambda s, t: correlations(activities[s], activities[t]), alive, threshold)
 
 
 def without_top_component(covariance: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:

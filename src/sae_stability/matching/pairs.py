@@ -75,16 +75,34 @@ def weaker(one: Similarities, other: Similarities) -> Similarities:
     return lambda rows: torch.minimum(one(rows), other(rows))
 
 
-def correlations(A: sparse.csr_array, B: sparse.csr_array) -> Similarities:
-    """Pearson's, of the activations [token, feature] of two SAEs on the same tokens; 0 for what never fires."""
-    tokens = A.shape[0]
-    (a_mean, a_spread), (b_mean, b_spread) = _moments(A), _moments(B)
-    by_feature = A.T.tocsr()
+class Activity(NamedTuple):
+    """The activations of an SAE on some tokens, laid out for correlations."""
+
+    codes: sparse.csr_array  # [token, feature]
+    by_feature: sparse.csr_array
+    mean: Float[np.ndarray, "feature"]
+    spread: Float[np.ndarray, "feature"]
+    """Standard deviation; infinite for what never varies, which then correlates with nothing."""
+
+    @classmethod
+    def of(cls, codes: sparse.csr_array) -> "Activity":
+        mean = np.asarray(codes.mean(axis=0)).ravel()
+        variance = np.asarray(codes.multiply(codes).mean(axis=0)).ravel() - mean**2
+        spread = np.where(variance > 0, np.sqrt(np.maximum(variance, 0)), np.inf)
+        return cls(codes, codes.T.tocsr(), mean, spread)
+
+
+def correlations(A: Activity, B: Activity) -> Similarities:
+    """Pearson's, of the activations of two SAEs on the same tokens; 0 for what never fires."""
+    tokens = A.codes.shape[0]
 
     def block(rows: Int[Tensor, "row"]) -> Float[Tensor, "row b"]:
         chosen = rows.numpy()
-        together = (by_feature[chosen] @ B).toarray() / tokens - np.outer(a_mean[chosen], b_mean)
-        return torch.from_numpy((together / np.outer(a_spread[chosen], b_spread)).astype(np.float32))
+        together = np.zeros((len(chosen), len(B.mean)))
+        parts = ((of.indptr, of.indices, of.data) for of in (A.by_feature, B.codes))
+        threads.call(_inner, *next(parts), *next(parts), chosen, together)
+        together = together / tokens - np.outer(A.mean[chosen], B.mean)
+        return torch.from_numpy((together / np.outer(A.spread[chosen], B.spread)).astype(np.float32))
 
     return block
 
@@ -141,8 +159,12 @@ def _two_largest(block, rows, a_similarity, a_partner, a_runner_up, b_similarity
                 b_similarity[j] = max(largest, value)
 
 
-def _moments(Z: sparse.csr_array) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column; what never varies counts as infinitely spread."""
-    mean = np.asarray(Z.mean(axis=0)).ravel()
-    variance = np.asarray(Z.multiply(Z).mean(axis=0)).ravel() - mean**2
-    return mean, np.where(variance > 0, np.sqrt(np.maximum(variance, 0)), np.inf)
+@njit(parallel=True, nogil=True, cache=True)
+def _inner(starts, tokens, values, b_starts, b_features, b_values, chosen, out):
+    """out[i]: the inner products of feature `chosen[i]`, by feature, with all features of B, by token. One row stays in cache."""
+    for i in prange(len(chosen)):
+        row = out[i]
+        for p in range(starts[chosen[i]], starts[chosen[i] + 1]):
+            value = np.float64(values[p])
+            for q in range(b_starts[tokens[p]], b_starts[tokens[p] + 1]):
+                row[b_features[q]] += value * b_values[q]
