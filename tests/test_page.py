@@ -192,3 +192,10 @@ def test_the_gallery_escapes_what_the_corpus_says_and_marks_what_fires():
 def test_seeds_are_not_named_where_something_else_tells_cells_apart():
     study = book_of({"variant": ["relu"], "seeds": [3]}).study
     assert list(told_apart(study.cells.values()).values()) == ["topk", "relu"]
+
+
+def test_nothing_to_say_shows_nothing(capsys):
+    page.say(" \n")
+    assert capsys.readouterr().out == ""
+    page.say("something")
+    assert capsys.readouterr().out

@@ -94,10 +94,11 @@ def show(figure: Figure, name: str, alt: str, caption: str) -> None:
 
 
 def say(markdown: str) -> None:
-    """Display prose that is filled from results."""
+    """Display prose that is filled from results; nothing where there is none."""
     from IPython.display import Markdown, display
 
-    display(Markdown(markdown))
+    if markdown.strip():
+        display(Markdown(markdown))
 
 
 def show_html(text: str) -> None:
