@@ -115,26 +115,39 @@ def test_keys_that_differ_are_those_of_some_cell_from_the_main_one():
     assert derived.keys_that_differ(Study(name="s", **keys)) == []
 
 
-def test_what_comes_back_is_told_of_every_cell_once():
-    def study(name: str, cells: dict[str, float]) -> SimpleNamespace:
-        rows = [
-            {
-                "cell": cell,
-                "name": cell,
-                "kind": "real",
-                "weight": "energy",
-                "share": share,
-                "share_low": share - 0.1,
-                "share_high": 1.0,
-            }
-            for cell, share in cells.items()
-        ]
-        known = {cell: SimpleNamespace(seed_list=[0, 1, 2]) for cell in cells}
-        return SimpleNamespace(
-            table=lambda *_, **__: pd.DataFrame(rows), named=lambda rows: rows, study=SimpleNamespace(name=name, cells=known)
-        )
+def test_what_comes_back_is_told_of_the_same_saes_once():
+    def study(name: str, nulls: list[str], grid: dict, share: float) -> SimpleNamespace:
+        keys = {"model": "m", "hook_name": "blocks.0.hook_resid_post", "tokens": 1000, "batch": 100, "k": 4, "d_sae": 64}
+        chosen = Study(name=name, seeds=3, nulls=nulls, grid=grid, **keys)
+        found = {"kind": "real", "weight": "energy", "share": share, "share_low": share - 0.1, "share_high": 1}
+        rows = [{"cell": id, "name": cell.variant, **found} for id, cell in chosen.cells.items()]
+        return SimpleNamespace(table=lambda *_, **__: pd.DataFrame(rows), named=lambda rows: rows, study=chosen)
 
-    table = derived.what_comes_back([study("one", {"a": 0.5}), study("two", {"a": 0.6, "b": 0.7})])
-    assert table[["study", "name", "seeds"]].values.tolist() == [["one", "a", 3], ["two", "b", 3]]
+    one, two = study("one", ["surrogate", "whitened"], {}, 0.5), study("two", ["surrogate"], {"variant": ["relu"]}, 0.7)
+    assert not set(one.study.cells) & set(two.study.cells)
+    table = derived.what_comes_back([one, two])
+    assert table[["study", "name", "seeds"]].values.tolist() == [["one", "topk", 3], ["two", "relu", 3]]
     assert table["real/energy"].tolist() == [0.5, 0.7]
     assert table["real/energy_low"].tolist() == pytest.approx([0.4, 0.6])
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "words"),
+    [
+        ((0.20, 0.19, 0.21), (0.21, 0.20, 0.22), "has settled within 0.05"),
+        ((0.20, 0.10, 0.30), (0.21, 0.11, 0.31), "is not known to have settled"),
+        ((0.30, 0.29, 0.31), (0.20, 0.19, 0.21), "still falls"),
+        ((0.20, 0.19, 0.21), (0.30, 0.29, 0.31), "still rises"),
+        ((0.20, np.nan, np.nan), (0.20, 0.19, 0.21), "cannot be told: seeds are few"),
+    ],
+)
+def test_a_share_has_settled_only_where_its_whole_change_is_small(was, now, words):
+    before, last = (pd.Series(of, index=["share", "share_low", "share_high"]) for of in (was, now))
+    assert derived.settled(before, last, "share", 0.05) == words
+
+
+def test_so_many_seeds_are_enough_only_if_more_are_too():
+    ends = {"latent_stable_share_low": [0.4, 0.45, 0.4, 0.46, 0.47], "latent_stable_share_high": [0.6, 0.54, 0.6, 0.54, 0.53]}
+    by_seeds = pd.DataFrame({"seeds": [3, 5, 11, 21, 96], **ends})
+    assert derived.seeds_needed(by_seeds, 0.05) == 21
+    assert derived.seeds_needed(by_seeds, 0.01) is None

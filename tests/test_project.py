@@ -47,5 +47,8 @@ def test_published_tables_are_those_that_their_provenance_names():
         provenance = read_json(folder / "provenance.json")
         assert "+changes" not in provenance["commit"]
         assert provenance["study"]["name"] == folder.name
-        for table in folder.glob("*.parquet"):
-            assert provenance["files"][table.name]["sha256"] == sha256(table), table
+        of_verdicts = read_json(folder / "claims.provenance.json")
+        assert of_verdicts["commit"] == provenance["commit"]
+        files = provenance["files"] | of_verdicts["files"]
+        for file in (*folder.glob("*.parquet"), folder / "claims.json"):
+            assert files[file.name]["sha256"] == sha256(file), file

@@ -2,12 +2,29 @@
 
 import shutil
 
+import nbformat
 import pandas as pd
 import pytest
 
 from sae_stability import places
 from sae_stability.book import page, tables
+from sae_stability.experiments import asked
 from sae_stability.files import read_json
+
+CHAPTERS = places.root() / "book"
+
+
+def executed(name: str, monkeypatch, **names) -> str:
+    """All that the code cells of a chapter say, and the alt texts of what they show, for the quick study."""
+    said: list[str] = []
+    monkeypatch.setattr(page, "say", said.append)
+    monkeypatch.setattr(page, "show", lambda figure, name, alt, caption: said.append(alt))
+    cells = nbformat.read(CHAPTERS / f"{name}.ipynb", as_version=4).cells
+    namespace = dict(names)
+    for cell in cells:
+        if cell.cell_type == "code":
+            exec(cell.source if "parameters" not in cell.metadata.tags else "study = 'quick'", namespace)
+    return "\n".join(said)
 
 
 @pytest.fixture
@@ -39,3 +56,31 @@ def test_published_variants_stand_in_for_a_grid_of_the_same_cell_only(quick, els
     )
     assert alone.compared.origin == elsewhere.origin
     assert other.compared is other
+
+
+def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch):
+    """Pages that read nothing else: what is longer and wider, what nobody had seen, and what is asked of many seeds."""
+    for name in ("lengths", "widths", "unseen", "many-seeds"):
+        shutil.copytree(elsewhere.folder, tmp_path / "published" / name)
+    folder = type(quick.main).folder
+    with monkeypatch.context() as patch:
+        (tmp_path / "masked").mkdir()
+        asked.compute(quick.main, tmp_path / "masked")
+        patch.setattr(type(quick.main), "folder", lambda self, name: tmp_path / "masked" if name == "asked" else folder(self, name))
+        asked.asked(quick.main).assign(cell=quick.cell.id).to_parquet(tmp_path / "published" / "many-seeds" / "asked.parquet")
+    told = executed("scale", monkeypatch)
+    assert "not been run" not in told
+    assert told.count("published with the book") == 2
+    told = executed("rules", monkeypatch)
+    assert "not been judged" not in told
+    assert all(line["verdict"] in told for line in quick.lines if line["id"] == "C1")
+    told = executed("asked", monkeypatch)
+    assert "reported by readers of the paper, not checked by us" in told
+    assert "0.18 %" in told
+
+
+def test_chapters_say_what_is_not_published(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "root", lambda: tmp_path)
+    assert "sae-stability run lengths" in executed("scale", monkeypatch)
+    assert "sae-stability run unseen" in executed("rules", monkeypatch)
+    assert "sae-stability run many-seeds" in executed("asked", monkeypatch)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import drawn
-from sae_stability.experiments import asked, sharing
+from sae_stability.experiments import asked, ensembles, impacts, matching, sharing
 from sae_stability.figures import sharing as figures
 from sae_stability.matching import stability
 
@@ -38,7 +38,7 @@ def test_a_share_counts_where_features_come_back(wanted, share):
 @given(st.integers(0, 1000))
 def test_shares_are_ordered_and_no_order_of_features_or_seeds_matters(seed):
     W = drawn(4, 12, 3, seed=seed)
-    found = {place: sharing.share(stability(W, 0.8), place).value for place in sharing.ASKED}
+    found = {place: sharing.share(stability(W, 0.8), place).value for place in sharing.WHERE}
     assert found["every"] <= found["another"] <= found["some"]
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.stack([W[s][torch.randperm(12, generator=generator)] for s in torch.randperm(4, generator=generator)])
@@ -50,15 +50,15 @@ def test_shares_are_ordered_and_no_order_of_features_or_seeds_matters(seed):
 def test_the_table_has_every_rule_and_the_figure_shows_it(quick):
     table = sharing.shared(quick.main)
     counted = table[table["threshold"].notna()]
-    assert len(counted) == 2 * len(sharing.RULES) * len(sharing.THRESHOLDS) * len(sharing.ASKED)
+    assert len(counted) == 2 * len(sharing.RULES) * len(sharing.THRESHOLDS) * len(sharing.WHERE)
     assert set(table["seeds"]) == {4}
-    by_rule = table.set_index(["kind", "criterion", "threshold", "asked"])["share"]
+    by_rule = table.set_index(["kind", "criterion", "threshold", "where"])["share"]
     mean = quick.row["mean_stability"]
     assert by_rule["real", "decoder", 0.7, "another"] == pytest.approx(mean)
     assert by_rule["real", "mutual", 0.7, "another"] <= mean
     (axis,) = figures.rules(table, "x").axes
     drawn_shares = sorted(line.get_xdata()[0] for line in axis.get_lines() if len(line.get_xdata()) == 1)
-    assert drawn_shares == pytest.approx(sorted(table.loc[table["asked"] == "another", "share"]))
+    assert drawn_shares == pytest.approx(sorted(table.loc[table["where"] == "another", "share"]))
 
 
 def test_bands_of_the_paper_allow_as_many_misses_when_a_seed_is_left_out():
@@ -81,32 +81,63 @@ def test_masked_sets_are_one_to_four_and_lie_in_their_bands():
     assert members["masked", "unstable"].sum(1).tolist() == [8] * 22
     assert not (members["masked", "stable"] & ~bands["stable"]).any()
     assert not (members["masked", "unstable"] & ~bands["unstable"]).any()
+    none = asked.masked(stability(drawn(1, 6, 30).expand(22, 6, 30), 0.95))  # no feature is unstable
+    assert not any(member.any() for member in none.values())
+
+
+def test_what_masking_nothing_costs_is_not_defined():
+    arrays = {
+        "intact": np.ones((3, 2)),
+        "total": np.ones(2),
+        "reconstruction/stable": np.ones((3, 2)),
+        "features/stable": np.zeros(3),
+    }
+    assert all(np.isnan(each.value) for each in asked._lost(arrays, "reconstruction", "stable"))
 
 
 def test_the_effective_rank_of_orthogonal_rows_is_their_number_and_of_equal_ones_is_one():
     assert asked.effective_rank(3 * torch.linalg.qr(drawn(9, 9))[0][:5]) == pytest.approx(5)
     assert asked.effective_rank(drawn(1, 9).expand(4, 9)) == pytest.approx(1)
+    assert np.isnan(asked.effective_rank(drawn(0, 9)))
     two = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), dim=1)
     values = np.sqrt([1.6, 0.4])
     shares = values / values.sum()
     assert asked.effective_rank(two) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def test_what_is_asked_of_a_cell_follows_from_its_tables(quick, tmp_path, monkeypatch):
+@pytest.fixture
+def answers(quick, tmp_path, monkeypatch) -> pd.Series:
+    """What is asked of the main cell of the quick study, as if it had seeds enough."""
     asked.compute(quick.main, tmp_path)
     folder = type(quick.main).folder
     monkeypatch.setattr(type(quick.main), "folder", lambda self, name: tmp_path if name == "asked" else folder(self, name))
-    answers = asked.asked(quick.main).set_index(["quantity", "band", "anchors"])["value"]
+    return asked.asked(quick.main).set_index(["quantity", "of", "anchors"])["value"]
+
+
+def test_what_is_asked_of_a_cell_follows_from_its_tables(quick, answers):
     features = quick.table("features").query("kind == 'real' and alive")
     stable = features[features["matches"] == 3]  # at 0.95, of three other seeds all
-    assert answers["share of the features", "stable", "every"] == pytest.approx(
-        (stable.groupby("seed").size() / features.groupby("seed").size()).mean()
-    )
-    first = stable[stable["seed"] == stable["seed"].iloc[0]]
-    assert answers["frequency", "stable", "first"] == pytest.approx(first["frequency"].mean())
-    # N features of one band and 4 N of the other: what a set writes is what its masking costs.
-    assert answers["explained variance lost", "stable", "every"] > 0
+    of_seed = stable.groupby("seed").size() / features.groupby("seed").size()
+    assert answers["share of the features", "stable", "every"] == pytest.approx(of_seed.mean())
+    assert answers["share of the features", "stable", "first"] == pytest.approx(of_seed.iloc[0])
+    by_seed = stable.groupby("seed")["frequency"].mean()
+    assert answers["frequency", "stable", "first"] == pytest.approx(by_seed.iloc[0])
+    assert answers["frequency", "stable", "every"] == pytest.approx(by_seed.mean())
     agreed = asked.agreement(quick.main)
     assert answers["agreement of one to one and many to one", "matched", "every"] == pytest.approx(np.nanmean(agreed))
     assert np.nanmax(agreed) <= 1
-    assert pd.notna(answers).any()
+    rows = answers["rows over d", "each", "every"] * ensembles.ensemble(quick.main).W_dec.shape[2]
+    assert rows <= min(len(stable), (features["matches"] == 0).sum()) / 4  # seeds
+
+
+def test_masking_costs_what_its_features_write(quick, answers):
+    """With codes fixed, what is lost is how much the squared error grows by single features, up to their overlap."""
+    members, single = asked.masked(matching.stability(quick.main)), impacts.single(quick.main).impacts
+    assert answers["features masked", "unstable", "every"] == 4 * answers["features masked", "stable", "every"]
+    removals = quick.table("removals").set_index(["kind", "measure", "reading", "set", "of"])
+    everything = removals.loc[("real", "reconstruction", "removed", "all", ""), "change"]
+    for band in asked.BANDS:
+        member = members["masked", band]
+        alone = (single.reconstruction * member).sum(1) / single.everything.sum(1)
+        lost = answers["explained variance lost", band, "every"] / everything
+        assert lost == pytest.approx(float(alone.mean()), rel=0.35)

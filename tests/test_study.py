@@ -20,6 +20,7 @@ from sae_stability.errors import UserError
 from sae_stability.ledger import CLAIMS
 from sae_stability.loading import load_study
 from sae_stability.pipeline import Plan
+from sae_stability.study import Cell
 
 COMMAND = [sys.executable, "-c", "from sae_stability.cli import main; main()"]
 COMPUTE = """
@@ -304,3 +305,10 @@ def test_a_study_of_some_experiments_asks_those_and_what_they_read():
 def test_an_experiment_that_there_is_not_is_named_with_what_there_is():
     with pytest.raises(UserError, match=r"experiments: there is no sharin, did you mean sharing\?; there are"):
         list(Plan(load_study("quick", ["experiments=[sharin]"])).stages)
+
+
+def test_the_id_of_a_cell_outlives_new_keys_of_the_schema():
+    """Published tables are found by it. A key that stands at its default is no part of it, whether it is spelled out or not."""
+    keys = {"model": "m", "hook_name": "blocks.0.hook_resid_post", "d_sae": 64, "k": 4, "tokens": 5000, "seeds": 3}
+    assert Cell(**keys).id == Cell(**keys, threshold=0.7, batch=1024).id == "topk-64-48897c0a"
+    assert Cell(**keys, threshold=0.8).id != Cell(**keys).id

@@ -66,12 +66,24 @@ def test_a_smaller_study_is_off_by_what_the_other_seeds_say(monkeypatch):
     W = drawn(6, 4, 30)
     W[1:3, 0] = W[0, 0]  # one feature that the first three seeds share, and the others do not have
     found = compare(W, 0.9)
-    assert np.isnan(stability._off(found, [0, 1, 2])["p_error"])  # too few are outside
+    assert np.isnan(stability.error_of_p(found, [0, 1, 2]))  # too few are outside
     monkeypatch.setattr(stability, "OUTSIDE", 3)
-    off = stability._off(found, [0, 1, 2])
-    assert off["p_error"] == pytest.approx(np.sqrt(1 / 4))  # of four features one has p = 1 here and 0 outside
-    assert off["other_band"] == pytest.approx(1 / 4)
-    assert stability._off(found, [3, 4, 5]) == {"p_error": 0.0, "other_band": 0.0}
+    assert stability.error_of_p(found, [0, 1, 2]) == pytest.approx(
+        np.sqrt(1 / 4)
+    )  # of four features one has p = 1 here and 0 there
+    assert stability.error_of_p(found, [3, 4, 5]) == 0
+
+
+def test_the_error_of_p_is_that_of_binomial_counts_however_many_seeds_are_outside():
+    rng, seeds, features = np.random.default_rng(0), 60, 400
+    probability = rng.beta(0.5, 0.5, features)
+    matches = torch.from_numpy(rng.random((seeds, seeds, features)) < probability)
+    cosines = torch.where(matches, 1.0, 0.0)
+    cosines[torch.arange(seeds), torch.arange(seeds)] = torch.nan
+    found = Stability(cosines, torch.zeros_like(cosines).long(), cosines * 0, torch.ones(seeds, features, dtype=torch.bool), 0.7)
+    for few in (5, 11, 21, 40):
+        expected = np.sqrt((probability * (1 - probability)).mean() / (few - 1))
+        assert stability.error_of_p(found, list(range(few))) == pytest.approx(expected, rel=0.05)
 
 
 def test_the_row_of_a_cell_says_what_was_trained_and_found(quick):

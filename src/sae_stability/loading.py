@@ -75,7 +75,8 @@ def _override(fields: dict, override: str) -> None:
             inside[part] = {}
         inside = inside[part]
         if not isinstance(inside, dict):
-            raise UserError(f"--set {override}: {part} holds a value and has no keys inside")
+            what = "several grids; give all of them as one list" if isinstance(inside, list) else "a value and has no keys inside"
+            raise UserError(f"--set {override}: {part} holds {what}")
     try:
         inside[last] = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError):

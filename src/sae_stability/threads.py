@@ -18,10 +18,10 @@ def each_seed(work: Callable[[int], object], seeds: int, described: str) -> list
         return list(tqdm(shared.map(work, range(seeds)), described, total=seeds, unit="seed", disable=None))
 
 
-def each_pair(work: Callable[[int, int], object], seeds: int, described: str) -> None:
-    """Do `work` for each pair of seeds s < t, by their positions: several at a time, with a progress bar."""
+def each_pair(work: Callable[[int, int], object], seeds: int, described: str, one_at_a_time: bool = False) -> None:
+    """Do `work` for each pair of seeds s < t, by their positions, with a progress bar: several at a time on the CPU."""
     pairs = [(s, t) for s in range(seeds) for t in range(s + 1, seeds)]
-    with pool(workers(len(pairs))) as shared:
+    with pool(1 if one_at_a_time else workers(len(pairs))) as shared:
         done = shared.map(lambda pair: work(*pair), pairs)
         for _ in tqdm(done, described, total=len(pairs), unit="pair", disable=None, leave=False):
             pass

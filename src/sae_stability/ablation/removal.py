@@ -91,8 +91,8 @@ def reselected(
 
     Codes are chosen by one encoder for all variants, matching pursuit with k atoms among the live features that are left, since
     an SAE's own encoder was trained with the others in place. The decoder is fitted on every other cluster and judged on the
-    rest, with nothing removed (`intact`) as well as without each set. Memory beside the codes is that of `_least_squares`, for
-    each thread.
+    rest, with nothing removed (`intact`) as well as without each set. Memory beside the codes is that of
+    `matching_pursuit`, and then of `_least_squares`, for each thread.
     """
     kinds, cluster = np.unique(cluster[: len(activations)], return_inverse=True)
     judged = cluster % 2 == 1

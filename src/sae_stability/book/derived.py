@@ -8,7 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from sae_stability.book.tables import Tables
-from sae_stability.experiments import Results, ensembles, matching
+from sae_stability.experiments import Results, ensembles, matching, texts
 from sae_stability.experiments import stability as tables
 from sae_stability.experiments.columns import interval_columns
 from sae_stability.explanations import agreement, says_surface
@@ -42,6 +42,11 @@ def random_cosines(threshold: float, d_in: int, d_sae: int) -> RandomCosines:
 def d_in(results: Results) -> int:
     """The dimension of the activations of a cell."""
     return ensembles.ensemble(results).W_dec.shape[2]
+
+
+def model_dtype(results: Results) -> str:
+    """In which dtype the cell's language model computes here."""
+    return str(texts.model_dtype(results.store.study, results.cell)).removeprefix("torch.")
 
 
 def stability_by_kind(results: Results, threshold: float) -> dict[str, Stability]:
@@ -88,8 +93,24 @@ def seeds_needed(by_seeds: pd.DataFrame, within: float) -> int | None:
     Columns: seeds, latent_stable_share_low and _high; its rows are in the order of seeds.
     """
     reach = (by_seeds["latent_stable_share_high"] - by_seeds["latent_stable_share_low"]) / 2
-    known = by_seeds.loc[reach <= within, "seeds"]
-    return int(known.iloc[0]) if len(known) else None
+    known = (reach <= within)[::-1].cummin()[::-1]  # there, and with more seeds too
+    return int(by_seeds.loc[known, "seeds"].iloc[0]) if known.any() else None
+
+
+def settled(before: pd.Series, last: pd.Series, column: str, within: float) -> str:
+    """Whether a quantity has settled between two rows, in words: only where its whole change is known to lie within a margin.
+
+    The two are taken as independent, which makes the interval of their difference wider where they share seeds.
+    """
+    was, now = (Interval(*(float(row[f"{column}{end}"]) for end in ("", "_low", "_high"))) for row in (before, last))
+    change = difference(now, was)
+    if np.isnan(change.low):
+        return "cannot be told: seeds are few"
+    if -within < change.low and change.high < within:
+        return f"has settled within {within:g}"
+    if change.low > 0:
+        return "still rises"
+    return "still falls" if change.high < 0 else "is not known to have settled"
 
 
 def share_in_families(families: pd.DataFrame, size: int) -> float:
@@ -125,7 +146,7 @@ def training_ends(curve: pd.DataFrame) -> pd.DataFrame:
 
 
 def what_comes_back(studies: Iterable[Tables]) -> pd.DataFrame:
-    """How much of each weight comes back in another seed, on every cell of some studies: a row a cell, each cell once.
+    """How much of each weight comes back in another seed, on every cell of some studies: a row a cell, the same SAEs once.
 
     Columns: study, name (what tells the cell apart), seeds, and for each kind and weight of the table `reappearing` KIND/WEIGHT,
     with its ends KIND/WEIGHT_low and so on.
@@ -134,10 +155,11 @@ def what_comes_back(studies: Iterable[Tables]) -> pd.DataFrame:
     for each in studies:
         table = each.table("reappearing", every_cell=True)
         for (cell, name), of_cell in each.named(table).groupby(["cell", "name"], sort=False):
-            row: dict = {"study": each.study.name, "name": name, "seeds": len(each.study.cells[cell].seed_list)}
+            asked = each.study.cells[cell]
+            row: dict = {"study": each.study.name, "name": name, "seeds": len(asked.seed_list)}
             for _, found in of_cell.iterrows():
                 row |= {f"{found['kind']}/{found['weight']}{end}": found[f"share{end}"] for end in ("", "_low", "_high")}
-            rows.setdefault(cell, row)
+            rows.setdefault(asked.model_dump_json(exclude={"nulls"}), row)
     return pd.DataFrame(list(rows.values()))
 
 

@@ -126,10 +126,9 @@ class Book(Tables):
     @property
     def compared(self) -> Tables:
         """Where the main cell is compared with others: this study, where it has any, or the published variants of the same cell."""
-        elsewhere = published(VARIANTS)
-        if len(self.study.cells) > 1 or elsewhere is None or elsewhere.cell.recipe != self.cell.recipe:
-            return self
-        return elsewhere
+        elsewhere, number = published(VARIANTS), {"seeds", "surrogate_seeds", "nulls"}
+        alike = elsewhere is not None and elsewhere.cell.model_dump(exclude=number) == self.cell.model_dump(exclude=number)
+        return elsewhere if alike and elsewhere and len(self.study.cells) == 1 else self
 
     def stages(self) -> pd.DataFrame:
         """What each stage took: name, seconds (of its last part, where it was interrupted), peak_memory_gb, machine."""

@@ -3,23 +3,28 @@ reported of its answers by readers of its full text (PAPER.md, second hand).
 """
 
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from safetensors.numpy import load_file
 from torch import Tensor
 
 from sae_stability import ablation
+from sae_stability.ablation.controls import Name
 from sae_stability.evaluation import Encoded
 from sae_stability.experiments import ensembles, explanations, matching, quality, texts
 from sae_stability.experiments.columns import interval_columns
 from sae_stability.experiments.experiment import Experiment, Results, is_main
+from sae_stability.experiments.explanations import EXPLAINED_SEEDS
 from sae_stability.experiments.matching import CODE_TOKENS
 from sae_stability.explanations import Rules
 from sae_stability.files import save_arrays
+from sae_stability.matching import BANDS as matching_bands
 from sae_stability.matching import Stability
 from sae_stability.statistics import Interval, bootstrap_ratio, jackknife, over_pairs, resampled
 from sae_stability.study import Cell, Study
@@ -28,6 +33,7 @@ SEEDS = 21  # from here on a share of the others can be between 0.95 and 1
 STABLE, UNSTABLE = 0.95, 0.05
 BANDS = ("stable", "unstable")
 TIMES = 4  # as many unstable features are masked as stable ones
+SITE = {"mean": "the site at its mean", "zero": "the site at zero"}
 PART_OF_WORD = ("words that begin with", "words that end with")
 """How the rules engine names a part of a word; the reported explanations say *substring*."""
 REPORTED = {
@@ -45,25 +51,16 @@ REPORTED = {
 
 
 def bands(matched: Stability, seeds: list[int]) -> dict[str, Bool[Tensor, "kept d_sae"]]:
-    """The live features of some seeds (positions) whose share of matches among them is at least `STABLE`, or at most `UNSTABLE`.
-
-    As in `Stability.band_among`, as many misses are allowed as with all seeds.
-    """
-    counts, alive = matched.matched[seeds][:, seeds].sum(1), matched.alive[seeds]
-    misses, matches = matched.trials - int(np.ceil(STABLE * matched.trials)), int(UNSTABLE * matched.trials)
-    return {"stable": alive & (counts >= len(seeds) - 1 - misses), "unstable": alive & (counts <= matches)}
+    """The features of some seeds (positions) that are stable and unstable by the paper's bounds (`Stability.band_among`)."""
+    band = torch.from_numpy(matched.band_among(seeds, STABLE, UNSTABLE))
+    return {name: band == matching_bands.index(name) for name in BANDS}
 
 
-def masked(matched: Stability) -> dict[tuple[str, str], Bool[Tensor, "seed d_sae"]]:
-    """N random stable features of each seed, and `TIMES` N random unstable ones: as many as both bands allow. And all live ones."""
+def masked(matched: Stability) -> dict[Name, Bool[Tensor, "seed d_sae"]]:
+    """N random stable features of each seed, and `TIMES` N random unstable ones: as many as both bands allow."""
     found = bands(matched, list(range(len(matched.alive))))
     counts = torch.minimum(found["stable"].sum(1), found["unstable"].sum(1) // TIMES)
-    ranks = torch.from_numpy(np.stack([np.random.default_rng(seed).random(matched.alive.shape[1]) for seed in range(len(counts))]))
-    members = {("masked", ""): matched.alive}
-    for band, times in (("stable", 1), ("unstable", TIMES)):
-        order = ranks.masked_fill(~found[band], torch.inf).argsort(1).argsort(1)
-        members["masked", band] = found[band] & (order < times * counts[:, None])
-    return members
+    return {("masked", band): _some(found[band], times * counts) for band, times in (("stable", 1), ("unstable", TIMES))}
 
 
 def compute(results: Results, folder: Path) -> None:
@@ -74,56 +71,89 @@ def compute(results: Results, folder: Path) -> None:
     residuals = ablation.on_reconstruction(encoded, site.contexts.cluster[site.contexts.is_text], members)
     predicted = ablation.on_prediction(site, ensemble, members, {"removed": list(members)})
     arrays = {"total": residuals.total, "intact": residuals.intact, "clean": predicted.clean, "tokens": predicted.tokens}
-    for name in members:
+    arrays |= {ablated: predicted.nats[ablated,] for ablated in SITE}
+    for name, member in members.items():
         arrays[f"reconstruction/{name[1]}"] = residuals.removed[name]
         arrays[f"prediction/{name[1]}"] = np.stack([predicted.nats["removed", *name, seed] for seed in range(len(ensemble.seeds))])
+        arrays[f"features/{name[1]}"] = member.sum(1).numpy()
     save_arrays(folder / "masked.safetensors", arrays)
 
 
 def asked(results: Results) -> pd.DataFrame:
-    """One row per quantity, band and choice of anchors (`first` or `every`): our value with its interval, and what is reported."""
-    matched = matching.stability(results)
+    """One row per quantity, set of features and choice of anchors: our value with its interval, and what is reported.
+
+    Anchors are the `first` seed or `every` one. What follows from bands alone is jackknifed with bands derived again; what masking
+    costs, with the sets that were masked, and documents resampled. What is of one seed alone has no interval over seeds.
+    """
+    matched, arrays = matching.stability(results), load_file(results.folder("asked") / "masked.safetensors")
     everyone = list(range(len(matched.alive)))
-    of_bands = bands(matched, everyone)
     frequency, directions = quality.fit(results).frequency.numpy(), ensembles.ensemble(results).W_dec
-    equal = _as_many(of_bands)
+    banded = cache(lambda kept: bands(matched, list(kept)))  # derived again for each seed that is left out
+    as_many = cache(lambda kept: _as_many(banded(kept)))
     rows: list[dict] = []
 
-    def add(quantity: str, band: str, anchors: str, value: Interval) -> None:
-        row = {"quantity": quantity, "band": band, "anchors": anchors, **interval_columns("value", value)}
-        rows.append(row | {"reported": REPORTED.get((quantity, band), "")})
+    def add(quantity: str, of: str, anchors: str, value: Interval) -> None:
+        row = {"quantity": quantity, "of": of, "anchors": anchors, **interval_columns("value", value)}
+        rows.append(row | {"reported": REPORTED.get((quantity, of), "")})
 
-    def of_seeds(quantity: str, band: str, statistic: Callable[[int, np.ndarray], float]) -> None:
-        """A statistic of a seed and its band, of the first seed alone and averaged over all: with bands derived again."""
-        add(quantity, band, "first", _alone(statistic(0, of_bands[band][0].numpy())))
+    def of_seeds(quantity: str, of: str, sets: Callable[[list[int]], Tensor], statistic: Callable[[int, Tensor], float]) -> None:
+        """A statistic of a seed and a set of its features, of the first seed and averaged over all."""
+        add(quantity, of, "first", _alone(statistic(0, sets(everyone)[0])))
 
         def estimate(kept: list[int]) -> float:
-            members = bands(matched, kept)[band]
-            return float(np.nanmean([statistic(seed, members[place].numpy()) for place, seed in enumerate(kept)]))
+            values = [statistic(seed, member) for seed, member in zip(kept, sets(kept), strict=True)]
+            return float(np.mean([value for value in values if np.isfinite(value)] or [np.nan]))
 
-        add(quantity, band, "every", jackknife(estimate, len(everyone)))
+        add(quantity, of, "every", jackknife(estimate, len(everyone)))
+
+    def band_of(band: str, kept: list[int]) -> Tensor:
+        return banded(tuple(kept))[band]
+
+    def some_of(band: str, kept: list[int]) -> Tensor:
+        return as_many(tuple(kept))[band]
+
+    def share(seed: int, member: Tensor) -> float:
+        return float(member.sum() / matched.alive[seed].sum())
+
+    def mean_frequency(seed: int, member: Tensor) -> float:
+        return float(frequency[seed, member].mean()) if member.any() else np.nan
+
+    def rank(seed: int, member: Tensor) -> float:
+        return effective_rank(directions[seed, member]) / directions.shape[2]
+
+    def random_rank(seed: int, member: Tensor) -> float:
+        drawn = torch.randn(int(member.sum()), directions.shape[2], generator=torch.Generator().manual_seed(seed))
+        return effective_rank(drawn) / directions.shape[2]
 
     for band in BANDS:
-        of_seeds("share of the features", band, lambda seed, member: member.sum() / matched.alive[seed].sum().item())
-        of_seeds("frequency", band, lambda seed, member: frequency[seed, member].mean() if member.any() else np.nan)
+        of_seeds("share of the features", band, partial(band_of, band), share)
+        of_seeds("frequency", band, partial(band_of, band), mean_frequency)
     for band in BANDS:
-        ranks = np.array([effective_rank(directions[seed, equal[band][seed]]) for seed in everyone]) / directions.shape[2]
-        add("effective rank over d", band, "first", _alone(ranks[0]))
-        add("effective rank over d", band, "every", _averaged(ranks))
+        of_seeds("effective rank over d", band, partial(some_of, band), rank)
+    of_seeds("effective rank over d", "random directions", partial(some_of, "stable"), random_rank)
+    of_seeds("rows over d", "each", partial(some_of, "stable"), lambda seed, member: float(member.sum()) / directions.shape[2])
     add("agreement of one to one and many to one", "matched", "every", over_pairs(agreement(results)))
+    for band in BANDS:
+        masks = arrays[f"features/{band}"]
+        add("features masked", band, "first", _alone(masks[0]))
+        add("features masked", band, "every", _alone(masks.mean()))
     for measure, what in (("reconstruction", "explained variance lost"), ("prediction", "cross-entropy added, nats")):
         for band in BANDS:
-            first, every = _lost(results, measure, band)
+            first, every = _lost(arrays, measure, band)
             add(what, band, "first", first)
             add(what, band, "every", every)
-    for band, (count, of) in _parts_of_words(results, of_bands).items():
-        add("part of a word", band, "first", _alone(count / of if of else np.nan))
+    for ablated, of in SITE.items():
+        add("cross-entropy added, nats", of, "every", bootstrap_ratio(arrays[ablated] - arrays["clean"], arrays["tokens"]))
+    for band in BANDS:
+        add("part of a word", band, f"first {EXPLAINED_SEEDS}", _parts_of_words(results, band))
     return pd.DataFrame(rows)
 
 
 def effective_rank(rows: Float[Tensor, "row d_in"]) -> float:
-    """The exponential of the entropy of the singular values as shares of their sum (Roy & Vetterli 2007)."""
-    values = torch.linalg.svdvals(torch.nn.functional.normalize(rows.double(), dim=1)).numpy()
+    """The exponential of the entropy of the singular values as shares of their sum (Roy & Vetterli 2007); NaN without rows."""
+    if not len(rows):
+        return float("nan")
+    values = torch.linalg.svdvals(F.normalize(rows.double(), dim=1)).numpy()
     shares = values[values > 0] / values.sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
@@ -137,38 +167,46 @@ def agreement(results: Results) -> Float[np.ndarray, "seed seed"]:
     return shared
 
 
-def _lost(results: Results, measure: str, band: str) -> tuple[Interval, Interval]:
-    """What masking costs, with the first seed as the anchor (documents are resampled) and with every one (and seeds left out)."""
-    arrays = load_file(results.folder("asked") / "masked.safetensors")
+def _lost(arrays: dict[str, np.ndarray], measure: str, band: str) -> tuple[Interval, Interval]:
+    """What masking costs, with the first seed as the anchor (documents are resampled) and with every one (and seeds left out).
+
+    Not defined where nothing could be masked.
+    """
     start, size = (arrays[name] for name in (("intact", "total") if measure == "reconstruction" else ("clean", "tokens")))
-    lost = arrays[f"{measure}/{band}"] - start
-    by_seed, weights = lost.sum(1) / size.sum(), resampled(len(size))
-    drawn = ((weights @ lost.T) / (weights @ size)[:, None]).mean(1)
-    return bootstrap_ratio(lost[0], size), _averaged(by_seed, drawn)
+    lost, there = arrays[f"{measure}/{band}"] - start, arrays[f"features/{band}"] > 0
+    by_seed, weights = np.where(there, lost.sum(1) / size.sum(), np.nan), resampled(len(size))
+    if not there[0]:
+        return _alone(np.nan), _alone(np.nan)
+    drawn = ((weights @ lost[there].T) / (weights @ size)[:, None]).mean(1)
+    return bootstrap_ratio(lost[0], size), jackknife(lambda kept: float(np.nanmean(by_seed[kept])), len(by_seed), drawn)
 
 
 def _as_many(of_bands: dict[str, Bool[Tensor, "seed d_sae"]]) -> dict[str, Bool[Tensor, "seed d_sae"]]:
     """As many random features of each band, since the rank of a set grows with its size."""
     counts = torch.minimum(*(member.sum(1) for member in of_bands.values()))
-    chosen = {}
-    for band, member in of_bands.items():
-        ranks = torch.from_numpy(np.random.default_rng(0).random(member.shape)).masked_fill(~member, torch.inf)
-        chosen[band] = member & (ranks.argsort(1).argsort(1) < counts[:, None])
-    return chosen
+    return {band: _some(member, counts) for band, member in of_bands.items()}
 
 
-def _parts_of_words(results: Results, of_bands: dict[str, Bool[Tensor, "seed d_sae"]]) -> dict[str, tuple[int, int]]:
-    """Of each band, how many features the rules engine explains by a part of a word, and how many it explains at all."""
-    explained, seeds = explanations.by_band(results), ensembles.ensemble(results).seeds
+def _some(member: Bool[Tensor, "seed d_sae"], counts: Int[Tensor, "seed"]) -> Bool[Tensor, "seed d_sae"]:
+    """So many random features of each seed's set."""
+    ranks = torch.from_numpy(np.random.default_rng(0).random(member.shape)).masked_fill(~member, torch.inf)
+    return member & (ranks.argsort(1).argsort(1) < counts[:, None])
+
+
+def _parts_of_words(results: Results, band: str) -> Interval:
+    """Of the features of a band that the rules engine explains, the share that it explains by a part of a word."""
+    explained, matched = explanations.by_band(results), matching.stability(results)
     by_rules = explained[explained["engine"] == Rules.name]
     named = by_rules["text"].str.contains("|".join(PART_OF_WORD)).to_numpy()
-    at = by_rules["seed"].map(seeds.index).to_numpy(), by_rules["feature"].to_numpy()
-    inside = {band: member.numpy()[at] for band, member in of_bands.items()}
-    return {band: (int((named & there).sum()), int(there.sum())) for band, there in inside.items()}
+    place = by_rules["seed"].map(ensembles.ensemble(results).seeds.index).to_numpy()
 
+    def estimate(kept: list[int]) -> float:
+        inside, there = bands(matched, kept)[band].numpy(), np.isin(place, kept)
+        chosen = np.zeros(len(named), dtype=bool)
+        chosen[there] = inside[np.searchsorted(kept, place[there]), by_rules["feature"].to_numpy()[there]]
+        return float(named[chosen].mean()) if chosen.any() else np.nan
 
-def _averaged(by_seed: Float[np.ndarray, "seed"], drawn: Float[np.ndarray, "sample"] | None = None) -> Interval:
-    return jackknife(lambda kept: float(by_seed[kept].mean()), len(by_seed), drawn)
+    return jackknife(estimate, len(matched.alive)).within(0, 1)
 
 
 def _alone(value: float) -> Interval:

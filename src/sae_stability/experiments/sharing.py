@@ -1,6 +1,4 @@
-"""Every rule by which features of two SAEs are called shared, on the same SAEs: what is one question has had answers from a few per
-cent to nine in ten.
-"""
+"""Rules by which features of two SAEs are called shared, all on the same SAEs: what is one question has many answers."""
 
 from itertools import product
 
@@ -14,41 +12,43 @@ from sae_stability.matching import Stability, mean_mcc
 from sae_stability.statistics import Interval, jackknife
 
 RULES = ("decoder", "mutual", "one-to-one", "encoder", "decoder and encoder")
-"""Of the criteria of `matching`, those by which a share of shared features was published."""
+"""Criteria of `matching` that compare directions."""
 THRESHOLDS = (0.5, 0.7, 0.9)
-ASKED = {"some": "in some other seed", "another": "in another seed", "every": "in every other seed"}
-"""Where a feature has to come back to be shared. Of several seeds it may be asked either way, with the opposite effect."""
+WHERE = {"some": "in some other seed", "another": "in another seed", "every": "in every other seed"}
+"""In which seeds a feature has to come back to be shared. *Some* and *every* depend on how many there are, in opposite ways."""
 KINDS = ("real", "surrogate")
 
 
 def shared(results: Results) -> pd.DataFrame:
-    """One row per kind, criterion, threshold and place asked: the share of live features that are shared by that rule.
+    """One row per kind, criterion, threshold and where: the share of live features that are shared by that rule.
 
-    All with as many seeds as the smaller of the two ensembles has, since *some* and *every* depend on their number. And one row per
-    kind whose criterion is `mcc`: the mean cosine of one-to-one partners, which has no threshold.
+    *Some* and *every* with as many seeds as the smaller of the two ensembles has, since they depend on it; *another* with all. And
+    one row per kind whose criterion is `mcc`: the mean cosine of one-to-one partners, which has no threshold.
     """
-    seeds = list(range(min(len(matching.stability(results, kind).alive) for kind in KINDS)))
+    fewest = min(len(matching.stability(results, kind).alive) for kind in KINDS)
     rows = []
     for kind in KINDS:
         for criterion, threshold in product(RULES, THRESHOLDS):
-            matched = matching.stability(results, kind, criterion).among(seeds).at(threshold)
-            for asked in ASKED:
-                row = {"kind": kind, "criterion": criterion, "threshold": threshold, "asked": asked, "seeds": len(seeds)}
-                rows.append(row | interval_columns("share", share(matched, asked)))
-        row = {"kind": kind, "criterion": "mcc", "threshold": np.nan, "asked": "another", "seeds": len(seeds)}
-        rows.append(row | interval_columns("share", mean_mcc(matching.stability(results, kind, "one-to-one").among(seeds))))
+            matched = matching.stability(results, kind, criterion).at(threshold)
+            for where in WHERE:
+                among = matched if where == "another" else matched.among(list(range(fewest)))
+                row = {"kind": kind, "criterion": criterion, "threshold": threshold, "where": where, "seeds": len(among.alive)}
+                rows.append(row | interval_columns("share", share(among, where)))
+        paired = matching.stability(results, kind, "one-to-one")
+        row = {"kind": kind, "criterion": "mcc", "threshold": np.nan, "where": "another", "seeds": len(paired.alive)}
+        rows.append(row | interval_columns("share", mean_mcc(paired)))
     return pd.DataFrame(rows)
 
 
-def share(matched: Stability, asked: str) -> Interval:
-    """The share of live features that come back in `some`, `another` or `every` other seed, jackknifed over seeds."""
-    if asked == "another":
+def share(matched: Stability, where: str) -> Interval:
+    """The share of a seed's live features that come back in `some`, `another` or `every` other seed, jackknifed over seeds."""
+    if where == "another":
         return matched.mean()
 
     def estimate(seeds: list[int]) -> float:
         counts, alive = matched.matched[seeds][:, seeds].sum(1), matched.alive[seeds]
-        enough = 1 if asked == "some" else len(seeds) - 1
-        return float((counts[alive] >= enough).double().mean())
+        enough = alive & (counts >= (1 if where == "some" else len(seeds) - 1))
+        return float((enough.sum(1) / alive.sum(1)).mean())
 
     return jackknife(estimate, len(matched.alive)).within(0, 1)
 

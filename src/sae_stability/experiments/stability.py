@@ -21,7 +21,7 @@ REFERENCE_SEEDS = 3  # of random directions and untrained SAEs
 SUBSETS = 8  # of seeds, that stand for smaller studies
 EVERY = 12  # seeds up to which every smaller study is looked at; beyond, those whose bands are cut exactly, and the whole
 GROWN = 12  # the first seeds, whose decoders are compared as training goes
-OUTSIDE = 20  # seeds that tell how far p is off in a smaller study, which has no part in them
+OUTSIDE = 20  # seeds outside of a smaller study that tell how far its p is off
 THRESHOLDS = np.round(np.arange(0.3, 1.0, 0.02), 2)
 
 RELIABLE = 0.7
@@ -107,9 +107,8 @@ def calibrated_columns(matched: Stability, threshold: float) -> dict[str, float]
 def by_seeds(results: Results) -> pd.DataFrame:
     """What smaller studies would have found: shares of the bands against the number of seeds, and how far p is off.
 
-    One row per number of seeds, averaged over `SUBSETS` random choices of them; intervals are averages too. `p_error` is the root
-    mean square of p less its value by the seeds outside, and `other_band` the share of features that these put into another band;
-    NaN where fewer than `OUTSIDE` are outside.
+    One row per number of seeds, averaged over `SUBSETS` random choices of them; intervals are averages too. `p_error` says how
+    far a feature's p is off; NaN where fewer than `OUTSIDE` seeds are left to tell.
     """
     matched, generator = matching.stability(results), np.random.default_rng(0)
     rows = []
@@ -124,20 +123,24 @@ def by_seeds(results: Results) -> pd.DataFrame:
                 row |= interval_columns(f"{band}_share", interval)
             for band, interval in subset.latent_shares().items():
                 row |= interval_columns(f"latent_{band}_share", interval)
-            subsets.append(row | _off(matched, list(positions)))
+            subsets.append(row | {"p_error": error_of_p(matched, list(positions))})
         rows.append({"seeds": seeds, **pd.DataFrame(subsets).mean()})
     return pd.DataFrame(rows)
 
 
-def _off(matched: Stability, seeds: list[int]) -> dict[str, float]:
-    """How far the p that some seeds give their features is from what the others give the same features."""
+def error_of_p(matched: Stability, seeds: list[int]) -> float:
+    """How far the p that some seeds give their features is off: root mean square over features.
+
+    The truth is not known. The seeds outside give the same features a p of their own, whose binomial variance is taken off the mean
+    square of the difference. NaN where fewer than `OUTSIDE` are outside.
+    """
     outside = [seed for seed in range(len(matched.alive)) if seed not in seeds]
     if len(outside) < OUTSIDE:
-        return {"p_error": np.nan, "other_band": np.nan}
-    own, alive = matched.among(seeds), matched.alive[seeds]
-    other = matched.matched[seeds][:, outside].double().mean(1)[alive].numpy()
-    ours = own.probability[alive].double().numpy()
-    return {"p_error": float(np.sqrt(((ours - other) ** 2).mean())), "other_band": float((band_of(ours) != band_of(other)).mean())}
+        return float("nan")
+    alive = matched.alive[seeds]
+    other = matched.matched[seeds][:, outside].double().mean(1)[alive]
+    squares = (matched.among(seeds).probability[alive] - other).square() - other * (1 - other) / (len(outside) - 1)
+    return float(squares.mean().clamp(min=0).sqrt())
 
 
 def at_equal_seeds(results: Results, threshold: float) -> pd.DataFrame:

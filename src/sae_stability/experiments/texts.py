@@ -173,7 +173,7 @@ def contexts(results: Results, split: str, kind: str = "real") -> Contexts:
 
 
 def reading(results: Results, tokens: int) -> Reading:
-    """The model at the cell's site, about to read so many held-out tokens: on the study's device, in the recipe's dtype."""
+    """The model at the cell's site, about to read so many held-out tokens: on the study's device, in `model_dtype`."""
     bridge = load_model(results.store.study, results.cell)
     return Reading(bridge, results.cell.hook_name, contexts(results, "evaluation"), tokens)
 

@@ -45,7 +45,7 @@ def _draw(axis, cells: pd.DataFrame, x: str) -> None:
     for column, (colour, marker, line, label) in SERIES.items():
         reach = np.abs(cells[[f"{column}_low", f"{column}_high"]].to_numpy().T - cells[column].to_numpy())
         options = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5, "capsize": 2, "label": label}
-        axis.errorbar(cells[x], cells[column], yerr=np.nan_to_num(reach), **options)
+        axis.errorbar(cells[x], cells[column], yerr=reach, **options)
     axis.set_xscale("log")
     axis.set_ylim(0, 1)
     axis.set_xticks(cells[x], [f"{value:,}" for value in cells[x]], rotation=45)

@@ -21,12 +21,12 @@ MARKERS = {0.5: "<", 0.7: "o", 0.9: ">"}
 def rules(table: pd.DataFrame, title: str) -> Figure:
     """One line a rule, from the share of features that come back in every other seed to that in some; the mark is for one other.
 
-    Columns: kind, criterion, threshold, asked, share.
+    Columns: kind, criterion, threshold, where, share.
     """
     figure, (axis,) = new_axes(title, height=6.4)
     names = [name for name in NAMES if name in set(table["criterion"])][::-1]
     for (kind, criterion, threshold), rows in table.groupby(["kind", "criterion", "threshold"], dropna=False, sort=False):
-        shares, colour = rows.set_index("asked")["share"], KINDS[kind].colour
+        shares, colour = rows.set_index("where")["share"], KINDS[kind].colour
         step = 0 if np.isnan(threshold) else list(MARKERS).index(threshold) - 1
         height = names.index(criterion) - 0.27 * step - (0.11 if kind == "surrogate" else 0)
         if "some" in shares:

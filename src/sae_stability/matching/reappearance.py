@@ -142,14 +142,14 @@ class Stability:
         np.fill_diagonal(rates, np.nan)
         return rates
 
-    def band_among(self, seeds: list[int]) -> Int[np.ndarray, "kept d_sae"]:
+    def band_among(self, seeds: list[int], stable: float = STABLE, unstable: float = UNSTABLE) -> Int[np.ndarray, "kept d_sae"]:
         """The bands in a study of only these seeds (positions), with as many misses, or matches, as the whole study allows.
 
         With shares in the place of counts, to leave a seed out would move the bands' edges and not only the features. With all
         seeds it is `band`.
         """
-        misses = self.trials - int(np.ceil((STABLE - ROUNDING) * self.trials))
-        matches = int(np.floor((UNSTABLE + ROUNDING) * self.trials))
+        misses = self.trials - int(np.ceil((stable - ROUNDING) * self.trials))
+        matches = int(np.floor((unstable + ROUNDING) * self.trials))
         counts, alive = self.matched[seeds][:, seeds].sum(1).numpy(), self.alive[seeds].numpy()
         band = np.select([len(seeds) - 1 - counts <= misses, counts <= matches], [0, 2], default=1)
         return np.where(alive, band, -1)
@@ -269,7 +269,7 @@ def reappear(
             partner[one, other] = found.partner
             runner_up[one, other] = found.runner_up.masked_fill(dead, torch.nan)
 
-    threads.each_pair(compare_pair, seeds, "matching")
+    threads.each_pair(compare_pair, seeds, "matching", one_at_a_time=living.device.type != "cpu")
     return Stability(best, partner, runner_up, alive, threshold)
 
 

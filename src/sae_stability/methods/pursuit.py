@@ -19,7 +19,7 @@ def matching_pursuit(x: Float[Tensor, "token d_in"], directions: Float[Tensor, "
 
     Each step takes the direction along which most of the residual lies, and that part away. As in SAEs no code is negative: where
     every direction points away from the residual a token is done. A direction may be taken again, so at most k fire. The decoder's
-    offset is to be taken from `x` before.
+    offset is to be taken from `x` before. Memory is that of the cosines of all directions with one another, d_sae^2 in float32.
     """
     count = len(directions)
     features, values = np.zeros((len(x), k), dtype=np.int64), np.zeros((len(x), k), dtype=np.float32)
@@ -45,7 +45,7 @@ def _pursue(along, gram, features, values):
             if most <= 0:
                 break
             best = 0
-            while along[token, best] != most:
+            while best < directions - 1 and along[token, best] != most:
                 best += 1
             features[token, step], values[token, step] = best, most
             for j in range(directions):
