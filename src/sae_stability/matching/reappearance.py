@@ -8,7 +8,7 @@ threshold:
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class Stability:
     threshold: float
     """Cosine from which two features are the same."""
 
-    @property
+    @cached_property
     def matched(self) -> Bool[Tensor, "seed seed d_sae"]:
         """[s, t, i]: whether feature i of seed s reappears in seed t."""
         return reaches(self.best_cosine, self.threshold)
@@ -150,7 +150,7 @@ class Stability:
         """
         misses = self.trials - int(np.ceil((stable - ROUNDING) * self.trials))
         matches = int(np.floor((unstable + ROUNDING) * self.trials))
-        counts, alive = self.matched[seeds][:, seeds].sum(1).numpy(), self.alive[seeds].numpy()
+        counts, alive = self._counts_among(seeds).numpy(), self.alive[seeds].numpy()
         band = np.select([len(seeds) - 1 - counts <= misses, counts <= matches], [0, 2], default=1)
         return np.where(alive, band, -1)
 
@@ -175,19 +175,27 @@ class Stability:
         """
 
         def estimate(seeds: list[int]) -> float:
-            fit = self.among(seeds).latent()
+            fit = self._latent_among(seeds)
             return self.trials / (self.trials + fit.alpha + fit.beta)
 
         return jackknife(estimate, len(self.alive)).within(0, 1)
 
     def latent(self) -> LatentShares:
         """The beta-binomial fit to the counts of all live features."""
-        return fit_beta_binomial(self.counts[self.alive].numpy(), self.trials)
+        return self._latent_among(list(range(len(self.alive))))
+
+    def _latent_among(self, seeds: list[int]) -> LatentShares:
+        """The same in a study of only these seeds."""
+        return fit_beta_binomial(self._counts_among(seeds)[self.alive[seeds]].numpy(), len(seeds) - 1)
+
+    def _counts_among(self, seeds: list[int]) -> Int[Tensor, "kept d_sae"]:
+        """In how many of the others of these seeds (positions) each feature reappears: without a copy of the cosines."""
+        return self.matched[seeds][:, seeds].sum(1)
 
     def latent_shares(self) -> dict[str, Interval]:
         """Shares of features whose *true* probability lies in the stable and in the unstable band, jackknifed over seeds."""
         seeds = len(self.alive)
-        fitted = cache(lambda kept: self.among(list(kept)).latent())
+        fitted = cache(lambda kept: self._latent_among(list(kept)))
         return {
             "stable": jackknife(lambda kept: fitted(tuple(kept)).above(STABLE), seeds).within(0, 1),
             "unstable": jackknife(lambda kept: fitted(tuple(kept)).below(UNSTABLE), seeds).within(0, 1),
