@@ -80,8 +80,6 @@ def test_how_effects_are_opened_computes_what_reads_them(copy):
     edit(copy / "experiments" / "function.py", "matching.opened(matched, threshold)", "matching.opened(matched, 0.5)")
     assert changed(before, planned()) == {
         *every("function/report"),
-        "topk/translation",
-        "topk/translation/report",
         "tables",
         "claims.json",
     }
@@ -141,7 +139,7 @@ def test_what_figures_and_pages_say_computes_nothing(copy):
 def test_what_is_asked_trains_nothing():
     before, after = planned(), planned("threshold=0.6")
     behind = {"function", "function/report", "stability/report", "families", "families/report", "triggers/report"}
-    behind |= {"activity", "activity/report"}
+    behind |= {"activity", "activity/report", "impacts", "impacts/report", "sharing/report"}
     only_main = {"topk/explanations", "topk/explanations/report", "topk/examples", "topk/examples/report"}
     translated = {"topk/translation", "topk/translation/report"}
     assert changed(before, after) == {*every(*behind), *only_main, *translated, "tables", "claims.json"}

@@ -10,6 +10,8 @@ from sae_stability import places
 from sae_stability.book import page, tables
 from sae_stability.experiments import asked
 from sae_stability.files import read_json
+from sae_stability.loading import load_study
+from sae_stability.pipeline import Plan
 
 CHAPTERS = places.root() / "book"
 
@@ -33,7 +35,7 @@ def elsewhere(quick, tmp_path, monkeypatch):
     folder = tmp_path / "published" / tables.VARIANTS
     shutil.copytree(quick.folder / "tables", folder)
     shutil.copy(quick.folder / "claims.json", folder)
-    monkeypatch.setattr(places, "root", lambda: tmp_path)
+    monkeypatch.setattr(places, "published", lambda: tmp_path / "published")
     return page.published(tables.VARIANTS)
 
 
@@ -51,9 +53,7 @@ def test_a_published_study_has_the_tables_and_the_verdicts_of_its_run(quick, els
 
 def test_published_variants_stand_in_for_a_grid_of_the_same_cell_only(quick, elsewhere):
     assert quick.compared is quick  # it has a grid of its own
-    (alone, other) = (
-        tables.Book(type(quick.plan)(quick.study.model_copy(update={"grid": {}, **changed}))) for changed in ({}, {"k": 9})
-    )
+    alone, other = (tables.Book(Plan(load_study("quick", ["grid={}", *changed]))) for changed in ((), ("k=9",)))
     assert alone.compared.origin == elsewhere.origin
     assert other.compared is other
 
@@ -80,7 +80,7 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
 
 
 def test_chapters_say_what_is_not_published(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(places, "root", lambda: tmp_path)
+    monkeypatch.setattr(places, "published", lambda: tmp_path)
     assert "sae-stability run lengths" in executed("scale", monkeypatch)
     assert "sae-stability run unseen" in executed("rules", monkeypatch)
     assert "sae-stability run many-seeds" in executed("asked", monkeypatch)

@@ -23,3 +23,8 @@ def root() -> Path:
 def results() -> Path:
     """Where results are written: `SAE_STABILITY_RESULTS`, or `results/` in the checkout."""
     return Path(os.environ.get("SAE_STABILITY_RESULTS") or root() / "results").resolve()
+
+
+def published() -> Path:
+    """Tables that come with this repository."""
+    return root() / "published"

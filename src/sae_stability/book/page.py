@@ -115,7 +115,7 @@ def box(title: str, text: str) -> None:
 
 def labelled_explanations() -> pd.DataFrame:
     """Explanations that are labelled as of surface form or not. Columns: text, surface, source."""
-    return pd.read_csv(places.root() / "published" / "explanations" / "labels.csv")
+    return pd.read_csv(places.published() / "explanations" / "labels.csv")
 
 
 def code(text: str) -> str:

@@ -182,7 +182,7 @@ def open_study(name: str) -> Book:
 
 def published(name: str) -> Published | None:
     """A published study; None where this repository holds no such tables."""
-    folder = places.root() / "published" / name
+    folder = places.published() / name
     return Published(folder) if (folder / "provenance.json").is_file() else None
 
 
