@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_stability.matching import BANDS, Stability
@@ -53,7 +53,7 @@ def sets_of(
     kept = list(range(len(found.alive))) if seeds is None else seeds
     alive, band = found.alive[kept], found.band_among(kept)
     energy, firings = energy[kept], firings[kept]
-    ranks = torch.stack([torch.from_numpy(np.random.default_rng(seed).random(alive.shape[1])) for seed in kept])
+    ranks = own_ranks(kept, alive.shape[1])
     returns = following(found, kept)
     members: dict[Name, Tensor] = {ALL: alive, RETURNS: returns, ("random", "returns"): _random(returns, alive, ranks)}
     fires = (alive & (energy > 0)).numpy()
@@ -81,10 +81,22 @@ def following(found: Stability, seeds: list[int] | None = None) -> Bool[Tensor, 
     return found.matched[kept, kept[1:] + kept[:1]]
 
 
+def own_ranks(seeds: list[int], d_sae: int) -> Float[Tensor, "kept d_sae"]:
+    """Random ranks of the features of some seeds (positions): a seed's own, whoever else is there."""
+    return torch.stack([torch.from_numpy(np.random.default_rng(seed).random(d_sae)) for seed in seeds])
+
+
+def some_of(
+    member: Bool[Tensor, "seed d_sae"], counts: Int[Tensor, "seed"], ranks: Float[Tensor, "seed d_sae"]
+) -> Bool[Tensor, "seed d_sae"]:
+    """So many features of each seed's set, the first by their random ranks."""
+    order = ranks.masked_fill(~member, torch.inf).argsort(1).argsort(1)
+    return (order < counts[:, None]) & member
+
+
 def _random(like: Bool[Tensor, "seed d_sae"], alive: Bool[Tensor, "seed d_sae"], ranks: Float[Tensor, "seed d_sae"]) -> Tensor:
-    """As many live features of each seed as a set has, by their random ranks."""
-    order = ranks.masked_fill(~alive, torch.inf).argsort(1).argsort(1)
-    return (order < like.sum(1, keepdim=True)) & alive
+    """As many live features of each seed as a set has."""
+    return some_of(alive, like.sum(1), ranks)
 
 
 def _cumulative(alive: Tensor, keys: dict[str, Tensor], ranks: Tensor) -> dict[Name, Tensor]:

@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from safetensors.numpy import load_file
 from torch import Tensor
 
 from sae_stability import ablation
-from sae_stability.ablation.controls import Name
+from sae_stability.ablation.controls import Name, own_ranks, some_of
 from sae_stability.evaluation import Encoded
 from sae_stability.experiments import ensembles, explanations, matching, quality, texts
 from sae_stability.experiments.columns import interval_columns
@@ -58,9 +58,10 @@ def bands(matched: Stability, seeds: list[int]) -> dict[str, Bool[Tensor, "kept 
 
 def masked(matched: Stability) -> dict[Name, Bool[Tensor, "seed d_sae"]]:
     """N random stable features of each seed, and `TIMES` N random unstable ones: as many as both bands allow."""
-    found = bands(matched, list(range(len(matched.alive))))
+    everyone = list(range(len(matched.alive)))
+    found, ranks = bands(matched, everyone), own_ranks(everyone, matched.alive.shape[1])
     counts = torch.minimum(found["stable"].sum(1), found["unstable"].sum(1) // TIMES)
-    return {("masked", band): _some(found[band], times * counts) for band, times in (("stable", 1), ("unstable", TIMES))}
+    return {("masked", band): some_of(found[band], times * counts, ranks) for band, times in (("stable", 1), ("unstable", TIMES))}
 
 
 def compute(results: Results, folder: Path) -> None:
@@ -89,7 +90,7 @@ def asked(results: Results) -> pd.DataFrame:
     everyone = list(range(len(matched.alive)))
     frequency, directions = quality.fit(results).frequency.numpy(), ensembles.ensemble(results).W_dec
     banded = cache(lambda kept: bands(matched, list(kept)))  # derived again for each seed that is left out
-    as_many = cache(lambda kept: _as_many(banded(kept)))
+    as_many = cache(lambda kept: _as_many(banded(kept), own_ranks(list(kept), directions.shape[1])))
     rows: list[dict] = []
 
     def add(quantity: str, of: str, anchors: str, value: Interval) -> None:
@@ -181,16 +182,10 @@ def _lost(arrays: dict[str, np.ndarray], measure: str, band: str) -> tuple[Inter
     return bootstrap_ratio(lost[0], size), jackknife(lambda kept: float(np.nanmean(by_seed[kept])), len(by_seed), drawn)
 
 
-def _as_many(of_bands: dict[str, Bool[Tensor, "seed d_sae"]]) -> dict[str, Bool[Tensor, "seed d_sae"]]:
+def _as_many(of_bands: dict[str, Bool[Tensor, "seed d_sae"]], ranks: Float[Tensor, "seed d_sae"]) -> dict[str, Tensor]:
     """As many random features of each band, since the rank of a set grows with its size."""
     counts = torch.minimum(*(member.sum(1) for member in of_bands.values()))
-    return {band: _some(member, counts) for band, member in of_bands.items()}
-
-
-def _some(member: Bool[Tensor, "seed d_sae"], counts: Int[Tensor, "seed"]) -> Bool[Tensor, "seed d_sae"]:
-    """So many random features of each seed's set."""
-    ranks = torch.from_numpy(np.random.default_rng(0).random(member.shape)).masked_fill(~member, torch.inf)
-    return member & (ranks.argsort(1).argsort(1) < counts[:, None])
+    return {band: some_of(member, counts, ranks) for band, member in of_bands.items()}
 
 
 def _parts_of_words(results: Results, band: str) -> Interval:
