@@ -22,6 +22,7 @@ from sae_stability.statistics import (
     jackknife,
     matched_pairs,
     over_pairs,
+    reach_without,
     resampled,
 )
 from sae_stability.triggers import cliffs_delta, over_seeds
@@ -138,6 +139,16 @@ def test_independent_errors_add_in_squares():
     less = difference(one, other)
     assert less.value == pytest.approx(1.5)
     assert less.high - less.value == pytest.approx(np.hypot(2.5 / 2, 1.5 / 2))
+
+
+def test_without_a_group_of_numbers_at_a_time_their_mean_has_students_interval():
+    groups = np.random.default_rng(0).normal(size=12)
+    without = [np.delete(groups, group).mean() for group in range(len(groups))]
+    expected = stats.t.ppf(0.975, 11) * groups.std(ddof=1) / np.sqrt(12)
+    assert reach_without(without) == pytest.approx(expected)
+    widened = Interval(1.0, 0.7, 1.4).widened(0.4)
+    assert (widened.value, widened.low, widened.high) == pytest.approx((1.0, 0.5, 1 + np.hypot(0.4, 0.4)))
+    assert np.isnan(Interval(1.0, np.nan, np.nan).widened(0.4).low)
 
 
 def test_seeds_and_documents_both_widen_an_interval():

@@ -1,12 +1,14 @@
 """Triggers against dense group averages, closed forms and planted features."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import sparse
+from scipy import sparse, stats
 
 from sae_stability.experiments.triggers import judge_c5
 from sae_stability.language.corpus import Contexts
@@ -15,6 +17,7 @@ from sae_stability.triggers import (
     CHANCE,
     CLASSES,
     FEWEST,
+    PARTS,
     SURFACE,
     TELLS,
     WITH_BUNDLES,
@@ -28,6 +31,7 @@ from sae_stability.triggers import (
     explained,
     surface_share,
     triggers,
+    without_parts,
 )
 
 WORDS = ["<bos>", " array", " arrays", " Array", "(", ",", " the", " matrix", " sum", " mean", " reshape", " repeat", " return"]
@@ -94,6 +98,22 @@ def test_planted_triggers_are_told_by_the_rule():
     order = np.random.default_rng(0).permutation(len(planted))
     moved = triggers(activations[:, order], where, WORDS, FREQUENCY)
     pd.testing.assert_frame_equal(moved, found.iloc[order].reset_index(drop=True))
+
+
+def test_without_a_part_of_the_text_what_is_found_is_that_of_the_rest():
+    where, rng = text(4_000), np.random.default_rng(2)
+    activations = sparse.csr_array(np.where(rng.random((len(where.token), 3)) < 0.2, rng.random((len(where.token), 3)), 0))
+    found = without_parts(activations, where, WORDS, FREQUENCY)
+    assert found["left_out"].tolist() == [part for part in range(PARTS) for _ in range(3)]
+    for part, own in found.groupby("left_out"):
+        rest = where.part != part
+        alone = triggers(activations[rest], where.at(rest), WORDS, FREQUENCY)
+        shared = [column for column in own if column in alone]
+        pd.testing.assert_frame_equal(own[shared].reset_index(drop=True), alone[shared])
+        assert own["frequency"].to_numpy() == pytest.approx((activations[rest] > 0).mean(0))
+    for half in (where.fitted, ~where.fitted):
+        assert set(where.part[half]) == set(range(PARTS))
+    assert len({(part, fitted) for part, fitted in zip(where.part, where.fitted, strict=True)}) == 2 * PARTS
 
 
 @pytest.mark.parametrize(
@@ -189,6 +209,34 @@ def test_how_often_features_fire_is_compared_of_the_rarest_too():
     features.loc[features["band"] == "unstable", "firings"] = FEWEST - 1
     assert delta(features, banding(features), "frequency").value < 0
     assert np.isnan(delta(features, banding(features), "rarity").value)
+
+
+def test_intervals_of_c5_reach_as_far_as_the_text_moves_them_too():
+    features, rng = bands(seeds=4), np.random.default_rng(3)
+    known, parts = banding(features), []
+    for _ in range(PARTS):  # seeds read the same text, so what it does to unstable features it does in all of them
+        told = features["explained_token"] + rng.normal(0, 0.05) * (features["band"] == "unstable")
+        parts.append(features.assign(explained_token=told, trigger=np.where(told > TELLS, "single token", "wider context")))
+
+    def reach(of_part: Callable[[pd.DataFrame], float]) -> float:
+        found = np.array([np.mean([of_part(own) for _, own in part.groupby("seed")]) for part in parts])
+        return stats.t.ppf(0.975, PARTS - 1) * np.sqrt((PARTS - 1) / PARTS * np.square(found - found.mean()).sum())
+
+    def share(own: pd.DataFrame) -> float:
+        return (own.loc[own["band"] == "unstable", "trigger"] == "single token").mean()
+
+    alone, both = (surface_share(features, known, "unstable", parts=of) for of in ((), parts))
+    assert both.value == alone.value
+    assert both.low == pytest.approx(both.value - np.hypot(alone.value - alone.low, reach(share)))
+    assert both.high > alone.high
+    alone, both = (delta(features, known, "explained_token", parts=of) for of in ((), parts))
+    token = reach(lambda own: cliffs_delta(own, "explained_token"))
+    assert both.low == pytest.approx(both.value - np.hypot(alone.value - alone.low, token))
+    for line, bare in zip(judge_c5(features, known, parts), judge_c5(features, known), strict=True):
+        assert line["value"] == bare["value"]
+        assert line["ci_low"] < bare["ci_low"]
+    table = compare(features, known, parts).set_index(["features", "quantity"])
+    assert table.delta_low["all", "explained_token"] == pytest.approx(both.low)
 
 
 def test_c5_holds_where_it_is_planted_and_each_line_says_its_own():

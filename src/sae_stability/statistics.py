@@ -6,7 +6,7 @@ of documents are resampled for what is averaged over text, and both distances ad
 independent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,6 +32,11 @@ class Interval:
     def within(self, low: float, high: float) -> "Interval":
         """The same with its ends cut to the range that the quantity can take."""
         return Interval(self.value, max(self.low, low), min(self.high, high))
+
+    def widened(self, reach: float) -> "Interval":
+        """The same where an error that is independent of this one reaches as far on either side: their squares add."""
+        below, above = np.hypot(self.value - self.low, reach), np.hypot(self.high - self.value, reach)
+        return Interval(self.value, float(self.value - below), float(self.value + above))
 
     def __format__(self, spec: str) -> str:
         """The value with its interval, or alone where too few seeds give none."""
@@ -77,15 +82,21 @@ def jackknife(
     value = float(estimate(everyone))
     if seeds < 3:
         return Interval(value, float("nan"), float("nan"))
-    without = np.array([estimate([seed for seed in everyone if seed != left_out]) for left_out in everyone])
-    error = np.sqrt((seeds - 1) / seeds * ((without - without.mean()) ** 2).sum())
-    reach = stats.t.ppf(0.5 + confidence / 2, seeds - 1) * error
+    reach = reach_without([estimate([seed for seed in everyone if seed != left_out]) for left_out in everyone], confidence)
     below, above = reach, reach
     if drawn is not None:
         tail = (1 - confidence) / 2
         low, centre, high = np.quantile(drawn, [tail, 0.5, 1 - tail])
         below, above = np.hypot(reach, centre - low), np.hypot(reach, high - centre)
     return Interval(value, float(value - below), float(value + above))
+
+
+def reach_without(without: Sequence[float], confidence: float = 0.95) -> float:
+    """Half the width of an interval, from estimates without each of n groups in turn (seeds, or parts of a text): delete-a-group
+    jackknife with t(n-1) quantiles (Kott 2001, Journal of Official Statistics 17, 521). NaN where one is not defined."""
+    estimates, groups = np.asarray(without, dtype=float), len(without)
+    error = np.sqrt((groups - 1) / groups * ((estimates - estimates.mean()) ** 2).sum())
+    return float(stats.t.ppf(0.5 + confidence / 2, groups - 1) * error)
 
 
 def over_pairs(

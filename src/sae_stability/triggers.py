@@ -6,7 +6,7 @@ relation.
 """
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from sae_stability.statistics import Interval, matched_pairs
 
 FEWEST = 50  # firings on each half of the documents; with fewer, averages are noise
 TELLS = 0.5  # share of the variance from which a trigger is one of a class
+PARTS = 8  # of the text, each left out in turn: how far what is found depends on which documents were read
 MASS = 0.8  # of a feature's activation: the tokens that hold so much of it are its trigger tokens
 STEM = 4  # letters that the words of a family have in common at their beginning
 CHANCE = 0.05  # share of random bundles that agree as much, below which trigger tokens are alike in form
@@ -47,6 +48,8 @@ class Text:
     position: Int[np.ndarray, "token"]
     fitted: np.ndarray
     """Whether the token's cluster is one of those on which averages are taken."""
+    part: Int[np.ndarray, "token"]
+    """Which of `PARTS` the token's cluster belongs to: each has clusters of either half."""
 
     @classmethod
     def of(cls, contexts: Contexts, rows: int) -> "Text":
@@ -54,14 +57,19 @@ class Text:
         context, position = (along[:rows] for along in np.nonzero(contexts.is_text))
         cluster = np.unique(contexts.cluster[context, position], return_inverse=True)[1]
         token, previous = contexts.tokens[context, position], contexts.tokens[context, position - 1]
-        return cls(token.astype(np.int64), previous.astype(np.int64), position, cluster % 2 == 0)
+        part = cluster // 2 % PARTS
+        return cls(token.astype(np.int64), previous.astype(np.int64), position, cluster % 2 == 0, part)
+
+    def at(self, rows: np.ndarray) -> "Text":
+        """Some of the tokens."""
+        return Text(self.token[rows], self.previous[rows], self.position[rows], self.fitted[rows], self.part[rows])
 
     def shuffled(self, seed: int = 0) -> "Text":
         """The same places in another order within each half: no relation to what stands there is left."""
         order, rng = np.arange(len(self.token)), np.random.default_rng(seed)
         for half in (self.fitted, ~self.fitted):
             order[half] = rng.permutation(order[half])
-        return Text(self.token[order], self.previous[order], self.position[order], self.fitted)
+        return self.at(order)
 
     @property
     def groups(self) -> dict[str, Int[np.ndarray, "token"]]:
@@ -115,10 +123,33 @@ def triggers(
     as many equally frequent tokens that are spelled as much alike, NaN below two; `trigger`, the class.
     """
     activations = activations.astype(np.float64)  # once, and not in each product below
+    shuffled = text.shuffled()
+    null = {f"null_{name}": explained(activations, group, shuffled.fitted) for name, group in shuffled.groups.items()}
+    return _found(activations, text, words, frequency).assign(**null)
+
+
+def without_parts(
+    activations: sparse.csr_array, text: Text, words: list[str], frequency: Float[np.ndarray, "vocabulary"]
+) -> pd.DataFrame:
+    """What `triggers` finds without each part of the text in turn, the number of which is in the column `left_out`.
+
+    `frequency` is the share of the tokens that are left on which a feature fires. The null is not taken again: a shuffled text
+    tells next to nothing, whichever documents it has.
+    """
+    activations, tables = activations.astype(np.float64), []
+    for part in range(PARTS):
+        rows = np.flatnonzero(text.part != part)
+        left = activations[rows]
+        fires = np.bincount(left.indices[left.data > 0], minlength=left.shape[1]) / max(len(rows), 1)
+        tables.append(_found(left, text.at(rows), words, frequency).assign(left_out=part, frequency=fires))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _found(activations: sparse.csr_array, text: Text, words: list[str], frequency: Float[np.ndarray, "vocabulary"]) -> pd.DataFrame:
+    """The columns of `triggers` but for those of the null."""
     fires = _with_values(activations, np.sign(activations.data))
     table = {"firings": np.minimum(*(half.astype(float) @ fires for half in (text.fitted, ~text.fitted))).astype(int)}
-    for prefix, source in (("explained", text), ("null", text.shuffled())):
-        table |= {f"{prefix}_{name}": explained(activations, group, source.fitted) for name, group in source.groups.items()}
+    table |= {f"explained_{name}": explained(activations, group, text.fitted) for name, group in text.groups.items()}
     rows = len(text.token)
     members = sparse.csr_array((np.ones(rows), (text.token, np.arange(rows))), shape=(len(words), rows))
     mass = (members @ activations).tocsc()
@@ -194,31 +225,34 @@ def at_equal_frequency(features: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([unstable.iloc[chosen], stable.iloc[partners]])
 
 
-def compare(features: pd.DataFrame, bands: Banding) -> pd.DataFrame:
+def compare(features: pd.DataFrame, bands: Banding, parts: Sequence[pd.DataFrame] = ()) -> pd.DataFrame:
     """Unstable against stable features in each of `COMPARED`: Cliff's delta, all of them and at equal frequency.
 
     One row per quantity and choice of features. The delta is the chance that an unstable feature has more of it than a stable one,
     less the chance that it has less (Cliff 1993, doi:10.1037/0033-2909.114.3.494): the mean over seeds, jackknifed over seeds with
-    bands derived again. Columns of `features`: seed, feature, firings and what is compared. Too rare ones take no part, but for
-    how often they fire.
+    bands derived again, and over the text where `parts` are the same features as found without each part of it. Columns of
+    `features`: seed, feature, firings and what is compared. Too rare ones take no part, but for how often they fire.
     """
     rows = []
     for chosen in ("all", "equal frequency"):
         for quantity in COMPARED:
-            interval = delta(features, bands, quantity, equal_frequency=chosen != "all")
+            interval = delta(features, bands, quantity, equal_frequency=chosen != "all", parts=parts)
             columns = {"delta": interval.value, "delta_low": interval.low, "delta_high": interval.high}
             rows.append({"features": chosen, "quantity": quantity, **columns})
     return pd.DataFrame(rows)
 
 
-def delta(features: pd.DataFrame, bands: Banding, quantity: str, equal_frequency: bool = False) -> Interval:
+def delta(
+    features: pd.DataFrame, bands: Banding, quantity: str, equal_frequency: bool = False, parts: Sequence[pd.DataFrame] = ()
+) -> Interval:
     """One row of `compare`."""
-    known = features if quantity == "frequency" and not equal_frequency else features[features["firings"] >= FEWEST]
+    of_all = quantity == "frequency" and not equal_frequency
 
-    def of_seed(part: pd.DataFrame) -> float:
-        return cliffs_delta(at_equal_frequency(part) if equal_frequency else part, quantity)
+    def of_seed(own: pd.DataFrame) -> float:
+        known = own if of_all else own[own["firings"] >= FEWEST]
+        return cliffs_delta(at_equal_frequency(known) if equal_frequency else known, quantity)
 
-    return bands.jackknife(known, lambda banded: over_seeds(banded, of_seed)).within(-1, 1)
+    return bands.jackknife(features, lambda banded: over_seeds(banded, of_seed), parts).within(-1, 1)
 
 
 def over_seeds(features: pd.DataFrame, of_seed: Callable[[pd.DataFrame], float]) -> float:
@@ -237,24 +271,28 @@ def cliffs_delta(features: pd.DataFrame, quantity: str) -> float:
 
 
 def surface_share(
-    features: pd.DataFrame, bands: Banding, band: str, less: str | None = None, classes: tuple[str, ...] = SURFACE
+    features: pd.DataFrame,
+    bands: Banding,
+    band: str,
+    less: str | None = None,
+    classes: tuple[str, ...] = SURFACE,
+    parts: Sequence[pd.DataFrame] = (),
 ) -> Interval:
     """The share of a band's features whose trigger is of one of some classes, of those that are not too rare: mean over seeds.
 
     With `less`, less the share of another band: `shuffled` is the unstable band in a text whose tokens are shuffled.
     """
-    known = features[features["firings"] >= FEWEST]
 
-    def share(part: pd.DataFrame, of: str) -> float:
-        inside = part[part["band"] == of]
+    def share(own: pd.DataFrame, of: str) -> float:
+        inside = own[(own["band"] == of) & (own["firings"] >= FEWEST)]
         return float(inside["trigger"].isin(classes).mean()) if len(inside) else float("nan")
 
-    def of_seed(part: pd.DataFrame) -> float:
+    def of_seed(own: pd.DataFrame) -> float:
         if less is None:
-            return share(part, band)
-        return share(part, band) - (by_chance(part, band) if less == "shuffled" else share(part, less))
+            return share(own, band)
+        return share(own, band) - (by_chance(own, band) if less == "shuffled" else share(own, less))
 
-    return bands.jackknife(known, lambda banded: over_seeds(banded, of_seed))
+    return bands.jackknife(features, lambda banded: over_seeds(banded, of_seed), parts)
 
 
 def by_chance(features: pd.DataFrame, band: str) -> float:

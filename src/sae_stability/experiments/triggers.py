@@ -1,6 +1,7 @@
 """What features fire on, in activation statistics (C5)."""
 
 import math
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -27,21 +28,21 @@ C5 = (
     Rule(
         "C5",
         "share of the unstable features whose trigger is of surface form, by a written rule",
-        f"supported in this model if the 95 % intervals over seeds lie on their side of the bounds: the statistic above {MOST:g} "
-        "and above the same share of stable features; Cliff's delta of unstable against stable features below 0 for firing "
-        "frequency, of all live features, and above 0 for the rarity of the trigger tokens; "
+        f"supported in this model if the 95 % intervals over seeds and text lie on their side of the bounds: the statistic above "
+        f"{MOST:g} and above the same share of stable features; Cliff's delta of unstable against stable features below 0 for "
+        "firing frequency, of all live features, and above 0 for the rarity of the trigger tokens; "
         f"{OTHERWISE}. Where bundles of tokens count as surface form too and the verdict is another, it depends on the definition",
     ),
     Rule(
         "C5",
         "share of the unstable features of surface form, less that of the same features in a text whose tokens are shuffled",
-        f"supported in this model if the 95 % interval over seeds lies above 0; {OTHERWISE}",
+        f"supported in this model if the 95 % interval over seeds and text lies above 0; {OTHERWISE}",
         "beyond size and noise",
     ),
     Rule(
         "C5",
         "Cliff's delta of unstable against stable features that fire as often, in what the token tells of their variance",
-        f"supported in this model if the 95 % interval over seeds lies above 0; {OTHERWISE}",
+        f"supported in this model if the 95 % interval over seeds and text lies above 0; {OTHERWISE}",
         "beyond energy and frequency",
     ),
 )
@@ -57,13 +58,17 @@ def compute(results: Results, folder: Path) -> None:
     words = [tokenizer.decode([token]) for token in range(len(seen))]
     ensemble = ensembles.ensemble(results)
 
-    def of_seed(position: int) -> pd.DataFrame:
+    def of_seed(position: int) -> dict[str, pd.DataFrame]:
         (codes,) = sparse_codes(ensemble.of(position), held_out)
-        table = triggers.triggers(codes, text, words, seen / seen.sum())
-        return table.assign(seed=ensemble.seeds[position], feature=np.arange(len(table)))
+        found = {}
+        for name, ask in (("triggers", triggers.triggers), ("without", triggers.without_parts)):
+            table = ask(codes, text, words, seen / seen.sum())
+            found[name] = table.assign(seed=ensemble.seeds[position], feature=np.arange(len(table)) % ensemble.d_sae)
+        return found
 
-    parts = threads.each_seed(of_seed, len(ensemble.seeds), "triggers")
-    write_table(folder / "triggers.parquet", pd.concat(parts, ignore_index=True))
+    by_seed = threads.each_seed(of_seed, len(ensemble.seeds), "triggers")
+    for name in ("triggers", "without"):
+        write_table(folder / f"{name}.parquet", pd.concat([found[name] for found in by_seed], ignore_index=True))
 
 
 def bands(results: Results) -> Banding:
@@ -79,6 +84,15 @@ def by_band(results: Results) -> pd.DataFrame:
     return table[matched.alive.numpy().ravel()].reset_index(drop=True)
 
 
+def without_parts(results: Results) -> list[pd.DataFrame]:
+    """The same without each part of the text in turn, but for bands."""
+    whole = pd.read_parquet(results.folder("triggers") / "triggers.parquet")
+    null = whole[["seed", "feature", *(column for column in whole if column.startswith("null_"))]]
+    alive = matching.stability(results).alive.numpy().ravel()
+    parts = pd.read_parquet(results.folder("triggers") / "without.parquet").groupby("left_out")
+    return [part.merge(null, on=["seed", "feature"])[alive] for _, part in parts]
+
+
 def features(results: Results) -> pd.DataFrame:
     """One row per live feature: what tells when it fires, and whether it is among those compared at equal frequency."""
     table = by_band(results)
@@ -88,30 +102,33 @@ def features(results: Results) -> pd.DataFrame:
 
 def deltas(results: Results) -> pd.DataFrame:
     """One row per quantity: how unstable features differ from stable ones."""
-    return triggers.compare(by_band(results), bands(results))
+    return triggers.compare(by_band(results), bands(results), without_parts(results))
 
 
 def surface(results: Results) -> pd.DataFrame:
     """The share of the triggers of each band that are of surface form, strictly and with bundles of tokens."""
-    table, rows = by_band(results), []
+    table, parts, rows = by_band(results), without_parts(results), []
     for band, (definition, classes) in product(BANDS, DEFINITIONS.items()):
-        share = triggers.surface_share(table, bands(results), band, classes=classes)
+        share = triggers.surface_share(table, bands(results), band, classes=classes, parts=parts)
         rows.append({"band": band, "definition": definition, **interval_columns("share", share)})
     return pd.DataFrame(rows)
 
 
 def judge(results: Results) -> list[dict]:
-    return judge_c5(by_band(results), bands(results))
+    return judge_c5(by_band(results), bands(results), without_parts(results))
 
 
-def judge_c5(features: pd.DataFrame, bands: Banding) -> list[dict]:
-    """C5 on one cell, from the triggers of its features. The null's value is that of a text whose tokens are shuffled."""
+def judge_c5(features: pd.DataFrame, bands: Banding, parts: Sequence[pd.DataFrame] = ()) -> list[dict]:
+    """C5 on one cell, from the triggers of its features, and those found without each part of the text.
+
+    The null's value is that of a text whose tokens are shuffled.
+    """
     stated, beyond_noise, beyond_frequency = C5
-    frequency, rarity = (triggers.delta(features, bands, quantity) for quantity in ("frequency", "rarity"))
+    frequency, rarity = (triggers.delta(features, bands, quantity, parts=parts) for quantity in ("frequency", "rarity"))
 
     def conditions(classes: tuple[str, ...]) -> list[Condition]:
-        share = triggers.surface_share(features, bands, "unstable", classes=classes)
-        more = triggers.surface_share(features, bands, "unstable", less="stable", classes=classes)
+        share = triggers.surface_share(features, bands, "unstable", classes=classes, parts=parts)
+        more = triggers.surface_share(features, bands, "unstable", less="stable", classes=classes, parts=parts)
         return [
             Condition("unstable features with a trigger of surface form", share, MOST, no_effect=0.0),
             Condition("the same, less that of stable features", more, 0.0),
@@ -121,8 +138,8 @@ def judge_c5(features: pd.DataFrame, bands: Banding) -> list[dict]:
 
     strict = conditions(triggers.SURFACE)
     shuffled = Interval(triggers.by_chance(features, "unstable"), math.nan, math.nan)
-    by_chance = triggers.surface_share(features, bands, "unstable", less="shuffled")
-    token = triggers.delta(features, bands, "explained_token", equal_frequency=True)
+    by_chance = triggers.surface_share(features, bands, "unstable", less="shuffled", parts=parts)
+    token = triggers.delta(features, bands, "explained_token", equal_frequency=True, parts=parts)
     return [
         judged(stated, strict[0].interval, shuffled, strict, conditions(triggers.WITH_BUNDLES)),
         judged(beyond_noise, by_chance, shuffled, [Condition("surface form, less that by chance", by_chance, 0.0)]),
