@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/ready
 PEERS := .venv-bench
 
-.PHONY: book test bench publish lint lock clean
+.PHONY: book test bench coverage publish lint lock clean
 
 book: $(READY)  ## compute a study and build its book: make book, make book STUDY=quick
 	$(VENV)/bin/sae-stability run $(STUDY)
@@ -15,7 +15,7 @@ test: $(READY)  ## lint, types, the order of imports, then the whole test suite
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 # Tables with a row a feature are large, and no page of another study reads them.
 PER_FEATURE := features impact families activity triggers explanations examples translations single_removals
@@ -48,6 +48,9 @@ $(READY): requirements.lock pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.lock
 	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+coverage: $(READY)  ## simulate studies of which the truth is known: how often do intervals hold it?
+	$(VENV)/bin/python benchmarks/coverage.py
 
 lint: $(READY)  ## mend what ruff can
 	$(VENV)/bin/ruff check --fix .

@@ -5,6 +5,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # each worker has a core: threads that wait for one another in both are slower than one
 os.environ["SAE_STABILITY_RESULTS"] = str(Path(__file__).parents[1] / ".pytest_cache" / "results")  # not the user's
 
 import jaxtyping
@@ -66,6 +68,13 @@ WORDS = [
     "given",
     "shape",
 ]
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Where several processes run the suite, one has the tests that read the quick study, which is computed and built once."""
+    for item in items:
+        if {"quick", "site"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group("quick"))
 
 
 @pytest.fixture(scope="session")
