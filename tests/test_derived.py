@@ -151,3 +151,13 @@ def test_so_many_seeds_are_enough_only_if_more_are_too():
     by_seeds = pd.DataFrame({"seeds": [3, 5, 11, 21, 96], **ends})
     assert derived.seeds_needed(by_seeds, 0.05) == 21
     assert derived.seeds_needed(by_seeds, 0.01) is None
+
+
+def test_verdicts_are_counted_by_claim():
+    def line(claim: str, verdict: str, line: str = "as stated") -> dict:
+        return {"id": claim, "verdict": verdict, "line": line}
+
+    ledger = [line("C1", "supported"), line("C1", "opposite"), line("C2", "inconclusive"), line("C1", "opposite")]
+    ledger += [line("C1", "supported", "beyond size and noise"), line("C6", "not tested")]
+    assert derived.verdicts_by_claim(ledger) == "C1 *opposite* in 2 of 3, *supported* in 1 of 3; C2 *inconclusive* in 1 of 1"
+    assert derived.verdicts_by_claim([]) == ""

@@ -13,7 +13,7 @@ from sae_stability.files import read_json
 from sae_stability.loading import load_study
 from sae_stability.pipeline import Plan
 
-CHAPTERS = places.root() / "book"
+CHAPTERS, SHIPPED = places.root() / "book", places.published()
 
 
 def executed(name: str, monkeypatch, **names) -> str:
@@ -62,6 +62,7 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
     """Pages that read nothing else: what is longer and wider, what nobody had seen, and what is asked of many seeds."""
     for name in ("lengths", "widths", "unseen", "many-seeds"):
         shutil.copytree(elsewhere.folder, tmp_path / "published" / name)
+    shutil.copytree(SHIPPED / "coverage", tmp_path / "published" / "coverage")
     folder = type(quick.main).folder
     with monkeypatch.context() as patch:
         (tmp_path / "masked").mkdir()
@@ -73,6 +74,8 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
     assert told.count("published with the book") == 2
     told = executed("rules", monkeypatch)
     assert "not been judged" not in told
+    assert f"C1 *{quick.claim('C1')['verdict']}* in 1 of" in told
+    assert "1,000 simulated studies" in told
     assert all(line["verdict"] in told for line in quick.lines if line["id"] == "C1")
     told = executed("asked", monkeypatch)
     assert "reported by readers of the paper, not checked by us" in told
@@ -81,6 +84,7 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
 
 def test_chapters_say_what_is_not_published(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(places, "published", lambda: tmp_path)
+    shutil.copytree(SHIPPED / "coverage", tmp_path / "coverage")
     assert "sae-stability run lengths" in executed("scale", monkeypatch)
     assert "sae-stability run unseen" in executed("rules", monkeypatch)
     assert "sae-stability run many-seeds" in executed("asked", monkeypatch)

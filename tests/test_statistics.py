@@ -3,16 +3,15 @@ import tracemalloc
 
 import networkx as nx
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from scipy import stats
 
-from sae_stability import places, statistics
+from sae_stability import statistics
+from sae_stability.book import page
 from sae_stability.coverage import STATISTICS, coverage, of_matches
-from sae_stability.files import read_json
 from sae_stability.matching import Stability
 from sae_stability.statistics import (
     Interval,
@@ -168,7 +167,7 @@ def test_intervals_of_what_bands_are_like_cover_it(seeds, draws):
 
 
 def test_published_coverage_is_between_90_and_98_percent():
-    rows = pd.DataFrame(read_json(places.published() / "coverage" / "coverage.json")["rows"])
+    rows = page.simulated_coverage()
     assert set(rows["seeds"]) == {4, 11, 21}
     assert rows["covered"].between(0.9, 0.98).all(), rows[~rows["covered"].between(0.9, 0.98)]
 

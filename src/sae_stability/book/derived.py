@@ -1,5 +1,6 @@
 """What chapters derive from the results of a study, beyond its tables: quantities, comparisons and groups. Pages print them."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -178,6 +179,18 @@ def variants_side_by_side(study: Tables) -> list[pd.DataFrame]:
         groups.setdefault(cell.model_dump_json(exclude={"variant"}), []).append(cell.id)
     cells = cells_with_means(study)
     return [study.named(cells[cells["cell"].isin(group)]) for group in groups.values() if len(group) > 1]
+
+
+def verdicts_by_claim(ledger: Iterable[dict]) -> str:
+    """On how many cells which verdict fell on each claim as stated; what was not tested is left out."""
+    fallen: dict[str, Counter] = {}
+    for line in ledger:
+        if line["line"] == "as stated" and line["verdict"] != "not tested":
+            fallen.setdefault(line["id"], Counter())[line["verdict"]] += 1
+    return "; ".join(
+        f"{claim} " + ", ".join(f"*{verdict}* in {count} of {counts.total()}" for verdict, count in counts.most_common())
+        for claim, counts in fallen.items()
+    )
 
 
 def with_reports(stages: pd.DataFrame) -> pd.DataFrame:

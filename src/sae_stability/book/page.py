@@ -118,6 +118,11 @@ def labelled_explanations() -> pd.DataFrame:
     return pd.read_csv(places.published() / "explanations" / "labels.csv")
 
 
+def simulated_coverage() -> pd.DataFrame:
+    """How often intervals hold the truth in simulated studies. Columns: those of `sae_stability.coverage.coverage`."""
+    return pd.DataFrame(read_json(places.published() / "coverage" / "coverage.json")["rows"])
+
+
 def code(text: str) -> str:
     """Text as code in a cell of a Markdown table: nothing in it is markup."""
     shown = re.sub(r"[^\w\s]|_", lambda sign: f"&#{ord(sign[0])};", text.replace("\n", "↵"))
