@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/ready
 PEERS := .venv-bench
 
-.PHONY: book test bench coverage publish lint lock clean
+.PHONY: book test bench intervals publish lint lock clean
 
 book: $(READY)  ## compute a study and build its book: make book, make book STUDY=quick
 	$(VENV)/bin/sae-stability run $(STUDY)
@@ -49,8 +49,8 @@ $(READY): requirements.lock pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-coverage: $(READY)  ## simulate studies of which the truth is known: how often do intervals hold it?
-	$(VENV)/bin/python benchmarks/coverage.py
+intervals: $(READY)  ## simulate studies: how often do the intervals of the book hold what they should?
+	$(VENV)/bin/python benchmarks/intervals.py
 
 lint: $(READY)  ## mend what ruff can
 	$(VENV)/bin/ruff check --fix .

@@ -70,10 +70,11 @@ WORDS = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin that reads the groups
 def pytest_collection_modifyitems(items) -> None:
     """Where several processes run the suite, one has the tests that read the quick study, which is computed and built once."""
     for item in items:
-        if {"quick", "site"} & set(item.fixturenames):
+        if "quick" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("quick"))
 
 

@@ -161,3 +161,13 @@ def test_verdicts_are_counted_by_claim():
     ledger += [line("C1", "supported", "beyond size and noise"), line("C6", "not tested")]
     assert derived.verdicts_by_claim(ledger) == "C1 *opposite* in 2 of 3, *supported* in 1 of 3; C2 *inconclusive* in 1 of 1"
     assert derived.verdicts_by_claim([]) == ""
+
+
+def test_what_was_judged_by_earlier_rules_is_named():
+    def line(claim: str, rule: str) -> dict:
+        return {"id": claim, "line": "as stated", "rule": rule}
+
+    here = [line("C1", "one"), line("C2", "two"), line("C5", "five")]
+    assert derived.by_earlier_rules(here, here) == ""
+    there = [line("C1", "one"), line("C5", "as before"), line("C9", "unknown")]
+    assert derived.by_earlier_rules(here, there).startswith("There C5 was")

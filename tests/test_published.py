@@ -62,7 +62,7 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
     """Pages that read nothing else: what is longer and wider, what nobody had seen, and what is asked of many seeds."""
     for name in ("lengths", "widths", "unseen", "many-seeds"):
         shutil.copytree(elsewhere.folder, tmp_path / "published" / name)
-    shutil.copytree(SHIPPED / "coverage", tmp_path / "published" / "coverage")
+    shutil.copytree(SHIPPED / "intervals", tmp_path / "published" / "intervals")
     folder = type(quick.main).folder
     with monkeypatch.context() as patch:
         (tmp_path / "masked").mkdir()
@@ -84,7 +84,7 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
 
 def test_chapters_say_what_is_not_published(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(places, "published", lambda: tmp_path)
-    shutil.copytree(SHIPPED / "coverage", tmp_path / "coverage")
+    shutil.copytree(SHIPPED / "intervals", tmp_path / "intervals")
     assert "sae-stability run lengths" in executed("scale", monkeypatch)
     assert "sae-stability run unseen" in executed("rules", monkeypatch)
     assert "sae-stability run many-seeds" in executed("asked", monkeypatch)

@@ -11,8 +11,8 @@ from scipy import stats
 
 from sae_stability import statistics
 from sae_stability.book import page
-from sae_stability.coverage import STATISTICS, coverage, of_matches
 from sae_stability.matching import Stability
+from sae_stability.simulation import STATISTICS, coverage, of_matches
 from sae_stability.statistics import (
     Interval,
     binomial_interval,
@@ -158,18 +158,22 @@ def test_seeds_and_documents_both_widen_an_interval():
     assert (alike.value, alike.low, alike.high) == (1, 1, 1)
 
 
-@pytest.mark.parametrize(("seeds", "draws"), [(4, 100), (11, 40), (21, 12)])
+@pytest.mark.parametrize(("seeds", "draws"), [(4, 60), (11, 16)])
 def test_intervals_of_what_bands_are_like_cover_it(seeds, draws):
-    """A share, a mean, a share of the energy, a delta, and a share that is read on text, nominal 95 %; many draws are published."""
+    """Nominal 95 %; what many draws say is published. 16 draws may miss twice."""
     found = coverage(seeds, draws)
     assert found["statistic"].tolist() == list(STATISTICS)
-    assert found["covered"].min() >= 0.83, found  # 12 draws may miss twice
+    assert found["covered"].min() >= 0.83, found
+    if draws >= 40:  # fewer do not say how wide an interval has to be
+        assert (found["width"] / found["needed"]).between(0.6, 2.2).all(), found
 
 
-def test_published_coverage_is_between_90_and_98_percent():
+def test_published_intervals_hold_what_they_should():
     rows = page.simulated_coverage()
+    assert list(rows["statistic"].unique()) == list(STATISTICS)
     assert set(rows["seeds"]) == {4, 11, 21}
-    assert rows["covered"].between(0.9, 0.98).all(), rows[~rows["covered"].between(0.9, 0.98)]
+    chance = 2 * np.sqrt(0.95 * 0.05 / rows["draws"])
+    assert rows["covered"].between(0.9 - chance, 0.98 + chance).all(), rows
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 7), st.integers(0, 7))

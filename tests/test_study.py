@@ -42,7 +42,8 @@ def read(results: Path, name: str) -> bytes:
 
 @pytest.mark.parametrize("architecture", ["neox", "llama"])
 def test_other_architectures_reach_their_claims(house, small, model_folders, architecture):
-    study = load_study("embedded", [*keys(small), f"model={model_folders[architecture]}", "seeds=3"], name=architecture)
+    overrides = [*keys(small), f"model={model_folders[architecture]}", "seeds=3", "threads=2"]
+    study = load_study("embedded", overrides, name=architecture)
     store = pipeline.compute(study)
     assert list(dict.fromkeys(claim["id"] for claim in store.claims())) == list(CLAIMS)
     assert {claim["cell"] for claim in store.claims()} == {study.main.id}
@@ -89,12 +90,14 @@ def test_killed_at_any_moment_the_claims_are_those_of_an_undisturbed_run(tmp_pat
     started = time.monotonic()
     assert start("calm").wait() == 0
     seconds = time.monotonic() - started
-    generator = random.Random(0)
+    generator, alive = random.Random(0), 0
     for _ in range(4):
         process = start("killed")
         time.sleep(generator.uniform(0.3, 0.95) * seconds)
+        alive += process.poll() is None
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    assert alive > 0
     assert start("killed").wait() == 0
     assert read(tmp_path / "calm", "study") == read(tmp_path / "killed", "study")
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse, stats
 
+from sae_stability.experiments import triggers as experiment
 from sae_stability.experiments.triggers import judge_c5
 from sae_stability.language.corpus import Contexts
 from sae_stability.matching import Banding, Stability
@@ -97,6 +98,7 @@ def test_planted_triggers_are_told_by_the_rule():
     assert found.as_alike.isna().tolist() == [tokens < 2 for tokens in found.tokens]
     order = np.random.default_rng(0).permutation(len(planted))
     moved = triggers(activations[:, order], where, WORDS, FREQUENCY)
+    assert moved.pop("feature").tolist() == found.pop("feature").tolist() == list(range(len(planted)))
     pd.testing.assert_frame_equal(moved, found.iloc[order].reset_index(drop=True))
 
 
@@ -113,7 +115,21 @@ def test_without_a_part_of_the_text_what_is_found_is_that_of_the_rest():
         assert own["frequency"].to_numpy() == pytest.approx((activations[rest] > 0).mean(0))
     for half in (where.fitted, ~where.fitted):
         assert set(where.part[half]) == set(range(PARTS))
-    assert len({(part, fitted) for part, fitted in zip(where.part, where.fitted, strict=True)}) == 2 * PARTS
+    first = np.arange(len(where.part)) // 39 * 39  # of the context, which is a cluster of its own here
+    assert (where.part == where.part[first]).all()
+
+
+@pytest.mark.parametrize(("contexts", "parts"), [(1, 1), (2, 1), (5, 2), (100, PARTS)])
+def test_a_text_has_as_many_parts_as_its_clusters_allow(contexts, parts):
+    where = text(40 * contexts)
+    assert set(where.part) == set(range(parts))
+    activations = sparse.csr_array(np.random.default_rng(0).random((len(where.token), 2)))
+    found = without_parts(activations, where, WORDS, FREQUENCY)
+    assert found["left_out"].nunique() == (parts if parts > 1 else 0)
+    features = bands(seeds=3)
+    if parts == 1:  # how far chance in such a text reaches can't be told
+        assert np.isnan(delta(features, banding(features), "rarity", parts=[]).low)
+        assert np.isnan(surface_share(features, banding(features), "unstable", parts=[]).low)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +231,11 @@ def test_intervals_of_c5_reach_as_far_as_the_text_moves_them_too():
     features, rng = bands(seeds=4), np.random.default_rng(3)
     known, parts = banding(features), []
     for _ in range(PARTS):  # seeds read the same text, so what it does to unstable features it does in all of them
-        told = features["explained_token"] + rng.normal(0, 0.05) * (features["band"] == "unstable")
-        parts.append(features.assign(explained_token=told, trigger=np.where(told > TELLS, "single token", "wider context")))
+        told, moved = features["explained_token"], rng.normal(0, 0.05, 3)[:, None] * (features["band"] == "unstable").to_numpy()
+        columns = {"explained_token": told + moved[0], "rarity": features["rarity"] + rng.random() * moved[1]}
+        columns |= {"frequency": features["frequency"] * np.exp(5 * moved[2])}
+        trigger = np.where(columns["explained_token"] > TELLS, "single token", "wider context")
+        parts.append(features.assign(**columns, trigger=trigger))
 
     def reach(of_part: Callable[[pd.DataFrame], float]) -> float:
         found = np.array([np.mean([of_part(own) for _, own in part.groupby("seed")]) for part in parts])
@@ -225,18 +244,27 @@ def test_intervals_of_c5_reach_as_far_as_the_text_moves_them_too():
     def share(own: pd.DataFrame) -> float:
         return (own.loc[own["band"] == "unstable", "trigger"] == "single token").mean()
 
-    alone, both = (surface_share(features, known, "unstable", parts=of) for of in ((), parts))
+    alone, both = (surface_share(features, known, "unstable", parts=of) for of in (None, parts))
     assert both.value == alone.value
     assert both.low == pytest.approx(both.value - np.hypot(alone.value - alone.low, reach(share)))
     assert both.high > alone.high
-    alone, both = (delta(features, known, "explained_token", parts=of) for of in ((), parts))
+    alone, both = (delta(features, known, "explained_token", parts=of) for of in (None, parts))
     token = reach(lambda own: cliffs_delta(own, "explained_token"))
     assert both.low == pytest.approx(both.value - np.hypot(alone.value - alone.low, token))
     for line, bare in zip(judge_c5(features, known, parts), judge_c5(features, known), strict=True):
-        assert line["value"] == bare["value"]
-        assert line["ci_low"] < bare["ci_low"]
+        for condition, alone in zip(line["conditions"], bare["conditions"], strict=True):
+            assert condition["value"] == alone["value"]
+            assert condition["ci_low"] < alone["ci_low"] or alone["ci_low"] == -1, condition
     table = compare(features, known, parts).set_index(["features", "quantity"])
     assert table.delta_low["all", "explained_token"] == pytest.approx(both.low)
+
+
+def test_pairs_of_equal_frequency_are_no_matter_of_the_text():
+    features, rng = bands(seeds=3), np.random.default_rng(4)
+    known = banding(features)
+    parts = [features.assign(frequency=features["frequency"] * np.exp(rng.normal(0, 0.1, len(features)))) for _ in range(PARTS)]
+    alone, both = (delta(features, known, "explained_token", equal_frequency=True, parts=of) for of in (None, parts))
+    assert both.low == pytest.approx(alone.low)  # other frequencies would pair others, and what the token tells is the same
 
 
 def test_c5_holds_where_it_is_planted_and_each_line_says_its_own():
@@ -249,3 +277,24 @@ def test_c5_holds_where_it_is_planted_and_each_line_says_its_own():
     assert judge_c5(bundles, banding(bundles))[0]["verdict"] == "depends on the definition"
     nothing = bands().assign(band="stable")
     assert judge_c5(nothing, banding(nothing))[0]["verdict"] == "inconclusive"
+
+
+def test_what_the_quick_study_says_of_triggers_counts_chance_in_the_text(quick):
+    table, parts, of = experiment.by_band(quick.main), experiment.without_parts(quick.main), experiment.bands(quick.main)
+    assert len(parts) == PARTS
+    for part in parts:
+        both = table.merge(part, on=["seed", "feature"], suffixes=("", "_left"))
+        assert len(both) == len(table)
+        assert (both.firings_left <= both.firings).all()
+        assert both.null_token_left.equals(both.null_token)
+        assert both.frequency_left.corr(both.frequency) > 0.98
+        assert both.explained_token_left.corr(both.explained_token) > 0.9
+    share, tells = surface_share(table, of, "unstable", parts=parts), delta(table, of, "explained_token", parts=parts)
+    assert share.low < surface_share(table, of, "unstable").low
+    surface, deltas = (
+        quick.table("surface").set_index(["definition", "band"]),
+        quick.table("deltas").set_index(["features", "quantity"]),
+    )
+    assert surface.share_low["strict", "unstable"] == pytest.approx(share.low)
+    assert deltas.delta_low["all", "explained_token"] == pytest.approx(tells.low)
+    assert quick.claim("C5")["ci_low"] == pytest.approx(share.low, abs=1e-5)

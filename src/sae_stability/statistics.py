@@ -2,8 +2,8 @@
 
 A seed takes part in every pair, and the bands of one seed are made of all the others: numbers of seeds are never independent. So
 whatever depends on matches or bands gets a delete-one-seed jackknife, in which bands are derived again without the seed. Clusters
-of documents are resampled for what is averaged over text, and both distances add in squares. Features are never resampled as if
-independent.
+of documents are resampled for what is averaged over text, and parts of them left out in turn for what has to be found again; both
+distances add in squares. Features are never resampled as if independent.
 """
 
 from collections.abc import Callable, Sequence
@@ -93,7 +93,10 @@ def jackknife(
 
 def reach_without(without: Sequence[float], confidence: float = 0.95) -> float:
     """Half the width of an interval, from estimates without each of n groups in turn (seeds, or parts of a text): delete-a-group
-    jackknife with t(n-1) quantiles (Kott 2001, Journal of Official Statistics 17, 521). NaN where one is not defined."""
+    jackknife with t(n-1) quantiles (Kott 2001, Journal of Official Statistics 17, 521). NaN for fewer than two, or where one is not
+    defined."""
+    if len(without) < 2:
+        return float("nan")
     estimates, groups = np.asarray(without, dtype=float), len(without)
     error = np.sqrt((groups - 1) / groups * ((estimates - estimates.mean()) ** 2).sum())
     return float(stats.t.ppf(0.5 + confidence / 2, groups - 1) * error)

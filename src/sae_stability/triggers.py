@@ -18,7 +18,7 @@ from scipy.stats import mannwhitneyu
 from sae_stability.language.corpus import Contexts
 from sae_stability.matching import Banding
 from sae_stability.spelling import Spelling
-from sae_stability.statistics import Interval, matched_pairs
+from sae_stability.statistics import Interval, matched_pairs, reach_without
 
 FEWEST = 50  # firings on each half of the documents; with fewer, averages are noise
 TELLS = 0.5  # share of the variance from which a trigger is one of a class
@@ -32,6 +32,8 @@ CLASSES = (
 )
 CALIPER = 0.05  # standard deviations of log frequency by which two matched features may differ: one covariate is easy to match
 COMPARED = ("frequency", "explained_token", "explained_previous", "explained_n-gram", "explained_position", "top_share", "rarity")
+Parts = Sequence[pd.DataFrame] | None
+"""The features as found without each part of the text in turn (`without_parts`); None where chance in the text is left out."""
 SURFACE = CLASSES[:6]
 """Classes of surface form: the token, the one before it or the position tell when the feature fires, and several tokens are spelled
 alike."""
@@ -49,7 +51,7 @@ class Text:
     fitted: np.ndarray
     """Whether the token's cluster is one of those on which averages are taken."""
     part: Int[np.ndarray, "token"]
-    """Which of `PARTS` the token's cluster belongs to: each has clusters of either half."""
+    """Which part the token's cluster belongs to, of `PARTS` or as many as there are clusters for: each has some of either half."""
 
     @classmethod
     def of(cls, contexts: Contexts, rows: int) -> "Text":
@@ -57,7 +59,7 @@ class Text:
         context, position = (along[:rows] for along in np.nonzero(contexts.is_text))
         cluster = np.unique(contexts.cluster[context, position], return_inverse=True)[1]
         token, previous = contexts.tokens[context, position], contexts.tokens[context, position - 1]
-        part = cluster // 2 % PARTS
+        part = cluster // 2 % max(1, min(PARTS, (cluster.max(initial=0) + 1) // 2))
         return cls(token.astype(np.int64), previous.astype(np.int64), position, cluster % 2 == 0, part)
 
     def at(self, rows: np.ndarray) -> "Text":
@@ -114,7 +116,7 @@ def _with_values(matrix: sparse.csr_array, values: Float[np.ndarray, "firing"]) 
 def triggers(
     activations: sparse.csr_array, text: Text, words: list[str], frequency: Float[np.ndarray, "vocabulary"]
 ) -> pd.DataFrame:
-    """One row per feature of an SAE: what tells when it fires, how concentrated that is, and which class it falls into.
+    """One row per `feature` of an SAE: what tells when it fires, how concentrated that is, and which class it falls into.
 
     `activations` [token, feature]; `words` are the tokens as text, `frequency` their share of the training corpus. Columns:
     `firings` on the rarer half; `explained_token`, `_previous`, `_n-gram` and `_position`, and the same of a shuffled text as
@@ -134,21 +136,23 @@ def without_parts(
     """What `triggers` finds without each part of the text in turn, the number of which is in the column `left_out`.
 
     `frequency` is the share of the tokens that are left on which a feature fires. The null is not taken again: a shuffled text
-    tells next to nothing, whichever documents it has.
+    tells next to nothing, whichever documents it has. No rows where the text has one part only.
     """
-    activations, tables = activations.astype(np.float64), []
-    for part in range(PARTS):
+    activations, tables = activations.astype(np.float64), [pd.DataFrame(columns=["left_out", "feature"])]
+    parts = np.unique(text.part)
+    for part in parts if len(parts) > 1 else ():
         rows = np.flatnonzero(text.part != part)
         left = activations[rows]
-        fires = np.bincount(left.indices[left.data > 0], minlength=left.shape[1]) / max(len(rows), 1)
+        fires = np.bincount(left.indices[left.data > 0], minlength=left.shape[1]) / len(rows)
         tables.append(_found(left, text.at(rows), words, frequency).assign(left_out=part, frequency=fires))
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables[1:] or tables, ignore_index=True)
 
 
 def _found(activations: sparse.csr_array, text: Text, words: list[str], frequency: Float[np.ndarray, "vocabulary"]) -> pd.DataFrame:
     """The columns of `triggers` but for those of the null."""
     fires = _with_values(activations, np.sign(activations.data))
-    table = {"firings": np.minimum(*(half.astype(float) @ fires for half in (text.fitted, ~text.fitted))).astype(int)}
+    table: dict = {"feature": np.arange(activations.shape[1])}
+    table |= {"firings": np.minimum(*(half.astype(float) @ fires for half in (text.fitted, ~text.fitted))).astype(int)}
     table |= {f"explained_{name}": explained(activations, group, text.fitted) for name, group in text.groups.items()}
     rows = len(text.token)
     members = sparse.csr_array((np.ones(rows), (text.token, np.arange(rows))), shape=(len(words), rows))
@@ -225,7 +229,7 @@ def at_equal_frequency(features: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([unstable.iloc[chosen], stable.iloc[partners]])
 
 
-def compare(features: pd.DataFrame, bands: Banding, parts: Sequence[pd.DataFrame] = ()) -> pd.DataFrame:
+def compare(features: pd.DataFrame, bands: Banding, parts: Parts = None) -> pd.DataFrame:
     """Unstable against stable features in each of `COMPARED`: Cliff's delta, all of them and at equal frequency.
 
     One row per quantity and choice of features. The delta is the chance that an unstable feature has more of it than a stable one,
@@ -242,17 +246,32 @@ def compare(features: pd.DataFrame, bands: Banding, parts: Sequence[pd.DataFrame
     return pd.DataFrame(rows)
 
 
-def delta(
-    features: pd.DataFrame, bands: Banding, quantity: str, equal_frequency: bool = False, parts: Sequence[pd.DataFrame] = ()
-) -> Interval:
-    """One row of `compare`."""
-    of_all = quantity == "frequency" and not equal_frequency
+def delta(features: pd.DataFrame, bands: Banding, quantity: str, equal_frequency: bool = False, parts: Parts = None) -> Interval:
+    """One row of `compare`.
 
-    def of_seed(own: pd.DataFrame) -> float:
-        known = own if of_all else own[own["firings"] >= FEWEST]
-        return cliffs_delta(at_equal_frequency(known) if equal_frequency else known, quantity)
+    Features of equal frequency are paired again without a seed, and stay as they are without a part of the text: which of several
+    equally close partners a feature gets is no matter of the text.
+    """
 
-    return bands.jackknife(features, lambda banded: over_seeds(banded, of_seed), parts).within(-1, 1)
+    def compared(banded: pd.DataFrame) -> pd.DataFrame:
+        if quantity == "frequency" and not equal_frequency:
+            return banded
+        known = banded[banded["firings"] >= FEWEST]
+        return _paired(known) if equal_frequency else known
+
+    def mean_delta(chosen: pd.DataFrame) -> float:
+        return over_seeds(chosen, lambda own: cliffs_delta(own, quantity))
+
+    interval = bands.jackknife(features, lambda banded: mean_delta(compared(banded)))
+    if parts is not None:
+        held = compared(bands.banded(features))[["seed", "feature", "band"]]
+        interval = interval.widened(reach_without([mean_delta(held.merge(part[["seed", "feature", quantity]])) for part in parts]))
+    return interval.within(-1, 1)
+
+
+def _paired(features: pd.DataFrame) -> pd.DataFrame:
+    """The features `at_equal_frequency` of every seed."""
+    return pd.concat([features[:0], *(at_equal_frequency(own) for _, own in features.groupby("seed"))])
 
 
 def over_seeds(features: pd.DataFrame, of_seed: Callable[[pd.DataFrame], float]) -> float:
@@ -276,7 +295,7 @@ def surface_share(
     band: str,
     less: str | None = None,
     classes: tuple[str, ...] = SURFACE,
-    parts: Sequence[pd.DataFrame] = (),
+    parts: Parts = None,
 ) -> Interval:
     """The share of a band's features whose trigger is of one of some classes, of those that are not too rare: mean over seeds.
 
@@ -292,7 +311,10 @@ def surface_share(
             return share(own, band)
         return share(own, band) - (by_chance(own, band) if less == "shuffled" else share(own, less))
 
-    return bands.jackknife(features, lambda banded: over_seeds(banded, of_seed), parts)
+    interval = bands.jackknife(features, lambda banded: over_seeds(banded, of_seed))
+    if parts is None:
+        return interval
+    return interval.widened(reach_without([over_seeds(bands.banded(part), of_seed) for part in parts]))
 
 
 def by_chance(features: pd.DataFrame, band: str) -> float:

@@ -193,6 +193,15 @@ def verdicts_by_claim(ledger: Iterable[dict]) -> str:
     )
 
 
+def by_earlier_rules(here: Iterable[dict], there: Iterable[dict]) -> str:
+    """Which claims of another ledger were judged by other rules than those of this one; nothing where none was."""
+    rules = {(line["id"], line["line"]): line["rule"] for line in here}
+    changed = {line["id"] for line in there if line["rule"] != rules.get((line["id"], line["line"]), line["rule"])}
+    if not changed:
+        return ""
+    return f"There {', '.join(sorted(changed))} was judged by an earlier rule ({{doc}}`rules` says what changed)."
+
+
 def with_reports(stages: pd.DataFrame) -> pd.DataFrame:
     """Stages, each with the report on it: seconds add up, and the larger peak of memory counts.
 

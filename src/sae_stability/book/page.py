@@ -119,8 +119,8 @@ def labelled_explanations() -> pd.DataFrame:
 
 
 def simulated_coverage() -> pd.DataFrame:
-    """How often intervals hold the truth in simulated studies. Columns: those of `sae_stability.coverage.coverage`."""
-    return pd.DataFrame(read_json(places.published() / "coverage" / "coverage.json")["rows"])
+    """How often intervals hold what they should in simulated studies. Columns: those of `sae_stability.simulation.coverage`."""
+    return pd.DataFrame(read_json(places.published() / "intervals" / "intervals.json")["rows"])
 
 
 def code(text: str) -> str:

@@ -1,7 +1,6 @@
 """What features fire on, in activation statistics (C5)."""
 
 import math
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -62,8 +61,7 @@ def compute(results: Results, folder: Path) -> None:
         (codes,) = sparse_codes(ensemble.of(position), held_out)
         found = {}
         for name, ask in (("triggers", triggers.triggers), ("without", triggers.without_parts)):
-            table = ask(codes, text, words, seen / seen.sum())
-            found[name] = table.assign(seed=ensemble.seeds[position], feature=np.arange(len(table)) % ensemble.d_sae)
+            found[name] = ask(codes, text, words, seen / seen.sum()).assign(seed=ensemble.seeds[position])
         return found
 
     by_seed = threads.each_seed(of_seed, len(ensemble.seeds), "triggers")
@@ -85,12 +83,14 @@ def by_band(results: Results) -> pd.DataFrame:
 
 
 def without_parts(results: Results) -> list[pd.DataFrame]:
-    """The same without each part of the text in turn, but for bands."""
+    """The features as found without each part of the text in turn, with the null of the whole.
+
+    Their frequency is that on the tokens that are left, and not that on all held-out tokens.
+    """
     whole = pd.read_parquet(results.folder("triggers") / "triggers.parquet")
     null = whole[["seed", "feature", *(column for column in whole if column.startswith("null_"))]]
-    alive = matching.stability(results).alive.numpy().ravel()
     parts = pd.read_parquet(results.folder("triggers") / "without.parquet").groupby("left_out")
-    return [part.merge(null, on=["seed", "feature"])[alive] for _, part in parts]
+    return [part.merge(null, on=["seed", "feature"]) for _, part in parts]
 
 
 def features(results: Results) -> pd.DataFrame:
@@ -118,7 +118,7 @@ def judge(results: Results) -> list[dict]:
     return judge_c5(by_band(results), bands(results), without_parts(results))
 
 
-def judge_c5(features: pd.DataFrame, bands: Banding, parts: Sequence[pd.DataFrame] = ()) -> list[dict]:
+def judge_c5(features: pd.DataFrame, bands: Banding, parts: triggers.Parts = None) -> list[dict]:
     """C5 on one cell, from the triggers of its features, and those found without each part of the text.
 
     The null's value is that of a text whose tokens are shuffled.

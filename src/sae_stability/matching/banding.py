@@ -4,14 +4,14 @@ The bands of one seed are made of all the others, so they are derived again with
 gives by band is jackknifed so.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from sae_stability.matching.reappearance import BANDS, Stability
-from sae_stability.statistics import Interval, jackknife, reach_without
+from sae_stability.statistics import Interval, jackknife
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,15 +30,6 @@ class Banding:
         band = self.stability.band_among(kept)[place.dropna().astype(int), there["feature"].to_numpy()]
         return there.assign(band=np.array([*BANDS, "dead"])[band])
 
-    def jackknife(
-        self, features: pd.DataFrame, statistic: Callable[[pd.DataFrame], float], parts: Sequence[pd.DataFrame] = ()
-    ) -> Interval:
-        """A statistic of features and their bands, with its delete-one-seed interval. NaN ends where a seed less leaves no band.
-
-        `parts` are the features as found without each part of the text in turn: how far the statistic moves with these adds in
-        squares.
-        """
-        interval = jackknife(lambda kept: statistic(self.banded(features, kept)), len(self.seeds))
-        if not parts:
-            return interval
-        return interval.widened(reach_without([statistic(self.banded(part)) for part in parts]))
+    def jackknife(self, features: pd.DataFrame, statistic: Callable[[pd.DataFrame], float]) -> Interval:
+        """A statistic of features and their bands, with its delete-one-seed interval. NaN ends where a seed less leaves no band."""
+        return jackknife(lambda kept: statistic(self.banded(features, kept)), len(self.seeds))
