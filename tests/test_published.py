@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from sae_stability import places
-from sae_stability.book import page, tables
+from sae_stability.book import derived, page, tables
 from sae_stability.experiments import asked
 from sae_stability.files import read_json
 from sae_stability.loading import load_study
@@ -74,7 +74,7 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
     assert told.count("published with the book") == 2
     told = executed("rules", monkeypatch)
     assert "not been judged" not in told
-    assert f"C1 *{quick.claim('C1')['verdict']}* in 1 of" in told
+    assert derived.verdicts_by_claim(elsewhere.ledger) in told
     assert "1,000 simulated studies" in told
     assert all(line["verdict"] in told for line in quick.lines if line["id"] == "C1")
     told = executed("asked", monkeypatch)
