@@ -6,7 +6,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # each worker has a core: threads that wait for one another in both are slower than one
+    # Each worker has a core: threads that wait for one another in both, by spinning, are slower than one. Some tests start several.
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 os.environ["SAE_STABILITY_RESULTS"] = str(Path(__file__).parents[1] / ".pytest_cache" / "results")  # not the user's
 
 import jaxtyping
