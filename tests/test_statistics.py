@@ -172,8 +172,9 @@ def test_published_intervals_hold_what_they_should():
     rows = page.simulated_coverage()
     assert list(rows["statistic"].unique()) == list(STATISTICS)
     assert set(rows["seeds"]) == {4, 11, 21}
-    chance = 2 * np.sqrt(0.95 * 0.05 / rows["draws"])
-    assert rows["covered"].between(0.9 - chance, 0.98 + chance).all(), rows
+    on_text = rows["statistic"].str.startswith("on text")
+    assert rows.loc[~on_text, "covered"].between(0.9, 0.98).all(), rows
+    assert rows.loc[on_text, "covered"].between(0.9, 0.99).all(), rows  # eight parts of a text overstate a share's error
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 7), st.integers(0, 7))
