@@ -140,6 +140,7 @@ def test_what_is_asked_trains_nothing():
     before, after = planned(), planned("threshold=0.6")
     behind = {"function", "function/report", "stability/report", "families", "families/report", "triggers/report"}
     behind |= {"activity", "activity/report", "impacts", "impacts/report", "sharing/report"}
+    behind |= {"subspaces", "subspaces/report"}
     only_main = {"topk/explanations", "topk/explanations/report", "topk/examples", "topk/examples/report"}
     translated = {"topk/translation", "topk/translation/report"}
     assert changed(before, after) == {*every(*behind), *only_main, *translated, "tables", "claims.json"}

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,16 +96,6 @@ def test_what_masking_nothing_costs_is_not_defined():
         "features/stable": np.zeros(3),
     }
     assert all(np.isnan(each.value) for each in asked._lost(arrays, "reconstruction", "stable"))
-
-
-def test_the_effective_rank_of_orthogonal_rows_is_their_number_and_of_equal_ones_is_one():
-    assert asked.effective_rank(3 * torch.linalg.qr(drawn(9, 9))[0][:5]) == pytest.approx(5)
-    assert asked.effective_rank(drawn(1, 9).expand(4, 9)) == pytest.approx(1)
-    assert np.isnan(asked.effective_rank(drawn(0, 9)))
-    two = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), dim=1)
-    values = np.sqrt([1.6, 0.4])
-    shares = values / values.sum()
-    assert asked.effective_rank(two) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
 
 
 @pytest.fixture

@@ -184,6 +184,21 @@ def by_line(study: Tables, claims: list[str]) -> str:
     return grid_table(study, columns)
 
 
+def every_cell(study: Tables, claim: str) -> str:
+    """The verdicts of a claim on every cell of a study, the main one too; a sentence where the study did not ask for it."""
+    cells = study.named(study.table("cells", every_cell=True))
+    tested = cells[[len(study.claims(claim, cell)) == len(get_args(Line)) for cell in cells["cell"]]]
+    if tested.empty:
+        return f"The study `{study.study.name}` was not asked about {claim}; `sae-stability run {study.study.name}` asks it."
+
+    def found(row: pd.Series, line: str) -> str:
+        judged = study.claim(claim, row["cell"], line)
+        return f"{judged['verdict']}: {line_interval(judged, '.2f')}"
+
+    columns: dict[str, Column] = {"cell": "{name}", **{line: partial(found, line=line) for line in get_args(Line)}}
+    return f"**{claim} in the study `{study.study.name}`.** {study.origin}\n\n" + markdown_table(tested, columns)
+
+
 def grid_table(study: Tables, columns: Mapping[str, Column]) -> str:
     """A table of the cells of the grid, each by what tells it from the others."""
     rows = study.others()

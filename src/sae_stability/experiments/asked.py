@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from safetensors.numpy import load_file
 from torch import Tensor
@@ -28,6 +27,7 @@ from sae_stability.matching import BANDS as matching_bands
 from sae_stability.matching import Stability
 from sae_stability.statistics import Interval, bootstrap_ratio, jackknife, over_pairs, resampled
 from sae_stability.study import Cell, Study
+from sae_stability.subspaces import effective_rank
 
 SEEDS = 21  # from here on a share of the others can be between 0.95 and 1
 STABLE, UNSTABLE = 0.95, 0.05
@@ -148,15 +148,6 @@ def asked(results: Results) -> pd.DataFrame:
     for band in BANDS:
         add("part of a word", band, f"first {EXPLAINED_SEEDS}", _parts_of_words(results, band))
     return pd.DataFrame(rows)
-
-
-def effective_rank(rows: Float[Tensor, "row d_in"]) -> float:
-    """The exponential of the entropy of the singular values as shares of their sum (Roy & Vetterli 2007); NaN without rows."""
-    if not len(rows):
-        return float("nan")
-    values = torch.linalg.svdvals(F.normalize(rows.double(), dim=1)).numpy()
-    shares = values[values > 0] / values.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def agreement(results: Results) -> Float[np.ndarray, "seed seed"]:
