@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/ready
 PEERS := .venv-bench
 
-.PHONY: book test bench intervals publish lint lock clean
+.PHONY: book test bench intervals worlds publish lint lock clean
 
 book: $(READY)  ## compute a study and build its book: make book, make book STUDY=quick
 	$(VENV)/bin/sae-stability run $(STUDY)
@@ -51,6 +51,9 @@ $(READY): requirements.lock pyproject.toml
 
 intervals: $(READY)  ## simulate studies: how often do the intervals of the book hold what they should?
 	$(VENV)/bin/python benchmarks/intervals.py
+
+worlds: $(READY)  ## train SAEs on the worlds of the phase diagram, and publish what they found
+	$(VENV)/bin/python benchmarks/worlds.py
 
 lint: $(READY)  ## mend what ruff can
 	$(VENV)/bin/ruff check --fix .

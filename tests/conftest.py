@@ -16,7 +16,7 @@ from beartype import BeartypeConf, beartype
 # Shapes in signatures hold at run time: every call in these modules is checked. Those with kernels are left out: numba compiles no
 # function that is wrapped, and the lengths of sparse rows are sums of others.
 CHECKED = (
-    *("statistics", "triggers", "sources", "evaluation", "ablation", "methods.dictionary", "subspaces"),
+    *("statistics", "triggers", "sources", "evaluation", "ablation", "methods.dictionary", "subspaces", "synthetic"),
     *("language.activations", "language.interventions", "language.norms", "language.site", "language.corpus", "language.streaming"),
     *("matching.reappearance", "matching.criteria", "matching.assignment", "matching.families"),
     *(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -91,9 +92,14 @@ class Plan:
             roots = [variant(cell.variant), *(sources.source(kind) for kind in cell.kinds)]
             for experiment in self._asked(cell):
                 before = [keys[cell.id, name] for name in experiment.after]
-                inputs = {"seeds": seeds, **self._inputs(cell, experiment.reads)}
-                compute = [experiment.compute] if experiment.compute else []
-                keys[cell.id, experiment.name] = key_of(inputs, [*compute, *roots], [*ensembles_before, *before])
+                inputs = self._inputs(cell, experiment.reads)
+                compute: list[Any] = [experiment.compute] if experiment.compute else []
+                if experiment.trains is None:
+                    inputs, before = {"seeds": seeds, **inputs}, [*ensembles_before, *before]
+                    compute += roots
+                else:
+                    compute.append(variant(experiment.trains))
+                keys[cell.id, experiment.name] = key_of(inputs, compute, before)
                 before = [keys[cell.id, name] for name in (experiment.name, *experiment.report_after)]
                 inputs = self._inputs(cell, experiment.report_reads)
                 reported = [*experiment.tables.values(), *([experiment.claims] if experiment.claims else [])]
@@ -106,7 +112,8 @@ class Plan:
 
     def _entry(self, cell: Cell, experiment: Experiment, part: str) -> str:
         key = self._keys[cell.id, f"{part}{experiment.name}"]
-        return f"{SHARED}/{part}{experiment.name}/{cell.variant}-{cell.d_sae}-{key[:12]}"
+        trained = f"{cell.variant}-{cell.d_sae}" if experiment.trains is None else experiment.trains
+        return f"{SHARED}/{part}{experiment.name}/{trained}-{key[:12]}"
 
     def _readable(self, experiment: Experiment, reports: bool) -> frozenset[str]:
         """The keys of the study that an experiment may read: those that it declares, and those of the experiments behind it."""

@@ -223,6 +223,9 @@ class Study(Cell):
         50_000, description="held-out tokens on which the cross-entropy is measured, and what each feature does to it"
     )
     ablation_tokens: Tokens = Field(20_000, description="held-out tokens on which it is measured without sets of features")
+    world_tokens: Annotated[int, Field(ge=512, le=MOST_TOKENS)] = Field(
+        500_000, description="training tokens of each synthetic world; where features have to be told apart, three times as many"
+    )
     explainer: Explainer | None = Field(None, description="a language model that explains features; without one C6 is not tested")
     experiments: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="the questions that are asked, with those that they read; by default all, which the book's pages need"

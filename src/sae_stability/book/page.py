@@ -123,6 +123,21 @@ def simulated_coverage() -> pd.DataFrame:
     return pd.DataFrame(read_json(places.published() / "intervals" / "intervals.json")["rows"])
 
 
+def phase_diagram() -> pd.DataFrame | None:
+    """What was found of the worlds of the published phase diagram: one row a world of each slice; None where none is published."""
+    path = places.published() / "worlds" / "worlds.parquet"
+    return pd.read_parquet(path) if path.is_file() else None
+
+
+def phase_diagram_made() -> str:
+    """Where that comes from, in a sentence."""
+    made = read_json(places.published() / "worlds" / "provenance.json")
+    return (
+        f"Published with the book: {made['worlds']} worlds, which `{made['command']}` made at commit `{short(made['commit'])}` in "
+        f"{made['seconds'] / 60:.0f} minutes."
+    )
+
+
 def code(text: str) -> str:
     """Text as code in a cell of a Markdown table: nothing in it is markup."""
     shown = re.sub(r"[^\w\s]|_", lambda sign: f"&#{ord(sign[0])};", text.replace("\n", "↵"))

@@ -110,6 +110,8 @@ class Experiment:
     """Keys that tables and claims read themselves."""
     asked: Callable[[Study, Cell], bool] = lambda study, cell: True
     """Whether it is asked of a cell."""
+    trains: str | None = None
+    """The variant of SAEs that it trains itself, on data of its own: it asks nothing of the cell's, and all studies share it."""
     across: Callable[[Tables], Tables] | None = None
     """Adds what compares cells to the whole tables of a study."""
 

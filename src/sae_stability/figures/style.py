@@ -23,6 +23,8 @@ Line = str | tuple[float, tuple[float, ...]]
 
 SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00")
 SERIES_LINES = ("-", "--", "-.", ":")
+MARKERS = "osD^vP*X"
+"""Of series, in the order of their colours."""
 SHADES = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#CC79A7", "#882255", "#999999", "#DDDDDD")
 WIDTH = 5.6  # inches: text stays readable when a phone shrinks the figure
 

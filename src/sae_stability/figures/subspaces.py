@@ -7,9 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from sae_stability.figures.style import BAND_STYLES, legend_below, new_axes, series_style
-
-MARKERS = "osD^v"
+from sae_stability.figures.style import BAND_STYLES, MARKERS, legend_below, new_axes, series_style
 
 
 def shared_subspaces(curves: Mapping[str, pd.DataFrame], title: str) -> Figure:
@@ -23,9 +21,7 @@ def shared_subspaces(curves: Mapping[str, pd.DataFrame], title: str) -> Figure:
         curve = curve.sort_values("rank")
         reach = np.abs(curve[["value_low", "value_high"]].sub(curve["value"], axis=0).fillna(0)).to_numpy().T
         shifted = curve["rank"] * (1 + 0.02 * (position - len(curves) / 2))
-        axis.errorbar(
-            shifted, curve["value"], reach, color=colour, linestyle=line, marker=MARKERS[position % 5], label=name, capsize=2
-        )
+        axis.errorbar(shifted, curve["value"], reach, color=colour, linestyle=line, marker=MARKERS[position], label=name, capsize=2)
     ranks = sorted({int(rank) for curve in curves.values() for rank in curve["rank"]})
     axis.set_xscale("log", base=2)
     axis.xaxis.set_minor_locator(NullLocator())

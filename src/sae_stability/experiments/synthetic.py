@@ -1,0 +1,163 @@
+"""Are low-rank features found as a space while they can't be told one by one (C8)? In worlds whose features are known."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from sae_stability.experiments.experiment import Experiment, Results, is_main
+from sae_stability.files import write_table
+from sae_stability.ledger import OTHERWISE, Condition, Rule, judged
+from sae_stability.statistics import Interval, difference, reach_without
+from sae_stability.synthetic import World, measure_all
+
+SEEDS, DIAGRAM_SEEDS = 8, 4
+FIRST_DRAW = 100
+"""Number of the first world on which the rule is judged: bounds and training were set on those below."""
+LONGER = 3
+"""Times as many tokens are read where features have to be told apart: to find them takes longer than to find their space."""
+LOST, SPANNED, NEAR, TOLD = 0.1, 0.9, 0.1, 0.9
+ISOLATED, INVARIANT, TIGHT = "isolated only", "no preferred directions", "tight and sparse"
+ACTIVE = (1, 2, 4, 8, None)
+BUDGETS = (0.5, 1.0, 2.0)
+"""Of the coarse phase diagram; the whole one is published (`diagram`)."""
+SUPPORTED = "supported in these worlds if the 95 % intervals over worlds lie"
+SCOPE = "in synthetic worlds"
+
+C8 = (
+    Rule(
+        "C8",
+        f"share of the features of blocks without preferred directions (r of 8 and 12) that a latent finds at a cosine of {TOLD:g}",
+        f"{SUPPORTED} below {LOST:g} for the statistic, above {SPANNED:g} for the part of the block's space that its latents span, "
+        f"and below {NEAR:g} for how far their stability is from that of as many random directions; {OTHERWISE}",
+    ),
+    Rule(
+        "C8",
+        "share of the features of tight and sparse blocks of the same size that a latent finds",
+        f"{SUPPORTED} above {TOLD:g} for the statistic, and above 0 for the same less that of blocks without preferred directions; "
+        f"{OTHERWISE}",
+        "beyond size and noise",
+    ),
+    Rule(
+        "C8",
+        "share of the isolated features of the same worlds, as strong as one of the block, that a latent finds, less that of the "
+        "features of the block",
+        f"{SUPPORTED} above 0 for the statistic; {OTHERWISE}",
+        "beyond energy and frequency",
+    ),
+)
+
+
+def judged_worlds(tokens: int) -> dict[str, list[World]]:
+    """The worlds on which C8 is judged, by what tells them apart."""
+    base, sizes = World(tokens=tokens), (8, 12)
+    longer = replace(base, tokens=LONGER * tokens)
+    return {
+        ISOLATED: [replace(base, blocks=0, zipf=zipf, seed=FIRST_DRAW + draw) for draw, zipf in enumerate((0.0, 1.0))],
+        INVARIANT: [replace(base, r=r, seed=FIRST_DRAW + draw) for r in sizes for draw in (0, 1)],
+        TIGHT: [replace(longer, r=r, active=active, seed=FIRST_DRAW + active) for r in sizes for active in (1, 2)],
+    }
+
+
+def coarse_diagram(tokens: int) -> list[World]:
+    """Features active at a time against the budget, at r = 8 and m = 16."""
+    return [World(active=active, budget=budget, tokens=tokens) for active in ACTIVE for budget in BUDGETS]
+
+
+def phase_diagram() -> dict[str, list[World]]:
+    """The published one: slices through the parameters of a world, by their names."""
+    laws, budgets = (1, 2, 4, None), (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+    often, tokens = (1e-4, 1e-3, 1e-2), (50_000, 150_000, 500_000, 1_500_000)
+
+    def crossed(**choices: Sequence) -> list[World]:
+        return [World(**dict(zip(choices, choice, strict=True))) for choice in product(*choices.values())]
+
+    return {
+        "active and budget": crossed(active=(1, 2, 3, 4, 6, 8, None), budget=budgets, seed=(0, 1)),
+        "dimensions and features": crossed(r=(2, 3, 4, 6, 8, 10, 12, 16), features_over_r=(1.25, 1.5, 2.0, 3.0), active=(1, None)),
+        "width and budget": crossed(active=(2, None), width=(0.5, 0.75, 1.0, 1.5, 2.0), budget=(0.5, 1.0, 1.5, 2.0)),
+        "frequency and tokens": crossed(active=(1,), zipf=(0.0, 1.0, 2.0), rare=(8,), rare_frequency=often, tokens=tokens),
+        "noise": crossed(active=laws, noise=(0.1, 0.25, 0.5, 1.0, 2.0)),
+        "crowded": crossed(active=laws, crowded=(True,), seed=(0, 1)),
+        "together": crossed(active=laws, together=(0.25, 0.5), seed=(0, 1)),
+        "hierarchy": crossed(active=laws, hierarchy=(True,), seed=(0, 1)),
+        "from the truth": crossed(r=(8, 12), active=(1, None), from_truth=(False, True), tokens=(1_500_000,), seed=(0, 1)),
+    }
+
+
+def compute(results: Results, folder: Path) -> None:
+    """Train SAEs on the worlds of the rule, and on those of a coarse phase diagram."""
+    tokens, kinds = results.study.world_tokens, judged_worlds(results.study.world_tokens)
+    found = measure_all([world for worlds in kinds.values() for world in worlds], SEEDS, "worlds of C8")
+    write_table(folder / "judged.parquet", found.assign(kind=[kind for kind, worlds in kinds.items() for _ in worlds]))
+    write_table(folder / "diagram.parquet", measure_all(coarse_diagram(tokens), DIAGRAM_SEEDS, "phase diagram"))
+
+
+def worlds_table(results: Results) -> pd.DataFrame:
+    """One row a world on which C8 is judged: its parameters, and what was found (`synthetic.Recovery`)."""
+    return pd.read_parquet(results.folder("synthetic") / "judged.parquet")
+
+
+def diagram_table(results: Results) -> pd.DataFrame:
+    """The same of the worlds of the coarse phase diagram."""
+    return pd.read_parquet(results.folder("synthetic") / "diagram.parquet")
+
+
+def over_worlds(values: Iterable[float]) -> Interval:
+    """The mean over worlds, which were drawn on their own, with Student's interval: to leave one out in turn says the same."""
+    known = np.asarray(list(values), dtype=float)
+    mean = float(known.mean())
+    reach = reach_without([float(np.delete(known, place).mean()) for place in range(len(known))]) if len(known) > 1 else np.nan
+    return Interval(mean, mean - reach, mean + reach)
+
+
+def judge(results: Results) -> list[dict]:
+    return judge_c8(worlds_table(results))
+
+
+def judge_c8(worlds: pd.DataFrame) -> list[dict]:
+    """C8, from its worlds. The null's value of the first two lines is that of the other kind of block."""
+    invariant, tight = (worlds[worlds["kind"] == kind] for kind in (INVARIANT, TIGHT))
+    lost, told = over_worlds(invariant["in_blocks"]), over_worlds(tight["in_blocks"])
+    spanned = over_worlds(invariant["subspace"])
+    off = over_worlds((invariant["p_in_blocks"] - invariant["expected_p"]).abs())
+    apart = difference(told, lost)
+    beside = over_worlds(invariant["isolated"] - invariant["in_blocks"])
+    stated, beyond_noise, beyond_frequency = C8
+    lines = [
+        judged(
+            stated,
+            lost,
+            told,
+            [
+                Condition("features of blocks without preferred directions that are found", lost, LOST, below=True, no_effect=TOLD),
+                Condition("part of the block's space that its latents span", spanned, SPANNED, no_effect=0.0),
+                Condition("stability of a block's latents, off that of random directions", off, NEAR, below=True, no_effect=1.0),
+            ],
+        ),
+        judged(
+            beyond_noise,
+            told,
+            lost,
+            [
+                Condition("features of tight and sparse blocks that are found", told, TOLD, no_effect=LOST),
+                Condition("the same less those of blocks without preferred directions", apart, 0.0),
+            ],
+        ),
+        judged(beyond_frequency, beside, lost, [Condition("isolated features that are found, less those of blocks", beside, 0.0)]),
+    ]
+    return [line | {"scope": SCOPE} for line in lines]
+
+
+EXPERIMENT = Experiment(
+    "synthetic",
+    compute,
+    reads=("world_tokens",),
+    tables={"worlds": worlds_table, "diagram": diagram_table},
+    claims=judge,
+    asked=is_main,
+    trains="topk",
+)

@@ -1,0 +1,310 @@
+"""Worlds whose features are known: what an SAE should find is what the activations were made of (C8).
+
+A token of a world is a sum of *isolated* features, of one *block*, of *rare* features, and of noise. A block has m features in r
+dimensions, fewer than m: it is low-rank. Its law says what it adds: `active` of its features with random strengths, or, where that
+is None, a random vector of its space that has no preferred direction. Of the latter no features can be told: any rotation of them
+makes the same data (PAPER, Theory).
+
+Isolated features and blocks lie at right angles, block by block, unless a world is `crowded`: features of the rest that lean into a
+block's space would mark directions in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from joblib import Parallel, delayed
+from scipy.optimize import nnls
+from scipy.special import betainc
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_stability import threads
+from sae_stability.language.activations import Activations
+from sae_stability.matching import stability
+from sae_stability.saes.ensemble import Ensemble
+from sae_stability.study import Recipe
+from sae_stability.training import prepare
+from sae_stability.training.loop import Training
+
+FOUND = 0.9
+"""Cosine from which a latent is a true feature, and share of its length inside a block from which it is one of the block's."""
+UNIQUE = 250_000
+"""Tokens of a world that are drawn for training at most."""
+HELD_OUT = 20_000
+"""Others on which SAEs are judged."""
+THRESHOLD = 0.7
+WHERE = {"model": "synthetic", "corpus": "synthetic", "hook_name": "blocks.0.hook_resid_post"}  # what a recipe must name
+
+
+@dataclass(frozen=True)
+class World:
+    """A world, and the SAEs that are trained on it. Its `seed` draws its features and its tokens."""
+
+    r: int = 8
+    """Dimensions of a block."""
+    features_over_r: float = 2.0
+    """m / r: the features of a block over its dimensions."""
+    active: int | None = None
+    """Features of a block that are active on a token; None for a law without preferred directions."""
+    budget: float = 1.0
+    """k over the number of features that are active on a token; a block without features to tell counts r."""
+    width: float = 1.25
+    """d_sae over the number of true features."""
+    isolated: int = 24
+    isolated_active: int = 2
+    """Isolated features on each token."""
+    zipf: float = 0.0
+    """Isolated feature number i is drawn with a weight of 1 / i to this power."""
+    rare: int = 0
+    rare_frequency: float = 1e-3
+    blocks: int = 2
+    noise: float = 0.0
+    """Length of Gaussian noise over that of a feature of strength 1."""
+    together: float = 0.0
+    """Probability that the partner of an active isolated feature, its neighbour by number, is active too."""
+    hierarchy: bool = False
+    """Whether isolated features of odd number are active with the one before them only."""
+    crowded: bool = False
+    """Whether features of all kinds have random directions, with no right angles between them."""
+    tokens: int = 500_000
+    from_truth: bool = False
+    """Whether SAEs start from the true features, as far as they have latents for them, and not from random directions."""
+    seed: int = 0
+
+    @property
+    def m(self) -> int:
+        return round(self.features_over_r * self.r)
+
+    @property
+    def true_features(self) -> int:
+        return self.isolated + self.rare + self.blocks * self.m
+
+    @property
+    def l0(self) -> int:
+        """True features on a token, without rare ones; a block without features to tell counts its dimensions."""
+        return self.isolated_active + (0 if self.blocks == 0 else self.active or self.r)
+
+    @property
+    def k(self) -> int:
+        return max(1, round(self.budget * self.l0))
+
+    @property
+    def d_sae(self) -> int:
+        return max(self.k, round(self.width * self.true_features))
+
+    @property
+    def d_in(self) -> int:
+        """As many dimensions as features at right angles need, rounded up to a multiple of 8; half of that in a crowded world."""
+        needed = self.isolated + self.rare + self.blocks * self.r
+        return -(-needed // (16 if self.crowded else 8)) * 8
+
+    @cached_property
+    def truth(self) -> "Truth":
+        """Its features."""
+        generator = torch.Generator().manual_seed(100 * self.seed)
+        alone = self.isolated + self.rare
+        if self.crowded:
+            directions = F.normalize(torch.randn(alone, self.d_in, generator=generator), dim=1)
+            spaces = torch.linalg.qr(torch.randn(self.blocks, self.d_in, self.r, generator=generator))[0]
+        else:
+            axes = torch.linalg.qr(torch.randn(self.d_in, alone + self.blocks * self.r, generator=generator))[0]
+            directions, spaces = axes[:, :alone].T, axes[:, alone:].T.reshape(self.blocks, self.r, self.d_in).mT
+        features = F.normalize(torch.randn(self.blocks, self.m, self.r, generator=generator), dim=2)
+        return Truth(directions[: self.isolated], directions[self.isolated :], features @ spaces.mT, spaces)
+
+    def draw(self, tokens: int, generator: torch.Generator) -> Float[Tensor, "token d_in"]:
+        """Some of its tokens."""
+        truth = self.truth
+        x = _strengths(self._isolated_active(tokens, generator), generator) @ truth.isolated
+        if self.rare:
+            x += _strengths(torch.rand(tokens, self.rare, generator=generator) < self.rare_frequency, generator) @ truth.rare
+        if self.blocks:
+            block = torch.randint(self.blocks, (tokens,), generator=generator)
+            if self.active is None:
+                inside = F.normalize(torch.randn(tokens, self.r, generator=generator), dim=1)
+                inside *= self.r**0.5 * (0.5 + torch.rand(tokens, 1, generator=generator))
+                x += (truth.spaces[block] @ inside[:, :, None])[:, :, 0]
+            else:
+                codes = _strengths(_exactly(self.active, torch.ones(self.m), tokens, generator), generator)
+                x += (codes[:, None] @ truth.in_blocks[block])[:, 0]
+        return x + self.noise * self.d_in**-0.5 * torch.randn(x.shape, generator=generator)
+
+    def activations(self, tokens: int, draw: int) -> Float[Tensor, "token d_in"]:
+        """Some of its tokens; another `draw` gives others."""
+        return self.draw(tokens, torch.Generator().manual_seed(100 * self.seed + draw))
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is trained on it: TopK SAEs, in float32. Of many tokens, `UNIQUE` are read several times."""
+        unique = min(self.tokens, UNIQUE)
+        size = {"tokens": unique, "passes": self.tokens // unique, "d_sae": self.d_sae, "k": self.k}
+        training = {"batch": 512, "rate": 1e-2, "encoder": "float32", "dead_after": 20_000}
+        return Recipe.model_validate(WHERE | size | training)
+
+    def _isolated_active(self, tokens: int, generator: torch.Generator) -> Bool[Tensor, "token isolated"]:
+        weights = torch.arange(1.0, self.isolated + 1) ** -self.zipf
+        active = _exactly(self.isolated_active, weights, tokens, generator)
+        if self.together:
+            partners = active[:, torch.arange(self.isolated) ^ 1]
+            active |= partners & (torch.rand(active.shape, generator=generator) < self.together)
+        if self.hierarchy:
+            active[:, 1::2] &= active[:, 0::2]
+        return active
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The features of a world, all of unit length."""
+
+    isolated: Float[Tensor, "isolated d_in"]
+    rare: Float[Tensor, "rare d_in"]
+    in_blocks: Float[Tensor, "block m d_in"]
+    spaces: Float[Tensor, "block d_in r"]
+    """Orthonormal columns that span each block."""
+
+    @property
+    def features(self) -> Float[Tensor, "feature d_in"]:
+        return torch.cat([self.isolated, self.rare, self.in_blocks.flatten(0, 1)])
+
+
+def _strengths(active: Bool[Tensor, "token feature"], generator: torch.Generator) -> Float[Tensor, "token feature"]:
+    """Uniform between a half and three halves where a feature is active."""
+    return active * (0.5 + torch.rand(active.shape, generator=generator))
+
+
+def _exactly(
+    count: int, weights: Float[Tensor, "feature"], tokens: int, generator: torch.Generator
+) -> Bool[Tensor, "token feature"]:
+    """So many features on every token, drawn one after another by their weights (Gumbel's trick)."""
+    chosen = torch.zeros(tokens, len(weights), dtype=torch.bool)
+    if count:
+        keys = weights.log() - torch.log(-torch.log(torch.rand(tokens, len(weights), generator=generator)))
+        chosen.scatter_(1, keys.topk(count, dim=1).indices, True)
+    return chosen
+
+
+def expected_stability(r: int, latents: float, threshold: float = THRESHOLD) -> float:
+    """p(r, M): how often one of M random directions in r dimensions comes within a threshold of a given one (PAPER, Theory).
+
+    q = I_{1 - tau^2}((r - 1)/2, 1/2) / 2 is the share of a sphere within a cosine of tau; p = 1 - (1 - q)^M.
+    """
+    share = betainc((r - 1) / 2, 0.5, 1 - threshold**2) / 2
+    return float(1 - (1 - share) ** latents)
+
+
+def coding_error(v: Float[np.ndarray, "vector r"], directions: Float[np.ndarray, "latent r"], k: int) -> float:
+    """The mean of |v - D a|^2 / |v|^2 at best, where at most k entries of a are positive and none is negative: all are tried."""
+    errors = []
+    for vector in v:
+        choices = combinations(range(len(directions)), min(k, len(directions)))
+        errors.append(min(nnls(directions[list(chosen)].T, vector)[1] ** 2 for chosen in choices) / (vector @ vector))
+    return float(np.mean(errors))
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What seeds of SAEs found of a world. Shares are means over seeds; NaN where there is nothing of the kind."""
+
+    isolated: float
+    """Share of isolated features with a latent at a cosine of `FOUND`."""
+    rare: float
+    in_blocks: float
+    """The same of the features of blocks."""
+    subspace: float
+    """How much of a block's space its latents span: their top r axes, ||V^T B||^2 / r."""
+    latents: float
+    """Latents of a block: those with `FOUND` of their length inside it."""
+    p_isolated: float
+    """Stability of the latents that are isolated features."""
+    p_in_blocks: float
+    """Stability of the latents of blocks."""
+    p_others: float
+    """Stability of the latents that are neither a true feature nor one of a block."""
+    stable_false: float
+    """Share of the latents with a stability of 0.9 or more that are no true feature."""
+
+
+def recovery(truth: Truth, W_dec: Float[Tensor, "seed d_sae d_in"], alive: Bool[Tensor, "seed d_sae"]) -> Recovery:
+    """Measure the live latents of an ensemble against a world's truth."""
+    directions = F.normalize(W_dec.float(), dim=2) * alive[:, :, None]
+    p = stability(W_dec, THRESHOLD, alive).probability
+    features = truth.features
+    nearest = (directions @ features.T).amax(2)
+    inside = torch.einsum("sfd,bdr->bsfr", directions, truth.spaces).norm(dim=3)
+    of_block = inside >= FOUND
+    isolated = (directions @ torch.cat([truth.isolated, truth.rare]).T).amax(2) >= FOUND if len(features) else alive & False
+
+    def found(kind: Float[Tensor, "feature d_in"]) -> float:
+        return float(((directions @ kind.T).amax(1) >= FOUND).float().mean()) if len(kind) else np.nan
+
+    def mean(member: Bool[Tensor, "seed d_sae"]) -> float:
+        chosen = p[member & alive]
+        return float(chosen.mean()) if len(chosen) else np.nan
+
+    stable = alive & (p >= 0.9)
+    return Recovery(
+        isolated=found(truth.isolated),
+        rare=found(truth.rare),
+        in_blocks=found(truth.in_blocks.flatten(0, 1)),
+        subspace=_spanned(directions, of_block, truth.spaces),
+        latents=float(of_block.float().sum(2).mean()) if len(truth.spaces) else np.nan,
+        p_isolated=mean(isolated),
+        p_in_blocks=mean(of_block.any(0)) if len(truth.spaces) else np.nan,
+        p_others=mean(~isolated & ~of_block.any(0)),
+        stable_false=float((stable & (nearest < FOUND)).sum() / stable.sum()) if stable.any() else np.nan,
+    )
+
+
+def _spanned(directions: Tensor, of_block: Bool[Tensor, "block seed d_sae"], spaces: Float[Tensor, "block d_in r"]) -> float:
+    """On average over blocks and seeds. A block with fewer latents than dimensions is spanned in part."""
+    shares = []
+    for space, by_seed in zip(spaces, of_block, strict=True):
+        for rows, member in zip(directions, by_seed, strict=True):
+            axes = torch.linalg.svd(rows[member], full_matrices=False)[2][: space.shape[1]]
+            shares.append(float((axes @ space).square().sum() / space.shape[1]))
+    return float(np.mean(shares)) if shares else np.nan
+
+
+def trained(world: World, seeds: Sequence[int]) -> Ensemble:
+    """SAEs of a world, by the engine that trains all others."""
+    job = prepare(world.recipe, Activations.of(world.activations(min(world.tokens, UNIQUE), draw=1)), seeds)
+    with tqdm(disable=True) as bar:
+        inputs = (job.recipe, job.seeds, job.coefficients, job.visits, job.blocks.d_in, job.folder)
+        training = Training(*inputs, torch.device("cpu"), np.inf, bar)
+        if world.from_truth:
+            features = world.truth.features[: world.d_sae]
+            for directions in (training.parameters.W_dec, training.parameters.W_enc_rows):
+                directions[:, : len(features)] = features
+        for visit in range(len(job.visits)):
+            training.consume(visit, job.blocks.block(0))
+        return training.finish(job.blocks.block(0))
+
+
+def measure(world: World, seeds: int) -> dict:
+    """Train SAEs of some seeds on a world: its parameters, what they found (`Recovery`) and how well they explain other tokens."""
+    with threads.single():
+        ensemble = trained(world, range(seeds))
+        x = world.activations(HELD_OUT, draw=2)
+        centred, alive, explained = ensemble.normalise(x - x.mean(0) + ensemble.mean), [], []
+        for sae, codes in ensemble.codes(ensemble.normalise(x)):
+            alive.append(torch.bincount(codes.fired(), minlength=ensemble.d_sae) > 0)
+            error = codes.decode(sae.W_dec) + sae.b_dec - ensemble.normalise(x)
+            explained.append(float(1 - error.square().sum() / centred.square().sum()))
+        found = recovery(world.truth, ensemble.W_dec, torch.stack(alive))
+    expected = expected_stability(world.r, found.latents) if world.blocks else np.nan
+    known = {**asdict(world), "k": world.k, "d_sae": world.d_sae, "d_in": world.d_in, "l0": world.l0, "seeds": seeds}
+    return {**known, **asdict(found), "expected_p": expected, "explained_variance": float(np.mean(explained))}
+
+
+def measure_all(worlds: Sequence[World], seeds: int, described: str) -> pd.DataFrame:
+    """One row a world, in their order: as many processes as PyTorch has threads, one world each at a time."""
+    tasks = (delayed(measure)(world, seeds) for world in worlds)
+    found = Parallel(n_jobs=torch.get_num_threads(), return_as="generator")(tasks)
+    return pd.DataFrame(tqdm(found, described, total=len(worlds), unit="world", disable=None))
