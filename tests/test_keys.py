@@ -136,6 +136,15 @@ def test_what_figures_and_pages_say_computes_nothing(copy):
     assert changed(before, planned()) == set()
 
 
+def test_what_trains_on_data_of_its_own_is_shared_and_knows_the_schemas_defaults(copy):
+    synthetic = {"topk/synthetic", "topk/synthetic/report"}
+    assert synthetic <= changed(planned(), planned("world_tokens=1000"))
+    assert not synthetic & changed(planned(), planned("seeds=5", "threshold=0.6"))
+    before = planned()
+    edit(copy / "synthetic.py", '"rate": 1e-2', '"rate": 2e-2')
+    assert synthetic <= changed(before, planned())
+
+
 def test_what_is_asked_trains_nothing():
     before, after = planned(), planned("threshold=0.6")
     behind = {"function", "function/report", "stability/report", "families", "families/report", "triggers/report"}

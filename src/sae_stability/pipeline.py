@@ -22,7 +22,7 @@ from sae_stability.keys import key_of
 from sae_stability.language import models
 from sae_stability.saes import variant
 from sae_stability.store import SHARED, Store, Work
-from sae_stability.study import Cell, Study, nearest
+from sae_stability.study import Cell, Recipe, Study, nearest
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,8 @@ class Plan:
                 if experiment.trains is None:
                     inputs, before = {"seeds": seeds, **inputs}, [*ensembles_before, *before]
                     compute += roots
-                else:
+                else:  # what it does not set itself of what is trained, the schema does
+                    inputs = {"defaults": {name: str(field.default) for name, field in Recipe.model_fields.items()}, **inputs}
                     compute.append(variant(experiment.trains))
                 keys[cell.id, experiment.name] = key_of(inputs, compute, before)
                 before = [keys[cell.id, name] for name in (experiment.name, *experiment.report_after)]

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from joblib import Parallel, delayed
 from scipy.optimize import nnls
-from scipy.special import betainc
 from torch import Tensor
 from tqdm import tqdm
 
 from sae_stability import threads
 from sae_stability.language.activations import Activations
 from sae_stability.matching import stability
+from sae_stability.matching.theory import expected_stability
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.study import Recipe
 from sae_stability.training import prepare
@@ -36,9 +36,9 @@ from sae_stability.training.loop import Training
 FOUND = 0.9
 """Cosine from which a latent is a true feature, and share of its length inside a block from which it is one of the block's."""
 UNIQUE = 250_000
-"""Tokens of a world that are drawn for training at most."""
-HELD_OUT = 20_000
-"""Others on which SAEs are judged."""
+"""Tokens of a world that are drawn for training at most; more are read in several passes."""
+HELD_OUT = 100_000
+"""Others on which SAEs are judged: a feature that fires on one in ten thousand fires on ten of them."""
 THRESHOLD = 0.7
 WHERE = {"model": "synthetic", "corpus": "synthetic", "hook_name": "blocks.0.hook_resid_post"}  # what a recipe must name
 
@@ -70,7 +70,7 @@ class World:
     together: float = 0.0
     """Probability that the partner of an active isolated feature, its neighbour by number, is active too."""
     hierarchy: bool = False
-    """Whether isolated features of odd number are active with the one before them only."""
+    """Whether isolated features of odd number are active with the one before them only, and then with probability one half."""
     crowded: bool = False
     """Whether features of all kinds have random directions, with no right angles between them."""
     tokens: int = 500_000
@@ -87,9 +87,10 @@ class World:
         return self.isolated + self.rare + self.blocks * self.m
 
     @property
-    def l0(self) -> int:
+    def l0(self) -> float:
         """True features on a token, without rare ones; a block without features to tell counts its dimensions."""
-        return self.isolated_active + (0 if self.blocks == 0 else self.active or self.r)
+        called = 0.5 if self.hierarchy else self.together
+        return self.isolated_active * (1 + called) + (0 if self.blocks == 0 else self.active or self.r)
 
     @property
     def k(self) -> int:
@@ -141,21 +142,32 @@ class World:
         return self.draw(tokens, torch.Generator().manual_seed(100 * self.seed + draw))
 
     @property
+    def passes(self) -> int:
+        return -(-self.tokens // UNIQUE)
+
+    @property
+    def unique(self) -> int:
+        """Tokens that are drawn for training."""
+        return self.tokens // self.passes
+
+    @property
     def recipe(self) -> Recipe:
-        """What is trained on it: TopK SAEs, in float32. Of many tokens, `UNIQUE` are read several times."""
-        unique = min(self.tokens, UNIQUE)
-        size = {"tokens": unique, "passes": self.tokens // unique, "d_sae": self.d_sae, "k": self.k}
-        training = {"batch": 512, "rate": 1e-2, "encoder": "float32", "dead_after": 20_000}
+        """What is trained on it: TopK SAEs, in float32."""
+        size = {"tokens": self.unique, "passes": self.passes, "d_sae": self.d_sae, "k": self.k}
+        training = {"variant": "topk", "batch": 512, "rate": 1e-2, "encoder": "float32", "dead_after": 20_000}
         return Recipe.model_validate(WHERE | size | training)
 
     def _isolated_active(self, tokens: int, generator: torch.Generator) -> Bool[Tensor, "token isolated"]:
         weights = torch.arange(1.0, self.isolated + 1) ** -self.zipf
+        if self.hierarchy:
+            weights[1::2] = 0
         active = _exactly(self.isolated_active, weights, tokens, generator)
+        if self.hierarchy:
+            children = torch.rand(tokens, self.isolated // 2, generator=generator) < 0.5
+            active[:, 1::2] = active[:, 0 : 2 * (self.isolated // 2) : 2] & children
         if self.together:
             partners = active[:, torch.arange(self.isolated) ^ 1]
             active |= partners & (torch.rand(active.shape, generator=generator) < self.together)
-        if self.hierarchy:
-            active[:, 1::2] &= active[:, 0::2]
         return active
 
 
@@ -188,15 +200,6 @@ def _exactly(
         keys = weights.log() - torch.log(-torch.log(torch.rand(tokens, len(weights), generator=generator)))
         chosen.scatter_(1, keys.topk(count, dim=1).indices, True)
     return chosen
-
-
-def expected_stability(r: int, latents: float, threshold: float = THRESHOLD) -> float:
-    """p(r, M): how often one of M random directions in r dimensions comes within a threshold of a given one (PAPER, Theory).
-
-    q = I_{1 - tau^2}((r - 1)/2, 1/2) / 2 is the share of a sphere within a cosine of tau; p = 1 - (1 - q)^M.
-    """
-    share = betainc((r - 1) / 2, 0.5, 1 - threshold**2) / 2
-    return float(1 - (1 - share) ** latents)
 
 
 def coding_error(v: Float[np.ndarray, "vector r"], directions: Float[np.ndarray, "latent r"], k: int) -> float:
@@ -239,7 +242,8 @@ def recovery(truth: Truth, W_dec: Float[Tensor, "seed d_sae d_in"], alive: Bool[
     nearest = (directions @ features.T).amax(2)
     inside = torch.einsum("sfd,bdr->bsfr", directions, truth.spaces).norm(dim=3)
     of_block = inside >= FOUND
-    isolated = (directions @ torch.cat([truth.isolated, truth.rare]).T).amax(2) >= FOUND if len(features) else alive & False
+    alone = torch.cat([truth.isolated, truth.rare])
+    isolated = (directions @ alone.T).amax(2) >= FOUND if len(alone) else torch.zeros_like(alive)
 
     def found(kind: Float[Tensor, "feature d_in"]) -> float:
         return float(((directions @ kind.T).amax(1) >= FOUND).float().mean()) if len(kind) else np.nan
@@ -274,12 +278,13 @@ def _spanned(directions: Tensor, of_block: Bool[Tensor, "block seed d_sae"], spa
 
 def trained(world: World, seeds: Sequence[int]) -> Ensemble:
     """SAEs of a world, by the engine that trains all others."""
-    job = prepare(world.recipe, Activations.of(world.activations(min(world.tokens, UNIQUE), draw=1)), seeds)
+    job = prepare(world.recipe, Activations.of(world.activations(world.unique, draw=1)), seeds)
     with tqdm(disable=True) as bar:
         inputs = (job.recipe, job.seeds, job.coefficients, job.visits, job.blocks.d_in, job.folder)
         training = Training(*inputs, torch.device("cpu"), np.inf, bar)
         if world.from_truth:
-            features = world.truth.features[: world.d_sae]
+            features, block = world.truth.features[: world.d_sae], job.blocks.block(0)
+            training.parameters.b_dec[:] = -block.mean * block.scale  # activations are centred, and sums of features are not
             for directions in (training.parameters.W_dec, training.parameters.W_enc_rows):
                 directions[:, : len(features)] = features
         for visit in range(len(job.visits)):
@@ -298,7 +303,7 @@ def measure(world: World, seeds: int) -> dict:
             error = codes.decode(sae.W_dec) + sae.b_dec - ensemble.normalise(x)
             explained.append(float(1 - error.square().sum() / centred.square().sum()))
         found = recovery(world.truth, ensemble.W_dec, torch.stack(alive))
-    expected = expected_stability(world.r, found.latents) if world.blocks else np.nan
+    expected = expected_stability(world.r, found.latents, THRESHOLD) if world.blocks else np.nan
     known = {**asdict(world), "k": world.k, "d_sae": world.d_sae, "d_in": world.d_in, "l0": world.l0, "seeds": seeds}
     return {**known, **asdict(found), "expected_p": expected, "explained_variance": float(np.mean(explained))}
 

@@ -206,7 +206,7 @@ def copies_table(results: Results) -> pd.DataFrame:
         row = {"kind": kind, "band": band, "size": size}
         for column, least in (("cosine", -1), ("predicted", -1), ("share", 0)):
             # Without a seed the largest group can be smaller: where it is, there is no interval.
-            reach = reach_without(by_seed[column].drop(-1)) if len(by_seed) > 2 else np.nan
+            reach = reach_without(list(by_seed[column].drop(-1))) if len(by_seed) > 2 else np.nan
             value = float(by_seed.loc[-1, column])
             row |= interval_columns(column, Interval(value, value - reach, value + reach).within(least, 1))
         rows.append(row)

@@ -44,7 +44,7 @@ def four_ways(shares: pd.DataFrame, title: str) -> Figure:
         reach = np.nan_to_num([[row["value"] - row["value_low"]], [row["value_high"] - row["value"]]])
         axis.errorbar(row["value"], place, xerr=reach, marker=style.marker, color=style.colour, capsize=3, markersize=8)
     axis.set_yticks(range(len(rows)), [f"{names[row['of']]}\nin {names[row['by']]}" for _, row in rows.iterrows()])
-    axis.set(xlabel="share of the energy in the other seed's subspace", xlim=(0, None), ylim=(-0.6, len(rows) - 0.4))
+    axis.set(xlabel="share of the energy inside", xlim=(0, None), ylim=(-0.6, len(rows) - 0.4))
     return figure
 
 

@@ -2,7 +2,7 @@
 
 `geometry.py` has ranks, overlaps and angles; `written.py` what a set of features adds to the reconstruction of a text; `sets.py`
 which sets are compared; `pairs.py` compares those of two seeds; `rows.py` looks at decoder rows alone, as the paper asks;
-`copies.py` asks whether unstable features are noisy copies of a common one.
+`copies.py` asks whether unstable features are noisy copies of a common one, `groups.py` whether groups of them come back.
 """
 
 from sae_stability.subspaces.copies import copies

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from sae_stability.matching import BANDS, Stability
 from sae_stability.matching.pairs import reaches
+from sae_stability.subspaces.sets import band_among
 
 
-def spearman_brown(cosine: float, size: int) -> float:
+def spearman_brown(cosine: Float[np.ndarray, "*any"], size: int) -> Float[np.ndarray, "*any"]:
     """What the cosine of means of `size` noisy copies is, if that of two copies is `cosine`."""
     return size * cosine / (1 + (size - 1) * cosine)
 
@@ -23,22 +24,22 @@ def spearman_brown(cosine: float, size: int) -> float:
 def copies(W_dec: Float[Tensor, "seed d_sae d_in"], stability: Stability, kept: list[int]) -> pd.DataFrame:
     """Group means of some seeds (positions), by band and group size: one row each, up to half of the seeds in a group.
 
-    Columns: band, size; `cosine` of the means of two groups around partners, on average over pairs of seeds and their features;
-    `predicted`, what Spearman and Brown make of the cosine of two single ones; and `share`, of the means that reach the threshold.
+    Bands of seeds s and t come from the other ones. Columns: band, size; `cosine` of the means of two groups around partners, on
+    average over pairs of seeds and their features; `predicted`, the average of what Spearman and Brown make of the cosines of the
+    same two without their groups; and `share`, of the means that reach the threshold. No rows for fewer than three seeds.
     """
-    among, band = stability.among(kept), stability.band_among(kept)
-    directions = F.normalize(W_dec[kept].float(), dim=2)
-    rows: list[dict] = []
-    for size in sorted({1, 2, max(1, len(kept) // 2)}):
+    among, directions = stability.among(kept), F.normalize(W_dec[kept].float(), dim=2)
+    everyone = range(len(kept))
+    band = np.stack([[band_among(among, s, frozenset({t}) - {s}) for t in everyone] for s in everyone])
+    single, rows = group_cosines(directions, among, 1), []
+    for size in sorted({1, 2, len(kept) // 2} & {*range(1, len(kept) // 2 + 1)}) if len(kept) > 2 else ():
         cosine = group_cosines(directions, among, size)
         for number, name in enumerate(BANDS):
-            inside = cosine[np.broadcast_to((band == number)[:, None], cosine.shape) & np.isfinite(cosine)]
-            mean = float(inside.mean()) if len(inside) else np.nan
-            single = mean if size == 1 else next(row["cosine"] for row in rows if row["band"] == name)
-            share = float(reaches(torch.from_numpy(inside), stability.threshold).double().mean())
-            predicted = spearman_brown(single, size)
-            rows.append({"band": name, "size": size, "cosine": mean, "predicted": predicted, "share": share})
-    return pd.DataFrame(rows)
+            inside = (band == number) & np.isfinite(cosine)
+            found, predicted = (each[inside].mean() if inside.any() else np.nan for each in (cosine, spearman_brown(single, size)))
+            reached = reaches(torch.from_numpy(cosine[inside]), stability.threshold).double().mean()
+            rows.append({"band": name, "size": size, "cosine": found, "predicted": predicted, "share": float(reached)})
+    return pd.DataFrame(rows, columns=["band", "size", "cosine", "predicted", "share"])
 
 
 def group_cosines(

@@ -36,8 +36,8 @@ def rank_holding(spectrum: Float[np.ndarray, "d_in"], share: float = HELD) -> fl
     return float(last + (share - before) / (held[last] - before))
 
 
-def overlaps(one: Float[np.ndarray, "d_in axis"], other: Float[np.ndarray, "d_in axis"]) -> Float[np.ndarray, "axis"]:
-    """||U_r^T V_r||_F^2 / r of the first r axes of either, for r = 1, 2, ...
+def overlaps(one: Float[np.ndarray, "d_in axis"], other: Float[np.ndarray, "d_in other_axis"]) -> Float[np.ndarray, "r"]:
+    """||U_r^T V_r||_F^2 / r of the first r axes of either, for r = 1, 2, ... as far as both have them.
 
     That is the mean squared cosine of their principal angles: 1 for the same subspace, and r / d_in by chance.
     """

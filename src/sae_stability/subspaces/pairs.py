@@ -22,9 +22,11 @@ from sae_stability.subspaces.written import Moments, Written
 
 RANKS_OVER_D = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
 RULE_OVER_D = 1 / 16
-"""The rank at which rules are judged: in a block of more dimensions hardly a direction comes within a cosine of 0.7 of another."""
+"""The rank at which rules are judged, a convention: tables have the others."""
 CROSSED = (("paired", "matched"), ("matched", "paired"))
 """Sets of which one is looked for in the other, beside each in itself."""
+FEWEST_PARTS = 4
+"""Parts of the documents from which each can be left out: two are left on either half, or one."""
 WRITTEN = "written"
 """The name of the coordinates in which nothing is changed."""
 COMPARED = ("unstable", "paired", "matched")
@@ -107,14 +109,17 @@ def compare(
 ) -> Compared:
     """All quantities of all pairs of seeds. `covariance` is that of the activations, whose axes are a subspace to compare with.
 
-    Quantities: `features`, how many a set has; `rank`, at 90 % of its energy; `overlap`, `angle` (the median principal angle, in
-    degrees), `captured` (the share of the energy of a set of s inside the subspace of a set of t) and `ceiling` (inside its own
-    subspace, of the other documents), each at several ranks; `correlation` of what two sets write, token by token.
+    Quantities: `features`, how many a set has, their mean `energy` and `frequency`; `rank`, at 90 % of its energy; `overlap`,
+    `angle` (the median principal angle, in degrees), `captured` (the share of the energy of a set of s inside the subspace of a set
+    of t) and `ceiling` (inside its own subspace, of the other documents), each at several ranks; `correlation` of what two sets
+    write, token by token.
 
     A pair of seeds gives what is found with all seeds; a triple what is found of each two of it without the third. Each is worked
-    on alone, several at a time.
+    on alone, several at a time. Nothing is compared on a text of one part, and one of fewer than four tells no interval.
     """
     count, parts = len(seeds), len(seeds[0].parts)
+    if parts < 2:
+        return Compared({}, {})
     pairs, triples = (list(combinations(range(count), size)) for size in (2, 3))
     values: dict[Key, np.ndarray] = defaultdict(lambda: np.full((count + 1, count, count), np.nan))
     without_part: dict[Key, np.ndarray] = defaultdict(lambda: np.full((parts, count, count), np.nan))
@@ -123,7 +128,7 @@ def compare(
     def work(group: tuple[int, ...]) -> list[tuple[int | None, list[Found]]]:
         """What is found of a pair or a triple with the whole text (None), and of a pair also without each part of it."""
         among = _Group(seeds, chosen, coordinates, principal, group)
-        left_out = [None, *range(parts)] if len(group) == 2 and parts > 2 else [None]
+        left_out = [None, *range(parts)] if len(group) == 2 and parts >= FEWEST_PARTS else [None]
         return [(part, list(among.quantities(part))) for part in left_out]
 
     groups = pairs + triples
@@ -133,6 +138,8 @@ def compare(
                 (without,) = {*group} - {s, t} or {count}
                 place = values[key][without] if part is None else without_part[key][part]
                 place[s, t] = value
+    if parts < FEWEST_PARTS:
+        return Compared(dict(values), {key: np.full((2, count, count), np.nan) for key in values if key[0] != "features"})
     return Compared(dict(values), dict(without_part))
 
 
@@ -168,6 +175,10 @@ class _Group:
     ):
         self.seeds, self.principal, self.group = seeds, principal, group
         self.sets = {seed: chosen(seed, frozenset(group) - {seed}) for seed in group}
+        self.written = {
+            seed: {of: seeds[seed].on_sample(members) for of, members in sets.items() if seeds[seed].together}
+            for seed, sets in self.sets.items()
+        }
         moments = {
             seed: {of: seeds[seed].moments(members) for of, members in sets.items() if len(members)}
             for seed, sets in self.sets.items()
@@ -181,23 +192,30 @@ class _Group:
         }
 
     def quantities(self, part: int | None) -> Iterator[Found]:
-        """All that is asked of each ordered pair of the seeds; of what is WRITTEN alone without a part of the documents."""
+        """All that is asked of each ordered pair of the seeds, without a part of the documents."""
         if part is None:
-            yield from self._sizes_and_correlations()
-        for name in self.spans if part is None else [WRITTEN]:
+            yield from self._sizes()
+        yield from self._correlations(part)
+        for name in self.spans:
             for s, t in permutations(self.group, 2):
                 for (quantity, *of), value in _of_pair(self.spans[name][s], self.spans[name][t], self.principal[name], part):
                     yield (quantity, name, *of), s, t, value
 
-    def _sizes_and_correlations(self) -> Iterator[Found]:
-        written = {
-            seed: {of: self.seeds[seed].on_sample(members) for of, members in sets.items()} for seed, sets in self.sets.items()
-        }
+    def _sizes(self) -> Iterator[Found]:
         for s, t in permutations(self.group, 2):
             for of, members in self.sets[s].items():
                 yield ("features", of), s, t, len(members)
-                size = np.linalg.norm(written[s][of]) * np.linalg.norm(written[t][of])
-                yield ("correlation", of), s, t, np.vdot(written[s][of], written[t][of]) / size if size > 0 else np.nan
+                if len(members):
+                    yield ("energy", of), s, t, float(self.seeds[s].energy[members].mean())
+                    yield ("frequency", of), s, t, float(self.seeds[s].firings[members].mean() / self.seeds[s].tokens.sum())
+
+    def _correlations(self, part: int | None) -> Iterator[Found]:
+        for s, t in permutations(self.group, 2):
+            kept = self.seeds[s].sampled_part != part
+            for of in self.written[s]:
+                one, other = (self.written[seed][of][kept] for seed in (s, t))
+                size = np.linalg.norm(one) * np.linalg.norm(other)
+                yield ("correlation", of), s, t, np.vdot(one, other) / size if size > 0 else np.nan
 
 
 def _of_pair(

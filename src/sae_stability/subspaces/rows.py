@@ -27,7 +27,7 @@ def compare_rows(directions: Float[np.ndarray, "seed d_sae d_in"], stability: St
     Of as many `stable`, `unstable` and `random` live features: `effective rank over d`; `captured`, the share of the squared length
     of a set's rows inside the top r singular subspace of the same set of the other seed, and `ceiling`, inside its own. And of a
     logistic regression that tells unstable from stable rows, fitted on seed s: `F1` (of the unstable) and `ROC` (area) on seed t,
-    and on the rows of t turned by a random rotation (`rotated`).
+    and on the rows of t turned by a random rotation (`rotated`); `share of unstable rows` among those that are judged.
     """
     count = len(directions)
     groups = [*combinations(range(count), 2), *combinations(range(count), 3)]
@@ -59,6 +59,7 @@ def _of_group(directions: Float[np.ndarray, "seed d_sae d_in"], stability: Stabi
         unstable, there = band[t][judged] == 2, directions[t][judged]
         if regression is None or min(unstable.sum(), (~unstable).sum()) < FEWEST:
             continue
+        yield ("share of unstable rows", "judged"), s, t, float(unstable.mean())
         for name, x in {"told": there, "rotated": there @ _rotation(d_in, s, t)}.items():
             yield ("F1", name), s, t, float(f1_score(unstable, regression.predict(x)))
             yield ("ROC", name), s, t, float(roc_auc_score(unstable, regression.decision_function(x)))

@@ -33,7 +33,7 @@ def of_null(null: Stability, seeds: list[Written], like: list[Written], stabilit
     """Sets of a null that are of the size of a model's unstable ones: `as many` of its own unstable features at random, those that
     are most like the model's in energy and frequency (`alike`), and `all` of its unstable features.
 
-    The seed at each position is set beside the model's at the same one (`like`, with bands by all seeds of `stability`).
+    The seed at each position is set beside the model's at the same one (`like`), whose bands leave as many seeds out.
     """
     return partial(_of_null, null, seeds, like, stability)
 
@@ -77,7 +77,9 @@ def _of_null(
     null: Stability, seeds: list[Written], like: list[Written], stability: Stability, position: int, excluded: frozenset[int]
 ) -> dict[str, Members]:
     written, model = seeds[position], like[position % len(like)]
-    real = np.flatnonzero((band_among(stability, position % len(like), frozenset()) == 2) & (model.firings > 0))
+    place = position % len(like)
+    as_few = frozenset((place + step) % len(like) for step in range(1, len(excluded) + 1))  # a seed less leaves other bands
+    real = np.flatnonzero((band_among(stability, place, as_few) == 2) & (model.firings > 0))
     unstable = np.flatnonzero((band_among(null, position, excluded) == 2) & (written.firings > 0))
     ranks = np.random.default_rng(position).random(len(written.firings))
     wanted, there = covariates(model), covariates(written)

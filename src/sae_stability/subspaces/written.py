@@ -28,6 +28,11 @@ def parts_of(cluster: Int[np.ndarray, "token"]) -> Int[np.ndarray, "token"]:
     return place % max(1, min(PARTS, place.max(initial=0) + 1))
 
 
+def sampled_rows(part: Int[np.ndarray, "token"]) -> Int[np.ndarray, "sampled"]:
+    """The tokens of `Written.on_sample`: one of `SAMPLED`, part after part."""
+    return np.concatenate([np.flatnonzero(part == number)[::SAMPLED] for number in range(part.max(initial=0) + 1)])
+
+
 @dataclass(frozen=True)
 class Moments:
     """What a set of features writes, by parts of the documents: its directions, and sums over the tokens of each part."""
@@ -99,6 +104,11 @@ class Written:
             variances = np.diagonal(second, axis1=1, axis2=2) - first**2 / self.tokens[:, None]
             second, first = variances[:, :, None] * np.eye(len(members)), np.zeros_like(first)
         return Moments(self.directions[members], second, first, self.tokens)
+
+    @cached_property
+    def sampled_part(self) -> Int[np.ndarray, "token"]:
+        """The part of the documents of each token of `on_sample`."""
+        return np.repeat(np.arange(len(self.parts)), [-(-tokens // SAMPLED) for tokens in self.tokens])
 
     @cached_property
     def _sample(self) -> sparse.csc_array:

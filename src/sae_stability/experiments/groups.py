@@ -1,0 +1,92 @@
+"""Do groups of unstable features come back in seeds that had no part in finding them? A reading beside C7, without a rule."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from sae_stability import subspaces
+from sae_stability.experiments import ensembles, matching, texts
+from sae_stability.experiments.columns import interval_columns
+from sae_stability.experiments.experiment import Experiment, Results, is_main
+from sae_stability.experiments.subspaces import first, written
+from sae_stability.files import write_table
+from sae_stability.matching import BANDS
+from sae_stability.statistics import Interval, reach_without
+from sae_stability.study import Cell, Study
+from sae_stability.subspaces.groups import REAPPEARS, Ensemble, judge_groups
+from sae_stability.subspaces.written import sampled_rows
+
+KINDS = ("real", "surrogate")
+SMALLEST_RANK, LARGEST_RANK = 2, 1 / 8
+"""Ranks of groups that count as low: dimensions, and a share of those of the activations."""
+SEEDS = 6
+"""Seeds from which there are three to find groups on, and three to judge them."""
+
+
+def compute(results: Results, folder: Path) -> None:
+    """Group the unstable features of every other seed, and judge the groups on the rest; and as many of the surrogate's."""
+    sizes: list[int] = []
+    for kind in KINDS:
+        ensemble = grouped(results, kind, sizes)
+        everyone = range(len(ensemble.written))
+        write_table(folder / f"{kind}.parquet", judge_groups(ensemble, everyone[0::2], everyone[1::2], f"groups, {kind}"))
+        sizes = [len(members) for members in ensemble.unstable]
+
+
+def grouped(results: Results, kind: str, sizes: list[int]) -> Ensemble:
+    """What groups are made of: the unstable features of a seed by the seeds of its own half, at most so many if `sizes` says so."""
+    seeds, held_out = written(results, kind)
+    found, ensemble = first(matching.stability(results, kind), len(seeds)), ensembles.ensemble(results, kind)
+    clusters = texts.contexts(results, "evaluation", kind)
+    rows = sampled_rows(subspaces.parts_of(clusters.cluster[clusters.is_text][: len(held_out)]))
+    x = ensemble.normalise(held_out.data[rows])
+    errors = [
+        (x - sae.b_dec - codes.decode(sae.W_dec)).double().numpy()
+        for (sae, codes), _ in zip(ensemble.codes(x), seeds, strict=False)
+    ]
+    unstable = []
+    for position, seed in enumerate(seeds):
+        half = list(range(position % 2, len(seeds), 2))
+        band = found.among(half).band[half.index(position)]
+        members = np.flatnonzero((band == BANDS.index("unstable")) & (seed.firings > 0))
+        if sizes:
+            members = np.sort(np.random.default_rng(position).permutation(members)[: sizes[position % len(sizes)]])
+        unstable.append(members)
+    return Ensemble(seeds, errors, unstable)
+
+
+def table(results: Results) -> pd.DataFrame:
+    """One row per kind, partition and whether groups of every rank count: how many come back, and what they are like.
+
+    `reappears` is the share of groups that capture `REAPPEARS` of their ceiling in a held-out seed; intervals over these seeds.
+    """
+    rows, d_in = [], ensembles.ensemble(results).W_dec.shape[2]
+    for kind in KINDS:
+        found = pd.read_parquet(results.folder("groups") / f"{kind}.parquet")
+        found = found.assign(reappears=found["share"] >= REAPPEARS)
+        small = found["rank"].between(SMALLEST_RANK, d_in * LARGEST_RANK)
+        found = pd.concat([found.assign(of="every rank"), found[small].assign(of="low rank")])
+        for (partition, of), groups in found.groupby(["partition", "of"]):
+            row = {"kind": kind, "partition": partition, "of": of, "groups": groups["group"].nunique()}
+            row |= {column: float(groups[column].median()) for column in ("features", "rank", "ambiguity_rank")}
+            for column in ("reappears", "share", "swapped"):
+                by_seed = groups.groupby("seed")[column].mean()
+                value, reach = float(by_seed.mean()), reach_without([float(by_seed.drop(seed).mean()) for seed in by_seed.index])
+                row |= interval_columns(column, Interval(value, value - reach, value + reach))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _enough(study: Study, cell: Cell) -> bool:
+    return is_main(study, cell) and min(len(cell.seed_list), cell.surrogate_seeds) >= SEEDS - 2 and len(cell.seed_list) >= SEEDS
+
+
+EXPERIMENT = Experiment(
+    "groups",
+    compute,
+    after=("matching",),
+    reads=("threshold", "evaluation_tokens"),
+    tables={"groups": table},
+    asked=_enough,
+)
