@@ -46,6 +46,8 @@ def test_published_tables_are_those_that_their_provenance_names():
     for folder in folders:
         provenance = read_json(folder / "provenance.json")
         assert "+changes" not in provenance["commit"]
+        if folder.name == "worlds":  # no study
+            continue
         assert provenance["study"]["name"] == folder.name
         of_verdicts = read_json(folder / "claims.provenance.json")
         assert of_verdicts["commit"] == provenance["commit"]

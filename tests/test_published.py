@@ -77,6 +77,14 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
     assert derived.verdicts_by_claim(elsewhere.ledger) in told
     assert "1,000 simulated studies" in told
     assert all(line["verdict"] in told for line in quick.lines if line["id"] == "C1")
+    shutil.copytree(SHIPPED / "worlds", tmp_path / "published" / "worlds")
+    told = executed("synthetic", monkeypatch)
+    assert "make worlds` made" in told
+    assert "Rare features, read longest" in told
+    assert "start from the truth less random start" in told
+    told = executed("subspaces", monkeypatch)
+    assert all(line["verdict"] in told for line in quick.lines if line["id"] == "C7")
+    assert "C7 in the study `quick`" in told
     told = executed("asked", monkeypatch)
     assert "reported by readers of the paper, not checked by us" in told
     assert "0.18 %" in told
@@ -88,3 +96,4 @@ def test_chapters_say_what_is_not_published(quick, tmp_path, monkeypatch):
     assert "sae-stability run lengths" in executed("scale", monkeypatch)
     assert "sae-stability run unseen" in executed("rules", monkeypatch)
     assert "sae-stability run many-seeds" in executed("asked", monkeypatch)
+    assert "`make worlds` makes them" in executed("synthetic", monkeypatch)

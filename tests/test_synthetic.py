@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import drawn
+from sae_stability.book import page
 from sae_stability.experiments import synthetic as experiment
 from sae_stability.experiments.synthetic import (
     INVARIANT,
@@ -23,6 +24,7 @@ from sae_stability.experiments.synthetic import (
     over_worlds,
     phase_diagram,
 )
+from sae_stability.figures import synthetic as figures
 from sae_stability.matching.theory import expected_stability
 from sae_stability.synthetic import FOUND, World, coding_error, measure, measure_all, recovery, trained
 
@@ -254,6 +256,16 @@ def test_worlds_of_the_rule_are_none_of_the_diagram():
     assert [replace(world, budget=1.0) for world in kinds[SLACK]] == [world for world in kinds[TIGHT] if world.active == 1]
 
 
+def test_the_published_phase_diagram_is_of_the_worlds_of_the_code():
+    published, slices = page.phase_diagram(), phase_diagram()
+    assert list(published["slice"]) == [name for name, worlds in slices.items() for _ in worlds]
+    fields = list(World.__dataclass_fields__)
+    expected = pd.DataFrame([vars(world) for worlds in slices.values() for world in worlds])[fields]
+    pd.testing.assert_frame_equal(published[fields], expected, check_dtype=False)
+    assert (published["seeds"] == experiment.DIAGRAM_SEEDS).all()
+    assert not published[["isolated", "explained_variance"]].isna().any().any()
+
+
 def test_an_interval_over_worlds_is_students():
     values = [0.1, 0.3, 0.2, 0.25]
     error = np.std(values, ddof=1) / 2 * 3.182446305284263  # t(3) at 97.5 %
@@ -300,3 +312,25 @@ def test_the_quick_study_judges_c8_on_all_its_worlds(quick):
     assert worlds["kind"].value_counts().to_dict() == {ISOLATED: 2, INVARIANT: 4, TIGHT: 8, INVARIANT_TIGHT: 4, SLACK: 4}
     assert len(quick.table("diagram")) == 15
     assert [line["line"] for line in quick.claims("C8")] == ["as stated", "beyond size and noise", "beyond energy and frequency"]
+
+
+def test_figures_draw_what_was_found():
+    worlds = pd.DataFrame({"in_blocks": [0.1, 0.2], "subspace": [0.9, 1.0], "isolated": [1.0, np.nan]})
+    (axis,) = figures.found_and_spanned(
+        {"one kind": worlds, "other": worlds}, {"in_blocks": "found", "isolated": "alone"}, "title"
+    ).axes
+    drawn_values = [list(line.get_xdata()) for line in axis.lines if line.get_marker() in "os"]
+    assert drawn_values == [[0.1, 0.2], [0.1, 0.2], [1.0], [1.0]]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["other", "one kind"]
+    theory = pd.DataFrame({"r": [8, 12], "expected_p": [0.3, 0.1], "p_in_blocks": [0.4, 0.2]})
+    (axis,) = figures.against_theory(theory, "title").axes
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines[:2]] == [(0.3, 0.4), (0.1, 0.2)]
+    plane = pd.DataFrame({"law": ["1", "1", "any"], "budget": [1.0, 1.0, 2.0], "in_blocks": [0.8, 0.6, 0.0]})
+    axis = figures.phase(plane, "law", "budget", "in_blocks", ("active", "budget", "share"), "title").axes[0]
+    assert [text.get_text() for text in axis.texts] == ["0.70", "0.00"]  # means of draws, and nothing where no world is
+    laws = pd.DataFrame({"active": [1, np.nan], "in_blocks": [0.9, 0.0], "p_in_blocks": [0.95, 0.3]})
+    (axis,) = figures.stable_or_true(laws, "title").axes
+    assert [(line.get_label(), line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines[:2]] == [
+        ("no preferred directions", 0.0, 0.3),
+        ("1 active at a time", 0.9, 0.95),
+    ]
