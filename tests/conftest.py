@@ -153,6 +153,7 @@ def small(model_folders, text_file) -> list[str]:
         "evaluation_tokens": 1000,
         "loss_tokens": 500,
         "ablation_tokens": 200,
+        "world_tokens": 512,
         "batch": 64,
         "dead_after": 1000,
         "nulls": "[surrogate]",
