@@ -456,11 +456,19 @@ def test_planted_blocks_are_found_as_groups_that_come_back_and_can_be_swapped():
 
 
 def test_groups_of_each_seeds_own_do_not_come_back():
-    seeds = written_in([random_axes(4, seed) for seed in range(6)], features=12)
+    seeds = written_in([random_axes(4, seed) for seed in range(6)], features=16)
     errors = [np.zeros((len(sampled_rows(part())), D_IN))] * 6
-    found = groups.judge_groups(groups.Ensemble(seeds, errors, [np.arange(12)] * 6), [0, 2, 4], [1, 3, 5], "")
+    found = groups.judge_groups(groups.Ensemble(seeds, errors, [np.arange(16)] * 6), [0, 2, 4], [1, 3, 5], "")
     assert found["share"].max() < 0.5
     assert found["swapped"].abs().max() < 0.3
+
+
+def test_few_unstable_features_or_one_part_of_text_make_no_groups():
+    written, errors, _ = blocks()
+    for members in ([np.arange(48)] * 5 + [np.arange(15)], [np.arange(0)] * 6):
+        assert groups.judge_groups(groups.Ensemble(written, errors, members), [0, 2, 4], [1, 3, 5], "").empty
+    one_part = [Written(sparse.csr_array(each.parts[0]), each.directions, np.zeros(each.tokens[0], dtype=int)) for each in written]
+    assert groups.judge_groups(groups.Ensemble(one_part, errors, [np.arange(48)] * 6), [0, 2, 4], [1, 3, 5], "").empty
 
 
 @pytest.mark.parametrize("r", [4, 8, 12, 20])

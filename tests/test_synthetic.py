@@ -21,11 +21,11 @@ from sae_stability.experiments.synthetic import (
     TIGHT,
     judge_c8,
     judged_worlds,
-    over_worlds,
     phase_diagram,
 )
 from sae_stability.figures import synthetic as figures
 from sae_stability.matching.theory import expected_stability
+from sae_stability.statistics import jackknifed_mean
 from sae_stability.synthetic import FOUND, Recovery, World, coding_error, measure, measure_all, recovery, trained
 
 SMALL = World(r=4, isolated=6, isolated_active=1, blocks=2, tokens=1024)
@@ -266,10 +266,10 @@ def test_the_published_phase_diagram_is_of_the_worlds_of_the_code():
     assert not published[["isolated", "explained_variance"]].isna().any().any()
 
 
-def test_an_interval_over_worlds_is_students():
+def test_the_jackknifed_mean_of_worlds_has_students_interval():
     values = [0.1, 0.3, 0.2, 0.25]
     error = np.std(values, ddof=1) / 2 * 3.182446305284263  # t(3) at 97.5 %
-    found = over_worlds(values)
+    found = jackknifed_mean(values)
     assert (found.value, found.high - found.value) == pytest.approx((np.mean(values), error))
 
 

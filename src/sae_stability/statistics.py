@@ -6,7 +6,7 @@ of documents are resampled for what is averaged over text, and parts of them lef
 distances add in squares. Features are never resampled as if independent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -89,6 +89,12 @@ def jackknife(
         low, centre, high = np.quantile(drawn, [tail, 0.5, 1 - tail])
         below, above = np.hypot(reach, centre - low), np.hypot(reach, high - centre)
     return Interval(value, float(value - below), float(value + above))
+
+
+def jackknifed_mean(values: Iterable[float]) -> Interval:
+    """The mean of some values, each left out in turn: where they are independent of one another that is Student's interval."""
+    known = np.fromiter(values, dtype=float)
+    return jackknife(lambda kept: float(known[kept].mean()), len(known))
 
 
 def reach_without(without: Sequence[float], confidence: float = 0.95) -> float:

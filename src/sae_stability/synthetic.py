@@ -38,7 +38,7 @@ FOUND = 0.9
 UNIQUE = 250_000
 """Tokens of a world that are drawn for training at most; more are read in several passes."""
 HELD_OUT = 100_000
-"""Others on which SAEs are judged: a feature that fires on one in ten thousand fires on ten of them."""
+"""Others on which SAEs are judged, or twice as many as they read: a feature that fires on one in ten thousand fires on ten of them."""
 THRESHOLD = 0.7
 WHERE = {"model": "synthetic", "corpus": "synthetic", "hook_name": "blocks.0.hook_resid_post"}  # what a recipe must name
 
@@ -296,7 +296,7 @@ def measure(world: World, seeds: int) -> dict:
     """Train SAEs of some seeds on a world: its parameters, what they found (`Recovery`) and how well they explain other tokens."""
     with threads.single():
         ensemble = trained(world, range(seeds))
-        x = world.activations(HELD_OUT, draw=2)
+        x = world.activations(min(HELD_OUT, 2 * world.tokens), draw=2)
         centred, alive, explained = ensemble.normalise(x - x.mean(0) + ensemble.mean), [], []
         for sae, codes in ensemble.codes(ensemble.normalise(x)):
             alive.append(torch.bincount(codes.fired(), minlength=ensemble.d_sae) > 0)

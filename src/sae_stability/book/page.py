@@ -190,12 +190,8 @@ def judged(lines: list[dict]) -> str:
 def by_line(study: Tables, claims: list[str]) -> str:
     """The verdicts of some claims on every cell of the grid: a column a line, each with its statistic."""
 
-    def found(row: pd.Series, claim: str, line: str) -> str:
-        judged = study.claim(claim, row["cell"], line)
-        return f"{judged['verdict']}: {line_interval(judged, '.2f')}"
-
     headings = {f"{claim} {line}": (claim, line) for claim in claims for line in get_args(Line)}
-    columns = {heading: partial(found, claim=claim, line=line) for heading, (claim, line) in headings.items()}
+    columns = {heading: partial(_verdict_of, study, claim=claim, line=line) for heading, (claim, line) in headings.items()}
     return grid_table(study, columns)
 
 
@@ -206,12 +202,15 @@ def every_cell(study: Tables, claim: str) -> str:
     if tested.empty:
         return f"The study `{study.study.name}` was not asked about {claim}; `sae-stability run {study.study.name}` asks it."
 
-    def found(row: pd.Series, line: str) -> str:
-        judged = study.claim(claim, row["cell"], line)
-        return f"{judged['verdict']}: {line_interval(judged, '.2f')}"
-
-    columns: dict[str, Column] = {"cell": "{name}", **{line: partial(found, line=line) for line in get_args(Line)}}
+    lines = {line: partial(_verdict_of, study, claim=claim, line=line) for line in get_args(Line)}
+    columns: dict[str, Column] = {"cell": "{name}", **lines}
     return f"**{claim} in the study `{study.study.name}`.** {study.origin}\n\n" + markdown_table(tested, columns)
+
+
+def _verdict_of(study: Tables, row: pd.Series, claim: str, line: str) -> str:
+    """The verdict of a line of a claim on the cell of a row, with its statistic."""
+    judged = study.claim(claim, row["cell"], line)
+    return f"{judged['verdict']}: {line_interval(judged, '.2f')}"
 
 
 def grid_table(study: Tables, columns: Mapping[str, Column]) -> str:

@@ -12,7 +12,7 @@ from sae_stability.experiments.experiment import Experiment, Results, is_main
 from sae_stability.experiments.subspaces import first, written
 from sae_stability.files import write_table
 from sae_stability.matching import BANDS
-from sae_stability.statistics import Interval, reach_without
+from sae_stability.statistics import jackknifed_mean
 from sae_stability.study import Cell, Study
 from sae_stability.subspaces.groups import REAPPEARS, Ensemble, judge_groups
 from sae_stability.subspaces.written import sampled_rows
@@ -20,8 +20,8 @@ from sae_stability.subspaces.written import sampled_rows
 KINDS = ("real", "surrogate")
 SMALLEST_RANK, LARGEST_RANK = 2, 1 / 8
 """Ranks of groups that count as low: dimensions, and a share of those of the activations."""
-SEEDS = 6
-"""Seeds from which there are three to find groups on, and three to judge them."""
+SEEDS, SURROGATE_SEEDS = 6, 4
+"""Seeds from which there are three to find groups on and three to judge them, and two of the surrogate's."""
 
 
 def compute(results: Results, folder: Path) -> None:
@@ -71,15 +71,13 @@ def table(results: Results) -> pd.DataFrame:
             row = {"kind": kind, "partition": partition, "of": of, "groups": groups["group"].nunique()}
             row |= {column: float(groups[column].median()) for column in ("features", "rank", "ambiguity_rank")}
             for column in ("reappears", "share", "swapped"):
-                by_seed = groups.groupby("seed")[column].mean()
-                value, reach = float(by_seed.mean()), reach_without([float(by_seed.drop(seed).mean()) for seed in by_seed.index])
-                row |= interval_columns(column, Interval(value, value - reach, value + reach))
+                row |= interval_columns(column, jackknifed_mean(groups.groupby("seed")[column].mean()))
             rows.append(row)
     return pd.DataFrame(rows)
 
 
 def _enough(study: Study, cell: Cell) -> bool:
-    return is_main(study, cell) and min(len(cell.seed_list), cell.surrogate_seeds) >= SEEDS - 2 and len(cell.seed_list) >= SEEDS
+    return is_main(study, cell) and len(cell.seed_list) >= SEEDS and cell.surrogate_seeds >= SURROGATE_SEEDS
 
 
 EXPERIMENT = Experiment(

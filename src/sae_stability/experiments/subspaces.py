@@ -179,7 +179,8 @@ def written_table(results: Results) -> pd.DataFrame:
                         _row(kind, "contrast", coordinates, "", "", r)
                         | interval_columns("value", contrast(compared, int(r), coordinates))
                     )
-    return pd.DataFrame(rows)
+    where = ["kind", "quantity", "coordinates", "of", "by", "rank"]
+    return pd.DataFrame(rows, columns=[*where, "value", "value_low", "value_high"])
 
 
 def rows_table(results: Results) -> pd.DataFrame:
@@ -210,7 +211,8 @@ def copies_table(results: Results) -> pd.DataFrame:
             value = float(by_seed.loc[-1, column])
             row |= interval_columns(column, Interval(value, value - reach, value + reach).within(least, 1))
         rows.append(row)
-    return pd.DataFrame(rows)
+    estimates = [f"{column}{end}" for column in ("cosine", "predicted", "share") for end in ("", "_low", "_high")]
+    return pd.DataFrame(rows, columns=["kind", "band", "size", *estimates])
 
 
 def judge(results: Results) -> list[dict]:

@@ -1,17 +1,16 @@
 """Are low-rank features found as a space while they can't be told one by one (C8)? In worlds whose features are known."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count, product
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from sae_stability.experiments.experiment import Experiment, Results, is_main
 from sae_stability.files import write_table
 from sae_stability.ledger import OTHERWISE, Condition, Rule, judged
-from sae_stability.statistics import Interval, difference, reach_without
+from sae_stability.statistics import difference, jackknifed_mean
 from sae_stability.synthetic import World, measure_all
 
 FIRST_DRAW = 200
@@ -115,24 +114,16 @@ def diagram_table(results: Results) -> pd.DataFrame:
     return pd.read_parquet(results.folder("synthetic") / "diagram.parquet")
 
 
-def over_worlds(values: Iterable[float]) -> Interval:
-    """The mean over worlds, which were drawn on their own, with Student's interval: to leave one out in turn says the same."""
-    known = np.asarray(list(values), dtype=float)
-    mean = float(known.mean())
-    reach = reach_without([float(np.delete(known, place).mean()) for place in range(len(known))]) if len(known) > 1 else np.nan
-    return Interval(mean, mean - reach, mean + reach)
-
-
 def judge(results: Results) -> list[dict]:
     return judge_c8(worlds_table(results))
 
 
 def judge_c8(worlds: pd.DataFrame) -> list[dict]:
-    """C8, from its worlds. The null's value of the first two lines is that of the other kind of block."""
+    """C8, from its worlds, each a draw of its own. The null's value of the first two lines is that of the other kind of block."""
     by_kind = {kind: worlds[worlds["kind"] == kind] for kind in (INVARIANT, TIGHT, INVARIANT_TIGHT, SLACK)}
-    lost, told, not_told = (over_worlds(by_kind[kind]["in_blocks"]) for kind in (INVARIANT, TIGHT, INVARIANT_TIGHT))
-    spanned = over_worlds(by_kind[INVARIANT]["subspace"])
-    off = over_worlds((by_kind[INVARIANT]["p_in_blocks"] - by_kind[INVARIANT]["expected_p"]).abs())
+    lost, told, not_told = (jackknifed_mean(by_kind[kind]["in_blocks"]) for kind in (INVARIANT, TIGHT, INVARIANT_TIGHT))
+    spanned = jackknifed_mean(by_kind[INVARIANT]["subspace"])
+    off = jackknifed_mean((by_kind[INVARIANT]["p_in_blocks"] - by_kind[INVARIANT]["expected_p"]).abs())
     slack = by_kind[SLACK].set_index("seed")["in_blocks"]
     same = by_kind[TIGHT].set_index("seed")["in_blocks"].loc[slack.index]  # the same draws with a tight budget
     stated, beyond_noise, beyond_frequency = C8
@@ -158,9 +149,9 @@ def judge_c8(worlds: pd.DataFrame) -> list[dict]:
         ),
         judged(
             beyond_frequency,
-            over_worlds(same - slack),
-            over_worlds(slack),
-            [Condition("features found with a tight budget, less those with one to spare", over_worlds(same - slack), 0.0)],
+            jackknifed_mean(same - slack),
+            jackknifed_mean(slack),
+            [Condition("features found with a tight budget, less those with one to spare", jackknifed_mean(same - slack), 0.0)],
         ),
     ]
     return [line | {"scope": SCOPE} for line in lines]

@@ -48,9 +48,10 @@ def judge_groups(ensemble: Ensemble, found_on: Sequence[int], judged_on: Sequenc
     Columns: `partition` (`clustered`, or `random` groups of the same sizes), `group`, `seed` (its position); `features` of a seed
     in the group; `rank` at 90 % of its energy; `share` (of its ceiling) of the group's energy that as many features of the held-out
     seed capture, those that lie inside the group's subspace most; `swapped`, how much of the explained variance that is lost
-    without a seed's features of the group these bring back in their place; `ambiguity_rank`, by best cosines.
+    without a seed's features of the group these bring back in their place; `ambiguity_rank`, by best cosines. No rows where a seed
+    has fewer than `SIZE` unstable features, or the text has one part.
     """
-    if len(ensemble.written[0].parts) < 2:
+    if len(ensemble.written[0].parts) < 2 or min(map(len, ensemble.unstable)) < SIZE:
         return pd.DataFrame(columns=COLUMNS)
     rows = np.concatenate([ensemble.written[seed].directions[ensemble.unstable[seed]] for seed in found_on])
     owner = np.concatenate([np.full(len(ensemble.unstable[seed]), seed) for seed in found_on])
@@ -59,11 +60,11 @@ def judge_groups(ensemble: Ensemble, found_on: Sequence[int], judged_on: Sequenc
     labels = {CLUSTERED: clustered(rows, count)}
     labels[RANDOM] = np.random.default_rng(0).permutation(labels[CLUSTERED])
     found = []
-    for group in tqdm(range(count), described, unit="group", disable=None):
+    for group in tqdm(np.unique(labels[CLUSTERED]), described, unit="group", disable=None):
         for partition, label in labels.items():
             members = {seed: feature[(label == group) & (owner == seed)] for seed in found_on}
             for held_out in judged_on:
-                row = {"partition": partition, "group": group, "seed": held_out}
+                row = {"partition": partition, "group": int(group), "seed": held_out}
                 found.append(row | _judged(ensemble, members, held_out))
     return pd.DataFrame(found)
 

@@ -1,7 +1,7 @@
 """Which features of a seed are compared with those of another: its bands by the seeds outside the pair, and their controls."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -26,7 +26,7 @@ def of_bands(stability: Stability, seeds: list[Written]) -> Chosen:
     A band of a seed has as many misses, or matches, as in the whole ensemble (`Stability.band_among`). Without another seed to come
     back in, a seed has no bands and no sets.
     """
-    return partial(_of_bands, stability, seeds)
+    return cache(partial(_of_bands, stability, seeds))
 
 
 def of_null(null: Stability, seeds: list[Written], like: list[Written], stability: Stability) -> Chosen:
@@ -35,7 +35,7 @@ def of_null(null: Stability, seeds: list[Written], like: list[Written], stabilit
 
     The seed at each position is set beside the model's at the same one (`like`), whose bands leave as many seeds out.
     """
-    return partial(_of_null, null, seeds, like, stability)
+    return cache(partial(_of_null, null, seeds, like, stability))
 
 
 def band_among(stability: Stability, position: int, excluded: frozenset[int]) -> Int[np.ndarray, "d_sae"]:
