@@ -38,7 +38,7 @@ FOUND = 0.9
 UNIQUE = 250_000
 """Tokens of a world that are drawn for training at most; more are read in several passes."""
 HELD_OUT = 100_000
-"""Others on which SAEs are judged, or twice as many as they read: a feature that fires on one in ten thousand fires on ten of them."""
+"""Others on which SAEs are judged, or twice as many as they read: what fires on one in ten thousand fires on ten of them."""
 THRESHOLD = 0.7
 WHERE = {"model": "synthetic", "corpus": "synthetic", "hook_name": "blocks.0.hook_resid_post"}  # what a recipe must name
 
