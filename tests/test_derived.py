@@ -1,13 +1,16 @@
 """What the chapter on stability derives: closed forms, planted tables, and other ways to the same number."""
 
+from itertools import permutations
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.stats import spearmanr
 
 from sae_stability.book import derived
+from sae_stability.matching import BANDS, stability
 from sae_stability.statistics import Interval
 from sae_stability.study import Study
 
@@ -44,6 +47,21 @@ def test_stability_is_judged_at_the_threshold_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(derived.matching, "stability", lambda results, kind: matched)
     results = SimpleNamespace(cell=SimpleNamespace(kinds=["real", "surrogate", "whitened"]))
     assert derived.stability_by_kind(results, 0.8) == dict.fromkeys(["real", "surrogate", "whitened"], "at 0.8")
+
+
+def test_curves_of_unstable_features_count_pairs_by_bands_of_the_other_seeds(monkeypatch):
+    W_dec = torch.randn(4, 12, 6, generator=torch.Generator().manual_seed(0))
+    found = stability(W_dec, 0.7)
+    monkeypatch.setattr(derived.matching, "stability", lambda results, kind: found)
+    curve = derived.reappearance_curves(None, ["real"], [0.4, 0.7]).set_index("cosine")["p"]
+    band, best, shares = found.held_out_band, found.best_cosine, {0.4: [], 0.7: []}
+    for s, t in permutations(range(4), 2):
+        members = np.flatnonzero(band[s, t] == BANDS.index("unstable"))
+        for cosine, of_pairs in shares.items():
+            of_pairs.append(np.mean([float(best[s, t, i]) >= cosine for i in members]))
+    assert curve.to_dict() == pytest.approx({cosine: np.mean(of_pairs) for cosine, of_pairs in shares.items()})
+    monkeypatch.setattr(derived.matching, "stability", lambda results, kind: stability(W_dec[:2], 0.7))
+    assert derived.reappearance_curves(None, ["real"], [0.4]).empty  # two seeds have no others
 
 
 def test_a_row_of_each_feature_is_made_of_counts():

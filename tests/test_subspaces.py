@@ -455,6 +455,60 @@ def test_planted_blocks_are_found_as_groups_that_come_back_and_can_be_swapped():
     assert found.loc["random", "swapped"] < 0.5
 
 
+def test_random_partitions_are_as_large_as_the_clustered_one_and_many():
+    written, errors, _ = blocks()
+    found = groups.judge_groups(groups.Ensemble(written, errors, [np.arange(48)] * 6), [0, 2, 4], [1, 3, 5], "", 5)
+    places = found.groupby("partition")["group"].nunique()
+    assert places["random"] == 5 * places["clustered"]
+    assert found.groupby(["partition", "group"]).size().eq(3).all()
+    sizes = found.groupby("partition")["features"].mean()
+    assert sizes["random"] == pytest.approx(sizes["clustered"])
+
+
+def test_groups_that_capture_no_more_than_random_ones_are_not_counted_and_others_are():
+    random = pd.DataFrame({"partition": "random", "group": range(100), "share": np.linspace(0.1, 0.5, 100)})
+
+    def counted(*shares: float) -> int:
+        clustered = pd.DataFrame({"partition": "clustered", "group": range(100, 100 + len(shares)), "share": shares})
+        return groups.beyond_random(pd.concat([clustered, random]))
+
+    assert counted(0.3, 0.45, 0.2) == 0
+    assert counted(0.6, 0.3, 0.2) == 1
+    assert counted(0.6, *[0.3] * 10) == 0  # the same group among eleven: its p of 1/101 is not below 5 % / 11
+    assert counted(*[0.6] * 10) == 10
+
+
+def test_of_planted_planes_one_is_drawn_whole():
+    generator, planes = np.random.default_rng(0), random_axes(10, 0).T.reshape(5, 2, D_IN)
+    directions = []
+    for _ in range(4):
+        turns = generator.uniform(0, np.pi, 5)
+        axes = np.array([[[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]] for turn in turns])
+        directions.append(np.concatenate([axes @ planes, -axes @ planes], 1).reshape(20, D_IN))
+    found = groups.planar_group(directions, [np.arange(100, 120)] * 4)
+    assert found.groupby("seed").size().tolist() == [4] * 4
+    assert ((found["feature"] - 100) // 4).nunique() == 1  # of one plane
+    assert np.hypot(found["x"], found["y"]).to_numpy() == pytest.approx(1, abs=1e-6)
+    assert groups.planar_group([rows[:3] for rows in directions], [np.arange(3)] * 4).empty
+
+
+def test_a_seed_that_is_a_rotation_of_another_is_turned_back_onto_it():
+    rows = F.normalize(torch.randn(24, 6, generator=torch.Generator().manual_seed(0)), dim=1).double().numpy()
+    small = np.linalg.qr(np.eye(6) + 0.2 * np.random.default_rng(0).standard_normal((6, 6)))[0]
+    small *= np.sign(np.diag(small))  # near the identity, so that most first partners are right
+    before, after = groups.turned(rows, (rows @ small)[np.random.default_rng(1).permutation(24)])
+    assert after == pytest.approx(1, abs=1e-4)
+    assert before < 0.95
+
+
+def test_a_rotation_learned_on_other_rows_does_not_help_rows_that_have_nothing_to_do_with_one_another():
+    draws = [np.random.default_rng(seed).standard_normal((2, 16, 40)) for seed in range(30)]
+    before, after = np.mean([groups.turned(*draw) for draw in draws], axis=0)
+    assert after == pytest.approx(before, abs=0.03)
+    assert groups.turned(draws[0][0], draws[0][0])[1] == pytest.approx(1)
+    assert np.isnan(groups.turned(draws[0][0][:1], draws[0][1])).all()
+
+
 def test_groups_of_each_seeds_own_do_not_come_back():
     seeds = written_in([random_axes(4, seed) for seed in range(6)], features=16)
     errors = [np.zeros((len(sampled_rows(part())), D_IN))] * 6

@@ -14,7 +14,7 @@ from sae_stability.experiments import stability as tables
 from sae_stability.experiments.columns import interval_columns
 from sae_stability.explanations import agreement, says_surface
 from sae_stability.matching import BANDS, Banding, Stability
-from sae_stability.statistics import Interval, difference
+from sae_stability.statistics import Interval, difference, over_pairs
 from sae_stability.study import Cell, Study
 from sae_stability.triggers import over_seeds
 
@@ -53,6 +53,25 @@ def model_dtype(results: Results) -> str:
 def stability_by_kind(results: Results, threshold: float) -> dict[str, Stability]:
     """The stability of the ensemble of a cell (`real`) and of its nulls, judged at a threshold."""
     return {kind: matching.stability(results, kind).at(threshold) for kind in results.cell.kinds}
+
+
+def reappearance_curves(results: Results, kinds: Iterable[str], cosines: Iterable[float]) -> pd.DataFrame:
+    """How often unstable features come back in another seed at any cosine: a row a kind and cosine.
+
+    Bands of a pair of seeds come from the others, so that takes three. Columns: kind, cosine, and p with the ends of its interval.
+    """
+    rows = []
+    for kind in kinds:
+        found = matching.stability(results, kind)
+        if found.trials < 2:
+            continue
+        unstable = found.held_out_band == BANDS.index("unstable")
+        best = np.where(unstable, found.best_cosine.numpy(), np.nan)
+        for cosine in cosines:
+            count, members = (best >= cosine).sum(2), unstable.sum(2)
+            share = over_pairs(np.where(members > 0, count / np.maximum(members, 1), np.nan)).within(0, 1)
+            rows.append({"kind": kind, "cosine": cosine, **interval_columns("p", share)})
+    return pd.DataFrame(rows, columns=["kind", "cosine", "p", "p_low", "p_high"])
 
 
 def live_features(results: Results, threshold: float) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch.nn.functional as F
 
 from sae_stability import subspaces
 from sae_stability.experiments import ensembles, matching, texts
@@ -14,24 +15,28 @@ from sae_stability.files import write_table
 from sae_stability.matching import BANDS
 from sae_stability.statistics import jackknifed_mean
 from sae_stability.study import Cell, Study
-from sae_stability.subspaces.groups import REAPPEARS, Ensemble, judge_groups
+from sae_stability.subspaces.groups import CLUSTERED, REAPPEARS, Ensemble, beyond_random, judge_groups, planar_group
 from sae_stability.subspaces.written import sampled_rows
 
-KINDS = ("real", "surrogate")
 SMALLEST_RANK, LARGEST_RANK = 2, 1 / 8
 """Ranks of groups that count as low: dimensions, and a share of those of the activations."""
+RANDOM_PARTITIONS = 8
+"""Partitions at random of the ensemble's features: enough groups for a test of each clustered one, corrected for their number."""
 SEEDS, SURROGATE_SEEDS = 6, 4
 """Seeds from which there are three to find groups on and three to judge them, and two of the surrogate's."""
 
 
 def compute(results: Results, folder: Path) -> None:
-    """Group the unstable features of every other seed, and judge the groups on the rest; and as many of the surrogate's."""
+    """Group the unstable features of every other seed, and judge the groups on the rest; and as many of each null's."""
     sizes: list[int] = []
-    for kind in KINDS:
+    for kind in results.cell.kinds:
         ensemble = grouped(results, kind, sizes)
         everyone = range(len(ensemble.written))
-        write_table(folder / f"{kind}.parquet", judge_groups(ensemble, everyone[0::2], everyone[1::2], f"groups, {kind}"))
-        sizes = [len(members) for members in ensemble.unstable]
+        partitions = RANDOM_PARTITIONS if kind == "real" else 1
+        found = judge_groups(ensemble, everyone[0::2], everyone[1::2], f"groups, {kind}", partitions)
+        write_table(folder / f"{kind}.parquet", found)
+        sizes = sizes or [len(members) for members in ensemble.unstable]
+    write_table(folder / "planar.parquet", _planar(results))
 
 
 def grouped(results: Results, kind: str, sizes: list[int]) -> Ensemble:
@@ -56,13 +61,28 @@ def grouped(results: Results, kind: str, sizes: list[int]) -> Ensemble:
     return Ensemble(seeds, errors, unstable)
 
 
+def _planar(results: Results) -> pd.DataFrame:
+    """The group of intermediate features of two or three dimensions that most of the first seeds meet (`planar_group`)."""
+    directions = F.normalize(ensembles.ensemble(results).W_dec[:SEEDS], dim=2).double().numpy()
+    band = first(matching.stability(results), len(directions)).band
+    members = [np.flatnonzero(of_seed == BANDS.index("intermediate")) for of_seed in band]
+    found = planar_group([rows[of_seed] for rows, of_seed in zip(directions, members, strict=True)], members)
+    return found.assign(seed=[results.cell.seed_list[position] for position in found["seed"]])
+
+
+def planar_table(results: Results) -> pd.DataFrame:
+    """One row per feature of a group of two or three dimensions: where its direction lies in the group's plane."""
+    return pd.read_parquet(results.folder("groups") / "planar.parquet")
+
+
 def table(results: Results) -> pd.DataFrame:
     """One row per kind, partition and whether groups of every rank count: how many come back, and what they are like.
 
     `reappears` is the share of groups that capture `REAPPEARS` of their ceiling in a held-out seed; intervals over these seeds.
+    `beyond_random` is how many clustered groups of the ensemble capture more than random ones, corrected for their number.
     """
     rows, d_in = [], ensembles.ensemble(results).W_dec.shape[2]
-    for kind in KINDS:
+    for kind in results.cell.kinds:
         found = pd.read_parquet(results.folder("groups") / f"{kind}.parquet")
         found = found.assign(reappears=found["share"] >= REAPPEARS)
         small = found["rank"].between(SMALLEST_RANK, d_in * LARGEST_RANK)
@@ -70,7 +90,9 @@ def table(results: Results) -> pd.DataFrame:
         for (partition, of), groups in found.groupby(["partition", "of"]):
             row = {"kind": kind, "partition": partition, "of": of, "groups": groups["group"].nunique()}
             row |= {column: float(groups[column].median()) for column in ("features", "rank", "ambiguity_rank")}
-            for column in ("reappears", "share", "swapped"):
+            asked = (kind, partition, of) == ("real", CLUSTERED, "every rank")
+            row["beyond_random"] = beyond_random(found) if asked else np.nan
+            for column in ("reappears", "share", "swapped", "before", "after"):
                 row |= interval_columns(column, jackknifed_mean(groups.groupby("seed")[column].mean()))
             rows.append(row)
     return pd.DataFrame(rows)
@@ -85,6 +107,6 @@ EXPERIMENT = Experiment(
     compute,
     after=("matching",),
     reads=("threshold", "evaluation_tokens"),
-    tables={"groups": table},
+    tables={"groups": table, "planar_group": planar_table},
     asked=_enough,
 )

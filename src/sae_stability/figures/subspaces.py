@@ -1,13 +1,14 @@
 """Subspaces of unstable features, and means of their copies."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from sae_stability.figures.style import BAND_STYLES, MARKERS, legend_below, new_axes, series_style
+from sae_stability.figures.style import BAND_STYLES, MARKERS, legend_below, line_with_interval, new_axes, series_style
+from sae_stability.matching.theory import LATENTS_OVER_R, expected_stability
 
 
 def shared_subspaces(curves: Mapping[str, pd.DataFrame], title: str) -> Figure:
@@ -74,4 +75,58 @@ def group_means(table: pd.DataFrame, title: str) -> Figure:
     axis.set_xticks(sorted(set(table["size"])))
     axis.set(xlabel="features averaged, each of another seed", ylabel="cosine of two such means", ylim=(0, 1.02))
     legend_below(figure, axis, columns=1)
+    return figure
+
+
+def reappearance(curves: pd.DataFrame, ranks: Sequence[int], title: str) -> Figure:
+    """How often unstable features come back at a cosine or above; grey, what turned axes of blocks of some ranks would.
+
+    Columns: kind, cosine, p, p_low, p_high.
+    """
+    figure, (axis,) = new_axes(title, height=4.8)
+    for kind, curve in curves.groupby("kind", sort=False):
+        line_with_interval(axis, curve, "cosine", "p", str(kind))
+    cosines = np.linspace(0.2, 0.99, 80)
+    for position, r in enumerate(ranks):
+        expected = [expected_stability(r, LATENTS_OVER_R * r, cosine) for cosine in cosines]
+        axis.plot(
+            cosines, expected, color="#8C8C8C", linewidth=1, linestyle=series_style(position)[1], label=f"turned axes, r = {r}"
+        )
+    axis.set(xlabel="cosine that counts as coming back", ylabel="share of unstable features", xlim=(0.2, 1), ylim=(0, 1.02))
+    legend_below(figure, axis, columns=2)
+    return figure
+
+
+def planar_group(group: pd.DataFrame, title: str) -> Figure:
+    """Directions of the features of a group in its first two dimensions, an arrow each; the circle is unit length.
+
+    Columns: seed, x, y.
+    """
+    figure, (axis,) = new_axes(title, height=5.6)
+    angles = np.linspace(0, 2 * np.pi, 200)
+    axis.plot(np.cos(angles), np.sin(angles), color="#8C8C8C", linewidth=0.8)
+    for position, (seed, arrows) in enumerate(group.groupby("seed")):
+        colour, line = series_style(position)
+        for number, (x, y) in enumerate(zip(arrows["x"], arrows["y"], strict=True)):
+            axis.plot([0, x], [0, y], color=colour, linestyle=line, linewidth=2, label=None if number else f"seed {seed}")
+            axis.plot(x, y, color=colour, marker=MARKERS[position], markersize=8)
+    axis.set(xlabel="first dimension of the group", ylabel="second dimension", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal")
+    legend_below(figure, axis, columns=3)
+    return figure
+
+
+def turned_groups(table: pd.DataFrame, title: str) -> Figure:
+    """Cosines of features and their partners before and after one seed is turned onto the other, for groups of several kinds.
+
+    Columns: name, before, after, and the ends of their intervals.
+    """
+    figure, (axis,) = new_axes(title, height=1.4 + 0.7 * len(table))
+    for place, (_, row) in enumerate(table.iloc[::-1].iterrows()):
+        for column, shift, colour, marker in (("before", 0.12, "#8C8C8C", "o"), ("after", -0.12, "#0072B2", "D")):
+            reach = np.nan_to_num([[row[column] - row[f"{column}_low"]], [row[f"{column}_high"] - row[column]]])
+            label = f"{column} the turn" if place == 0 else None
+            axis.errorbar(row[column], place + shift, xerr=reach, color=colour, marker=marker, capsize=3, label=label)
+    axis.set_yticks(range(len(table)), list(table["name"].iloc[::-1]))
+    axis.set(xlabel="cosine of a feature and its partner", xlim=(0, 1), ylim=(-0.6, len(table) - 0.4))
+    legend_below(figure, axis, columns=2)
     return figure

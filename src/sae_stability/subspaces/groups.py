@@ -2,15 +2,18 @@
 
 Groups are found on some seeds and one half of the documents, and judged on other seeds and the other half. Two features of a block
 of r dimensions have a squared cosine of 1/r on average, and others one of 1/d: so features are clustered by squared cosines
-(spectral clustering; Ng, Jordan & Weiss 2001). Beside each clustering stands a random partition into groups of the same sizes.
+(spectral clustering; Ng, Jordan & Weiss 2001). Beside each clustering stand random partitions into groups of the same sizes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
+from scipy.linalg import orthogonal_procrustes
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import false_discovery_control
 from sklearn.cluster import SpectralClustering
 from tqdm import tqdm
 
@@ -22,7 +25,13 @@ SIZE = 16
 """Features of a seed in a group, on average."""
 REAPPEARS = 0.5
 """Share of its ceiling that a held-out seed's features must capture of a group: the square of a cosine of 0.7."""
-COLUMNS = ["partition", "group", "seed", "features", "rank", "share", "swapped", "ambiguity_rank"]
+TURNS = 20
+"""Most steps in which a rotation is learned: partners, and then the rotation that brings them nearest."""
+FEW = 4
+"""Features of a seed in a group that is to be drawn."""
+STAYS = 1e-3
+"""Length, beside rows of 1, of the axes that a rotation is asked to leave: it turns nothing that no row tells."""
+COLUMNS = ["partition", "group", "seed", "features", "rank", "share", "swapped", "before", "after", "ambiguity_rank"]
 CLUSTERED, RANDOM = "clustered", "random"
 
 
@@ -42,68 +51,160 @@ def clustered(rows: Float[np.ndarray, "feature d_in"], groups: int) -> Int[np.nd
     return method.fit_predict(np.square(rows @ rows.T))
 
 
-def judge_groups(ensemble: Ensemble, found_on: Sequence[int], judged_on: Sequence[int], described: str) -> pd.DataFrame:
+def judge_groups(
+    ensemble: Ensemble, found_on: Sequence[int], judged_on: Sequence[int], described: str, random_partitions: int = 1
+) -> pd.DataFrame:
     """Group the unstable features of some seeds, and ask of others whether they come back: a row a partition, group and such seed.
 
-    Columns: `partition` (`clustered`, or `random` groups of the same sizes), `group`, `seed` (its position); `features` of a seed
-    in the group; `rank` at 90 % of its energy; `share` (of its ceiling) of the group's energy that as many features of the held-out
-    seed capture, those that lie inside the group's subspace most; `swapped`, how much of the explained variance that is lost
-    without a seed's features of the group these bring back in their place; `ambiguity_rank`, by best cosines. No rows where a seed
-    has fewer than `SIZE` unstable features, or the text has one part.
+    Columns: `partition` (`clustered`, or `random` groups of the same sizes, from so many partitions), `group`, `seed` (its
+    position); `features` of a seed in the group; `rank` at 90 % of its energy; `share` (of its ceiling) of the group's energy that
+    as many features of the held-out seed capture, those that lie inside the group's subspace most; `swapped`, how much of the
+    explained variance that is lost without a seed's features of the group these bring back in their place; `before` and `after`,
+    cosines of features before and after the first seed is turned onto it (`turned`); `ambiguity_rank`, by best cosines. No rows
+    where a seed has fewer than `SIZE` unstable features, or the text has one part.
     """
     if len(ensemble.written[0].parts) < 2 or min(map(len, ensemble.unstable)) < SIZE:
         return pd.DataFrame(columns=COLUMNS)
     rows = np.concatenate([ensemble.written[seed].directions[ensemble.unstable[seed]] for seed in found_on])
     owner = np.concatenate([np.full(len(ensemble.unstable[seed]), seed) for seed in found_on])
     feature = np.concatenate([ensemble.unstable[seed] for seed in found_on])
-    count = max(2, round(len(rows) / len(found_on) / SIZE))
-    labels = {CLUSTERED: clustered(rows, count)}
-    labels[RANDOM] = np.random.default_rng(0).permutation(labels[CLUSTERED])
+    label = clustered(rows, max(2, round(len(rows) / len(found_on) / SIZE)))
+    shuffle = np.random.default_rng(0)
+    partitions = [(CLUSTERED, label), *((RANDOM, shuffle.permutation(label)) for _ in range(random_partitions))]
+    places = [(partition, of, group) for partition, of in partitions for group in np.unique(label)]
     found = []
-    for group in tqdm(np.unique(labels[CLUSTERED]), described, unit="group", disable=None):
-        for partition, label in labels.items():
-            members = {seed: feature[(label == group) & (owner == seed)] for seed in found_on}
-            for held_out in judged_on:
-                row = {"partition": partition, "group": int(group), "seed": held_out}
-                found.append(row | _judged(ensemble, members, held_out))
+    for number, (partition, of, group) in enumerate(tqdm(places, described, unit="group", disable=None)):
+        members = {seed: feature[(of == group) & (owner == seed)] for seed in found_on}
+        for row in _judged(
+            ensemble, {seed: of_seed for seed, of_seed in members.items() if len(of_seed)}, len(found_on), judged_on
+        ):
+            found.append({"partition": partition, "group": number} | row)
     return pd.DataFrame(found)
 
 
-def _judged(ensemble: Ensemble, members: Mapping[int, Members], held_out: int) -> dict[str, float]:
-    """A group on one held-out seed."""
-    other, candidates = ensemble.written[held_out], ensemble.unstable[held_out]
-    halves = [np.arange(half, len(other.tokens), 2) for half in (0, 1)]
-    moments = [ensemble.written[seed].moments(of_seed) for seed, of_seed in members.items() if len(of_seed)]
+def turned(rows: Float[np.ndarray, "feature d"], others: Float[np.ndarray, "other d"]) -> tuple[float, float]:
+    """The mean cosine of rows and their partners before and after a rotation that is learned on other rows.
+
+    The rotation brings every other row onto its partner (orthogonal Procrustes; Schönemann 1966, doi:10.1007/BF02289451), and
+    partners, one to one, are chosen again until they stay. It is judged on the rows between, whose partners are among the others
+    that are left. If one seed is a rotation of the other, the cosine after is 1. NaN with fewer than two rows of either.
+    """
+    if min(len(rows), len(others)) < 2:
+        return np.nan, np.nan
+    rows, others = (each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-30) for each in (rows, others))
+    learned, judged = rows[::2], rows[1::2]
+    stays = STAYS * np.eye(rows.shape[1])
+
+    def cosine(rotation: np.ndarray, taken: np.ndarray) -> float:
+        cosines = judged @ rotation @ np.delete(others, taken, axis=0).T
+        return float(cosines[linear_sum_assignment(-cosines)].mean()) if cosines.size else np.nan
+
+    rotation, partners = np.eye(rows.shape[1]), linear_sum_assignment(-learned @ others.T)
+    before = cosine(rotation, partners[1])
+    for _ in range(TURNS):
+        rotation = orthogonal_procrustes(np.vstack([learned[partners[0]], stays]), np.vstack([others[partners[1]], stays]))[0]
+        again = linear_sum_assignment(-learned @ rotation @ others.T)
+        if np.array_equal(again, partners):
+            break
+        partners = again
+    return before, cosine(rotation, partners[1])
+
+
+def beyond_random(found: pd.DataFrame, level: float = 0.05) -> int:
+    """How many clustered groups capture more than random ones of the same sizes, corrected for the number of groups.
+
+    A group's p is that of its share, on average over the seeds that judge it, among those of random groups; the false discovery
+    rate is held at `level` (Benjamini & Hochberg 1995). Columns as of `judge_groups`.
+    """
+    shares = found.groupby(["partition", "group"])["share"].mean()
+    random = shares[RANDOM].to_numpy()
+    p = [(1 + (random >= share).sum()) / (1 + len(random)) for share in shares[CLUSTERED]]
+    return int((false_discovery_control(p) <= level).sum())
+
+
+def _judged(
+    ensemble: Ensemble, members: Mapping[int, Members], found_on: int, judged_on: Sequence[int]
+) -> Iterator[dict[str, float]]:
+    """A group of `found_on` seeds on each held-out seed."""
+    halves = [np.arange(half, len(ensemble.written[0].tokens), 2) for half in (0, 1)]
+    moments = [ensemble.written[seed].moments(of_seed) for seed, of_seed in members.items()]
     here, there = (np.sum([each.covariance(half) for each in moments], axis=0) for half in halves)
     axes, energies = strongest_axes(here)
     rank = max(1, round(rank_holding(energies)))
-    inside = np.square(other.directions[candidates] @ axes[:, :rank]).sum(1)
-    size = max(1, round(np.mean([len(of_seed) for of_seed in members.values()])))
-    chosen = candidates[np.sort(np.argsort(-inside, kind="stable")[:size])]
-    theirs = other.moments(chosen).strongest_axes(halves[0])[0][:, :rank]
+    axes = axes[:, :rank]
+    own = captured(there, axes)[-1]
     directions = np.concatenate([each.directions for each in moments])
-    best = (directions @ other.directions[candidates].T).max(1)
-    return {
-        "features": size,
-        "rank": rank,
-        "share": float(captured(there, theirs)[-1] / captured(there, axes[:, :rank])[-1]),
-        "swapped": float(np.nanmean([_swapped(ensemble, seed, of_seed, held_out, chosen) for seed, of_seed in members.items()])),
-        "ambiguity_rank": ambiguity_rank(float(np.median(best))),
-    }
+    size = max(1, round(len(directions) / found_on))
+    swaps = [_Swap(ensemble.errors[seed], ensemble.written[seed].on_sample(of_seed)) for seed, of_seed in members.items()]
+    for held_out in judged_on:
+        other, candidates = ensemble.written[held_out], ensemble.unstable[held_out]
+        inside = np.square(other.directions[candidates] @ axes).sum(1)
+        chosen = candidates[np.sort(np.argsort(-inside, kind="stable")[:size])]
+        theirs = other.moments(chosen).strongest_axes(halves[0])[0][:, :rank]
+        best = (directions @ other.directions[candidates].T).max(1)
+        before, after = turned(moments[0].directions @ axes, other.directions[chosen] @ axes)
+        written = other.on_sample(chosen)
+        brought = [np.ascontiguousarray(written[half::2]) for half in (0, 1)]
+        yield {
+            "seed": held_out,
+            "features": size,
+            "rank": rank,
+            "share": float(captured(there, theirs)[-1] / own),
+            "swapped": float(np.nanmean([swap.kept(brought) for swap in swaps])),
+            "before": before,
+            "after": after,
+            "ambiguity_rank": ambiguity_rank(float(np.median(best))),
+        }
 
 
-def _swapped(ensemble: Ensemble, seed: int, members: Members, held_out: int, chosen: Int[np.ndarray, "chosen"]) -> float:
-    """How much of the explained variance that is lost without a seed's features those of another seed bring back.
+def planar_group(directions: Sequence[Float[np.ndarray, "feature d_in"]], features: Sequence[Members]) -> pd.DataFrame:
+    """Of groups of a few features of each seed, the one of two or three dimensions that most seeds meet: a row a feature.
 
-    What these would bring if nothing were missing is taken off: anything that fires may explain some of what the SAE leaves.
+    Columns: `seed` (its position), `feature`, `x` and `y` (its direction along the group's first two axes), `rank` of the group's
+    directions at 90 % of their energy. Of equals, the one with most features, and then that which lies in its plane most. Empty
+    where there is no such group.
     """
-    intact, brought = ensemble.errors[seed], ensemble.written[held_out].on_sample(chosen)
-    without = intact + ensemble.written[seed].on_sample(members)
-    lost = np.square(without[1::2]).sum() - np.square(intact[1::2]).sum()
-    return float((_brought(without, brought) - _brought(intact, brought)) / lost) if lost > 0 else np.nan
+    rows, owner, feature = np.concatenate(directions), _owners(features), np.concatenate(features)
+    label = clustered(rows, round(len(rows) / len(directions) / FEW)) if len(rows) >= 2 * FEW * len(directions) else np.zeros(0)
+    best, chosen = (0, 0, 0.0), pd.DataFrame(columns=["seed", "feature", "x", "y", "rank"])
+    for group in np.unique(label):
+        inside = label == group
+        axes, energies = strongest_axes(rows[inside].T @ rows[inside])
+        rank = rank_holding(energies)
+        order = (len(np.unique(owner[inside])), int(inside.sum()), energies[:2].sum() / energies.sum())
+        if 2 <= round(rank) <= 3 and order > best:
+            x, y = (rows[inside] @ axes[:, :2]).T
+            best = order
+            chosen = pd.DataFrame({"seed": owner[inside], "feature": feature[inside], "x": x, "y": y, "rank": rank})
+    return chosen
 
 
-def _brought(error: Float[np.ndarray, "token d_in"], brought: Float[np.ndarray, "token d_in"]) -> float:
-    """How much smaller a squared error is with what is brought, by one least-squares gain from every other token, on the rest."""
-    gain = np.vdot(error[::2], brought[::2]) / max(np.vdot(brought[::2], brought[::2]), 1e-30)
-    return float(np.square(error[1::2]).sum() - np.square(error[1::2] - gain * brought[1::2]).sum())
+def _owners(features: Sequence[Members]) -> Int[np.ndarray, "feature"]:
+    """The position of the seed of each feature."""
+    return np.repeat(np.arange(len(features)), list(map(len, features)))
+
+
+class _Swap:
+    """Takes the features of a group from a seed and lets others write in their place.
+
+    `error` is what the SAE leaves of each token, and `written` what the features write. A least-squares gain comes from every other
+    token, and the rest judge it.
+    """
+
+    def __init__(self, error: Float[np.ndarray, "token d_in"], written: Float[np.ndarray, "token d_in"]):
+        self.intact = [np.ascontiguousarray(error[half::2]) for half in (0, 1)]
+        self.without = [intact + written[half::2] for half, intact in enumerate(self.intact)]
+
+    def kept(self, brought: Sequence[Float[np.ndarray, "token d_in"]]) -> float:
+        """How much of the explained variance that is lost without the features what others write on either half brings back.
+
+        What it would bring if nothing were missing is taken off: anything that fires may explain some of what the SAE leaves.
+        """
+        lost = np.vdot(self.without[1], self.without[1]) - np.vdot(self.intact[1], self.intact[1])
+        return float((_gained(self.without, brought) - _gained(self.intact, brought)) / lost) if lost > 0 else np.nan
+
+
+def _gained(error: Sequence[np.ndarray], brought: Sequence[np.ndarray]) -> float:
+    """How much smaller a squared error is with what is brought: |e|^2 - |e - g b|^2, from inner products alone."""
+    gain = np.vdot(error[0], brought[0]) / max(np.vdot(brought[0], brought[0]), 1e-30)
+    return float(2 * gain * np.vdot(error[1], brought[1]) - gain**2 * np.vdot(brought[1], brought[1]))
