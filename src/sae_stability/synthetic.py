@@ -240,8 +240,7 @@ def recovery(truth: Truth, W_dec: Float[Tensor, "seed d_sae d_in"], alive: Bool[
     p = stability(W_dec, THRESHOLD, alive).probability
     features = truth.features
     nearest = (directions @ features.T).amax(2)
-    inside = torch.einsum("sfd,bdr->bsfr", directions, truth.spaces).norm(dim=3)
-    of_block = inside >= FOUND
+    of_block = of_blocks(directions, truth)
     alone = torch.cat([truth.isolated, truth.rare])
     isolated = (directions @ alone.T).amax(2) >= FOUND if len(alone) else torch.zeros_like(alive)
 
@@ -264,6 +263,11 @@ def recovery(truth: Truth, W_dec: Float[Tensor, "seed d_sae d_in"], alive: Bool[
         p_others=mean(~isolated & ~of_block.any(0)),
         stable_false=float((stable & (nearest < FOUND)).sum() / stable.sum()) if stable.any() else np.nan,
     )
+
+
+def of_blocks(directions: Float[Tensor, "seed d_sae d_in"], truth: Truth) -> Bool[Tensor, "block seed d_sae"]:
+    """Which latents are of which block: `FOUND` of their length lies inside it."""
+    return torch.einsum("sfd,bdr->bsfr", directions, truth.spaces).norm(dim=3) >= FOUND
 
 
 def _spanned(directions: Tensor, of_block: Bool[Tensor, "block seed d_sae"], spaces: Float[Tensor, "block d_in r"]) -> float:

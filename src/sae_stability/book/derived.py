@@ -9,6 +9,7 @@ import pandas as pd
 from scipy import stats
 
 from sae_stability.book.tables import Tables
+from sae_stability.diagnostics import diagnose
 from sae_stability.experiments import Results, ensembles, matching, texts
 from sae_stability.experiments import stability as tables
 from sae_stability.experiments.columns import interval_columns
@@ -72,6 +73,16 @@ def reappearance_curves(results: Results, kinds: Iterable[str], cosines: Iterabl
             share = over_pairs(np.where(members > 0, count / np.maximum(members, 1), np.nan)).within(0, 1)
             rows.append({"kind": kind, "cosine": cosine, **interval_columns("p", share)})
     return pd.DataFrame(rows, columns=["kind", "cosine", "p", "p_low", "p_high"])
+
+
+def unstable_diagnosed(results: Results, names: Mapping[str, str]) -> dict[str, pd.DataFrame]:
+    """What `diagnose` tells of the unstable features of the ensemble and its nulls, by their `names`, if there are four seeds."""
+    found = {kind: matching.stability(results, kind) for kind in names if kind in results.cell.kinds}
+    return {
+        names[kind]: diagnose(ensembles.ensemble(results, kind).W_dec, matched)
+        for kind, matched in found.items()
+        if matched.trials > 2
+    }
 
 
 def live_features(results: Results, threshold: float) -> pd.DataFrame:

@@ -123,17 +123,21 @@ def simulated_coverage() -> pd.DataFrame:
     return pd.DataFrame(read_json(places.published() / "intervals" / "intervals.json")["rows"])
 
 
-def phase_diagram() -> pd.DataFrame | None:
-    """What was found of the worlds of the published phase diagram: one row a world of each slice; None where none is published."""
-    path = places.published() / "worlds" / "worlds.parquet"
+def of_worlds(name: str) -> pd.DataFrame | None:
+    """A published table of worlds with known features; None where it is not published.
+
+    `worlds`: what was found of those of the phase diagram, one row a world of each slice. `latents`: the unstable latents of the
+    reverse test, one row each (`diagnostics.all_unstable_latents`).
+    """
+    path = places.published() / "worlds" / f"{name}.parquet"
     return pd.read_parquet(path) if path.is_file() else None
 
 
-def phase_diagram_made() -> str:
+def of_worlds_made(name: str) -> str:
     """Where that comes from, in a sentence."""
-    made = read_json(places.published() / "worlds" / "provenance.json")
+    made = read_json(places.published() / "worlds" / f"{name}.json")
     return (
-        f"Published with the book: {made['worlds']} worlds, which `{made['command']}` made at commit `{short(made['commit'])}` in "
+        f"Published with the book: {made['rows']:,} {name}, which `{made['command']}` made at commit `{short(made['commit'])}` in "
         f"{made['seconds'] / 60:.0f} minutes."
     )
 

@@ -26,6 +26,8 @@ EQUAL = 0.005
 SEEDS = {ISOLATED: 8, INVARIANT: 8, TIGHT: 4, INVARIANT_TIGHT: 4, SLACK: 4}
 """Of each world. What is found differs more between worlds than between seeds."""
 DIAGRAM_SEEDS = 4
+MIXED_SEEDS = 8
+"""Of each world of the reverse test: the fewer seeds, the fewer latents look unstable for certain."""
 ACTIVE = (1, 2, 4, 8, None)
 BUDGETS = (0.5, 1.0, 2.0)
 """Of the coarse phase diagram; the whole one is published (`diagram`)."""
@@ -94,6 +96,14 @@ def phase_diagram() -> dict[str, list[World]]:
         "hierarchy": crossed(active=laws, hierarchy=(False, True), seed=(0, 1)),
         "from the truth": crossed(r=(8, 12), active=(1, None), from_truth=(False, True), tokens=(1_500_000,), seed=(0, 1)),
     }
+
+
+def mixed_worlds() -> list[World]:
+    """Worlds in which latents are unstable for two reasons: blocks whose axes turn, and rare or noisy features of their own."""
+    return [
+        World(r=r, rare=24, rare_frequency=frequency, noise=noise, seed=seed)
+        for seed, (r, frequency, noise) in enumerate(product((10, 12, 16), (1e-4, 3e-4), (0.25, 0.5)))
+    ]
 
 
 def compute(results: Results, folder: Path) -> None:

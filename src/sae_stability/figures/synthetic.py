@@ -78,3 +78,16 @@ def stable_or_true(worlds: pd.DataFrame, title: str) -> Figure:
     )
     legend_below(figure, axis, columns=2)
     return figure
+
+
+def told_apart(areas: pd.DataFrame, title: str) -> Figure:
+    """How well diagnostics tell latents of blocks from others. Columns: name, roc, roc_low, roc_high."""
+    figure, (axis,) = new_axes(title, height=1.4 + 0.5 * len(areas))
+    rows = areas.iloc[::-1].reset_index(drop=True)
+    for place, row in rows.iterrows():
+        reach = np.nan_to_num([[row["roc"] - row["roc_low"]], [row["roc_high"] - row["roc"]]])
+        axis.errorbar(row["roc"], place, xerr=reach, color="#0072B2", marker="o", capsize=3, markersize=7)
+    axis.axvline(0.5, color="#8C8C8C", linestyle=":")
+    axis.set_yticks(range(len(rows)), list(rows["name"]))
+    axis.set(xlabel="area under the ROC curve", xlim=(0.45, 1.02), ylim=(-0.6, len(rows) - 0.4))
+    return figure

@@ -1,0 +1,110 @@
+"""The reverse test: where the truth is known, can it be seen of an unstable latent that it is an axis of a block, and not a rare or
+noisy feature of its own? What can't tell them apart in worlds says nothing of the unstable features of a language model.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from joblib import Parallel, delayed
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_stability import threads
+from sae_stability.matching import BANDS, Stability, stability
+from sae_stability.statistics import jackknifed_mean
+from sae_stability.subspaces.copies import group_cosines, spearman_brown
+from sae_stability.synthetic import HELD_OUT, THRESHOLD, World, of_blocks, trained
+
+NEIGHBOURS = 8
+"""Unstable features of another seed whose span is asked how much of a feature it holds: those most like it either way round."""
+DIAGNOSTICS = ("frequency", "best", "averaged", "spanned")
+TOGETHER = "all of them"
+
+
+def diagnose(W_dec: Float[Tensor, "seed d_sae d_in"], found: Stability) -> pd.DataFrame:
+    """What directions alone tell of each unstable feature: one row each.
+
+    Columns: `seed` (its position), `feature`; `best`, its best cosine in another seed; `averaged`, the cosine of the mean around it
+    and that around its partner, each of half of the seeds, less what noisy copies of one direction would have: 0 for these, less
+    for turned axes; `spanned`, the share of its squared length inside the span of its `NEIGHBOURS` nearest unstable features of
+    another seed. All are means over the other seeds, of which there have to be three.
+    """
+    directions, seeds = F.normalize(W_dec.float(), dim=2), len(W_dec)
+    unstable = [torch.from_numpy(band == BANDS.index("unstable")) for band in found.band]
+    single, several = (group_cosines(directions, found, size) for size in (1, seeds // 2))
+    averaged = several - spearman_brown(single, seeds // 2)
+    tables = []
+    for s in range(seeds):
+        feature, others = unstable[s].nonzero()[:, 0], [t for t in range(seeds) if t != s]
+        spanned = [_spanned(directions[s, feature], directions[t, unstable[t]]) for t in others]
+        columns = {
+            "best": found.best_cosine[s, others][:, feature].numpy().mean(0),
+            "averaged": averaged[s, others][:, feature].mean(0),
+            "spanned": np.mean(spanned, axis=0),
+        }
+        tables.append(pd.DataFrame({"seed": s, "feature": feature.numpy(), **columns}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _spanned(rows: Float[Tensor, "feature d_in"], others: Float[Tensor, "other d_in"]) -> Float[np.ndarray, "feature"]:
+    """The share of each row's squared length inside the span of those of the others that are most like it."""
+    if not len(others):
+        return np.zeros(len(rows))
+    cosines = rows @ others.T
+    near = others[cosines.abs().topk(min(NEIGHBOURS, len(others)), dim=1).indices]
+    axes = torch.linalg.qr(near.mT)[0]
+    return (rows[:, None] @ axes)[:, 0].square().sum(1).numpy()
+
+
+def unstable_latents(world: World, seeds: int) -> pd.DataFrame:
+    """The unstable latents of a world, with `frequency`, what `diagnose` tells, and whether each is `of_block`: one row each."""
+    with threads.single():
+        ensemble = trained(world, range(seeds))
+        x = world.activations(HELD_OUT, draw=2)
+        fired = [torch.bincount(codes.fired(), minlength=ensemble.d_sae) for _, codes in ensemble.codes(ensemble.normalise(x))]
+        firings = torch.stack(fired)
+        found = stability(ensemble.W_dec, THRESHOLD, firings > 0)
+        table = diagnose(ensemble.W_dec, found)
+        block = of_blocks(F.normalize(ensemble.W_dec.float(), dim=2), world.truth).any(0)
+    place = (table["seed"].to_numpy(), table["feature"].to_numpy())
+    return table.assign(frequency=firings.numpy()[place] / HELD_OUT, of_block=block.numpy()[place])
+
+
+def all_unstable_latents(worlds: Sequence[World], seeds: int, described: str) -> pd.DataFrame:
+    """Those of several worlds, told apart by the column `world`: as many processes as PyTorch has threads, one world each."""
+    tasks = (delayed(unstable_latents)(world, seeds) for world in worlds)
+    found = Parallel(n_jobs=torch.get_num_threads(), return_as="generator")(tasks)
+    tables = tqdm(found, described, total=len(worlds), unit="world", disable=None)
+    return pd.concat([table.assign(world=number) for number, table in enumerate(tables)], ignore_index=True)
+
+
+def told_apart(latents: pd.DataFrame) -> pd.DataFrame:
+    """How well each diagnostic, and a logistic regression on all, tells latents of blocks from others: area under the ROC curve.
+
+    The regression is fitted on all worlds but one and judged on that one; so is on which side of a single diagnostic blocks lie.
+    Columns: diagnostic, and `roc` with the ends of its interval over worlds. Worlds that lack either kind are left out.
+    """
+    kinds = latents.groupby("world")["of_block"].nunique()
+    latents = latents[latents["world"].isin(kinds.index[kinds == 2])].reset_index(drop=True)
+    latents = latents.assign(frequency=np.log(latents["frequency"]))
+    rows = []
+    for name, columns in {**{name: [name] for name in DIAGNOSTICS}, TOGETHER: list(DIAGNOSTICS)}.items():
+        areas = [_judged(latents, latents["world"] == world, columns) for world in latents["world"].unique()]
+        area = jackknifed_mean(areas).within(0, 1)
+        rows.append({"diagnostic": name, "roc": area.value, "roc_low": area.low, "roc_high": area.high})
+    return pd.DataFrame(rows)
+
+
+def _judged(latents: pd.DataFrame, held_out: Bool[np.ndarray, "latent"], columns: list[str]) -> float:
+    """The area on the latents that are held out, of a regression that was fitted on the others."""
+    regression = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
+    regression.fit(latents.loc[~held_out, columns], latents.loc[~held_out, "of_block"])
+    return float(roc_auc_score(latents.loc[held_out, "of_block"], regression.decision_function(latents.loc[held_out, columns])))

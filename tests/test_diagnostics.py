@@ -1,0 +1,78 @@
+"""The reverse test, on directions whose kind is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sae_stability import diagnostics
+from sae_stability.diagnostics import DIAGNOSTICS, TOGETHER, diagnose, told_apart, unstable_latents
+from sae_stability.matching import stability
+from sae_stability.synthetic import World
+
+D_IN, SEEDS = 64, 4
+
+
+def turned_and_noisy() -> torch.Tensor:
+    """[seed, 32, d_in]: 16 random axes of one block of 12 dimensions, and 16 copies of isolated features under much noise."""
+    generator = torch.Generator().manual_seed(0)
+    space = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=generator))[0].T
+    block, isolated = space[:12], space[12:28]
+    axes = F.normalize(torch.randn(SEEDS, 16, 12, generator=generator), dim=2) @ block
+    noise = F.normalize(torch.randn(SEEDS, 16, D_IN, generator=generator), dim=2)
+    return torch.cat([axes, F.normalize(isolated + noise, dim=2)], 1)
+
+
+def test_turned_axes_are_spanned_by_another_seeds_and_noisy_copies_gain_by_averages():
+    W_dec = turned_and_noisy()
+    found = stability(W_dec, 0.95)  # nothing comes back: all are unstable
+    table = diagnose(W_dec, found)
+    assert len(table) == SEEDS * 32
+    turned, noisy = (table[in_block] for in_block in (table["feature"] < 16, table["feature"] >= 16))
+    assert turned["spanned"].min() > noisy["spanned"].max()
+    assert noisy["averaged"].mean() == pytest.approx(0, abs=0.05)
+    assert turned["averaged"].mean() < -0.1
+    expected = [float(found.best_cosine[0, t, 3]) for t in (1, 2, 3)]
+    assert table.iloc[3]["best"] == pytest.approx(np.mean(expected))
+
+
+def test_what_is_spanned_is_the_length_of_a_projection_and_turns_with_the_space():
+    W_dec = turned_and_noisy()
+    found = stability(W_dec, 0.95)
+    table, i = diagnose(W_dec, found), 5
+    shares = []
+    for t in (1, 2, 3):
+        near = np.argsort(-np.abs(W_dec[t] @ W_dec[0, i]).numpy())[: diagnostics.NEIGHBOURS]
+        basis = W_dec[t, near].double().numpy().T
+        projected = basis @ np.linalg.lstsq(basis, W_dec[0, i].double().numpy(), rcond=None)[0]
+        shares.append(projected @ projected)
+    assert table.iloc[i]["spanned"] == pytest.approx(np.mean(shares), abs=1e-5)
+    rotation = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(1)))[0]
+    pd.testing.assert_frame_equal(diagnose(W_dec @ rotation, stability(W_dec @ rotation, 0.95)), table, atol=1e-4, rtol=0)
+
+
+def test_a_seed_without_unstable_features_spans_nothing():
+    W_dec = turned_and_noisy()
+    assert (diagnostics._spanned(W_dec[0], W_dec[1, :0]) == 0).all()
+    assert diagnostics._spanned(W_dec[0], W_dec[0, :3])[:3] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_diagnostic_that_tells_has_an_area_of_one_and_one_that_does_not_of_a_half():
+    generator = np.random.default_rng(0)
+    of_block = generator.random(4000) < 0.4
+    latents = pd.DataFrame({name: generator.random(4000) for name in DIAGNOSTICS})
+    latents = latents.assign(of_block=of_block, world=np.arange(4000) % 4, spanned=of_block + 0.1 * generator.random(4000))
+    latents = pd.concat([latents, latents.assign(world=9, of_block=True)])  # a world of one kind says nothing
+    areas = told_apart(latents).set_index("diagnostic")["roc"]
+    assert areas["spanned"] == 1
+    assert areas[TOGETHER] == pytest.approx(1, abs=1e-6)
+    assert areas["best"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_in_a_world_of_one_block_all_that_is_unstable_and_inside_is_of_the_block():
+    world = World(r=12, isolated=4, isolated_active=1, blocks=1, rare=4, tokens=60_000)
+    table = unstable_latents(world, 4)
+    assert set(table.columns) == {"seed", "feature", "of_block", *DIAGNOSTICS}
+    assert table["of_block"].any()
+    assert (table["frequency"] > 0).all()
