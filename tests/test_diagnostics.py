@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from sae_stability import diagnostics
+from sae_stability.book import page
 from sae_stability.diagnostics import DIAGNOSTICS, TOGETHER, diagnose, told_apart, unstable_latents
+from sae_stability.experiments.synthetic import MIXED_SEEDS, mixed_worlds
 from sae_stability.matching import stability
 from sae_stability.synthetic import World
 
@@ -43,8 +45,8 @@ def test_what_is_spanned_is_the_length_of_a_projection_and_turns_with_the_space(
     table, i = diagnose(W_dec, found), 5
     shares = []
     for t in (1, 2, 3):
-        near = np.argsort(-np.abs(W_dec[t] @ W_dec[0, i]).numpy())[: diagnostics.NEIGHBOURS]
-        basis = W_dec[t, near].double().numpy().T
+        near = np.argsort(-(W_dec[t] @ W_dec[0, i]).abs().numpy())[: diagnostics.NEIGHBOURS]
+        basis = W_dec[t, near.tolist()].double().numpy().T
         projected = basis @ np.linalg.lstsq(basis, W_dec[0, i].double().numpy(), rcond=None)[0]
         shares.append(projected @ projected)
     assert table.iloc[i]["spanned"] == pytest.approx(np.mean(shares), abs=1e-5)
@@ -76,3 +78,10 @@ def test_in_a_world_of_one_block_all_that_is_unstable_and_inside_is_of_the_block
     assert set(table.columns) == {"seed", "feature", "of_block", *DIAGNOSTICS}
     assert table["of_block"].any()
     assert (table["frequency"] > 0).all()
+
+
+def test_the_published_latents_are_of_the_worlds_of_the_code():
+    published = page.of_worlds("latents")
+    assert published["world"].nunique() == len(mixed_worlds())
+    assert set(published["seed"]) == set(range(MIXED_SEEDS))
+    assert published.groupby("world")["of_block"].nunique().eq(2).all()
