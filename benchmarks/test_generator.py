@@ -10,6 +10,7 @@ import torch
 from sae_lens.synthetic import ActivationGenerator, FeatureDictionary
 
 from sae_stability.experiments.synthetic import LONGER, LOST, NEAR, SPANNED, TOLD
+from sae_stability.statistics import jackknifed_mean
 from sae_stability.synthetic import World, measure
 
 TOKENS, SEEDS = 500_000, 4
@@ -62,9 +63,11 @@ def test_blocks_without_preferred_directions_are_found_as_a_space_and_not_one_by
     assert abs(found["p_in_blocks"] - found["expected_p"]) < NEAR
 
 
-@pytest.mark.parametrize("r", [8, 12])
-def test_features_of_sparse_blocks_are_found_with_a_tight_budget_and_lost_with_slack(r):
-    tight = Generated(r=r, active=1, tokens=LONGER * TOKENS)
-    slack = replace(tight, budget=(tight.isolated_active + r) / tight.l0)
-    assert measure(tight, SEEDS)["in_blocks"] > TOLD
-    assert measure(slack, SEEDS)["in_blocks"] < 0.5
+def test_features_of_sparse_blocks_are_found_with_a_tight_budget_and_lost_with_slack():
+    """On average over worlds, as the rule asks: single worlds lie on both sides of its bound."""
+    tight = [Generated(r=r, active=1, tokens=LONGER * TOKENS, seed=seed) for r in (8, 12) for seed in range(10, 14)]
+    slack = [replace(world, budget=(world.isolated_active + world.r) / world.l0) for world in tight[::4]]
+    found, lost = (jackknifed_mean(measure(world, SEEDS)["in_blocks"] for world in worlds) for worlds in (tight, slack))
+    print(f"tight {found:.3f}, slack {lost:.3f}")
+    assert found.value > TOLD
+    assert lost.value < 0.5

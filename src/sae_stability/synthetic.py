@@ -131,10 +131,12 @@ class World:
             if self.active is None:
                 inside = F.normalize(torch.randn(tokens, self.r, generator=generator), dim=1)
                 inside *= self.r**0.5 * (0.5 + torch.rand(tokens, 1, generator=generator))
-                x += (truth.spaces[block] @ inside[:, :, None])[:, :, 0]
+                directions = truth.spaces.mT
             else:
-                codes = _strengths(_exactly(self.active, torch.ones(self.m), tokens, generator), generator)
-                x += (codes[:, None] @ truth.in_blocks[block])[:, 0]
+                inside = _strengths(_exactly(self.active, torch.ones(self.m), tokens, generator), generator)
+                directions = truth.in_blocks
+            for number in range(self.blocks):
+                x.addmm_(inside * (block == number)[:, None], directions[number])
         return x + self.noise * self.d_in**-0.5 * torch.randn(x.shape, generator=generator)
 
     def activations(self, tokens: int, draw: int) -> Float[Tensor, "token d_in"]:
