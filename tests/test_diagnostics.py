@@ -54,6 +54,16 @@ def test_what_is_spanned_is_the_length_of_a_projection_and_turns_with_the_space(
     pd.testing.assert_frame_equal(diagnose(W_dec @ rotation, stability(W_dec @ rotation, 0.95)), table, atol=1e-4, rtol=0)
 
 
+def test_as_many_as_are_asked_for_are_taken_and_span_less():
+    W_dec = turned_and_noisy()
+    found = stability(W_dec, 0.95)
+    some, every = diagnose(W_dec, found, [12, 10, 9, 10]), diagnose(W_dec, found)
+    assert some.groupby("seed").size().tolist() == [12, 10, 9, 10]
+    both = some.merge(every, on=["seed", "feature"], suffixes=("", "_of_all"))
+    assert (both["best"] == both["best_of_all"]).all()
+    assert both["spanned"].mean() < both["spanned_of_all"].mean()
+
+
 def test_a_seed_without_unstable_features_spans_nothing():
     W_dec = turned_and_noisy()
     assert (diagnostics._spanned(W_dec[0], W_dec[1, :0]) == 0).all()

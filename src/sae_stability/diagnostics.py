@@ -29,8 +29,9 @@ DIAGNOSTICS = ("frequency", "best", "averaged", "spanned")
 TOGETHER = "all of them"
 
 
-def diagnose(W_dec: Float[Tensor, "seed d_sae d_in"], found: Stability) -> pd.DataFrame:
-    """What directions alone tell of each unstable feature: one row each.
+def diagnose(W_dec: Float[Tensor, "seed d_sae d_in"], found: Stability, most: Sequence[int] | None = None) -> pd.DataFrame:
+    """What directions alone tell of each unstable feature: one row each. Of a seed at most so many are taken, drawn at random, if
+    `most` says so: more of them span more.
 
     Columns: `seed` (its position), `feature`; `best`, its best cosine in another seed; `averaged`, the cosine of the mean around it
     and that around its partner, each of half of the seeds, less what noisy copies of one direction would have: 0 for these, less
@@ -38,13 +39,16 @@ def diagnose(W_dec: Float[Tensor, "seed d_sae d_in"], found: Stability) -> pd.Da
     another seed. All are means over the other seeds, of which there have to be three.
     """
     directions, seeds = F.normalize(W_dec.float(), dim=2), len(W_dec)
-    unstable = [torch.from_numpy(band == BANDS.index("unstable")) for band in found.band]
+    unstable = [np.flatnonzero(band == BANDS.index("unstable")) for band in found.band]
+    if most is not None:
+        draws = [np.random.default_rng(seed).permutation(members) for seed, members in enumerate(unstable)]
+        unstable = [np.sort(drawn[:size]) for drawn, size in zip(draws, most, strict=False)]
     single, several = (group_cosines(directions, found, size) for size in (1, seeds // 2))
     averaged = several - spearman_brown(single, seeds // 2)
     tables = []
     for s in range(seeds):
-        feature, others = unstable[s].nonzero()[:, 0], [t for t in range(seeds) if t != s]
-        spanned = [_spanned(directions[s, feature], directions[t, unstable[t]]) for t in others]
+        feature, others = torch.from_numpy(unstable[s]), [t for t in range(seeds) if t != s]
+        spanned = [_spanned(directions[s, feature], directions[t, torch.from_numpy(unstable[t])]) for t in others]
         columns = {
             "best": found.best_cosine[s, others][:, feature].numpy().mean(0),
             "averaged": averaged[s, others][:, feature].mean(0),

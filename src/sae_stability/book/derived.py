@@ -76,10 +76,12 @@ def reappearance_curves(results: Results, kinds: Iterable[str], cosines: Iterabl
 
 
 def unstable_diagnosed(results: Results, names: Mapping[str, str]) -> dict[str, pd.DataFrame]:
-    """What `diagnose` tells of the unstable features of the ensemble and its nulls, by their `names`, if there are four seeds."""
+    """What `diagnose` tells of the unstable features of the ensemble (`real`) and of as many of its nulls, by their `names`, where
+    there are four seeds."""
     found = {kind: matching.stability(results, kind) for kind in names if kind in results.cell.kinds}
+    sizes = (found["real"].band == BANDS.index("unstable")).sum(1)
     return {
-        names[kind]: diagnose(ensembles.ensemble(results, kind).W_dec, matched)
+        names[kind]: diagnose(ensembles.ensemble(results, kind).W_dec, matched, sizes)
         for kind, matched in found.items()
         if matched.trials > 2
     }

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from sae_stability.figures.style import BAND_STYLES, MARKERS, legend_below, line_with_interval, new_axes, series_style
+from sae_stability.figures.style import BAND_STYLES, MARKERS, SERIES_LINES, legend_below, line_with_interval, new_axes, series_style
 from sae_stability.matching.theory import LATENTS_OVER_R, expected_stability
 
 
@@ -89,9 +89,7 @@ def reappearance(curves: pd.DataFrame, ranks: Sequence[int], title: str) -> Figu
     cosines = np.linspace(0.2, 0.99, 80)
     for position, r in enumerate(ranks):
         expected = [expected_stability(r, LATENTS_OVER_R * r, cosine) for cosine in cosines]
-        axis.plot(
-            cosines, expected, color="#8C8C8C", linewidth=1, linestyle=series_style(position)[1], label=f"turned axes, r = {r}"
-        )
+        axis.plot(cosines, expected, color="#8C8C8C", linewidth=1, linestyle=SERIES_LINES[position], label=f"turned axes, r = {r}")
     axis.set(xlabel="cosine that counts as coming back", ylabel="share of unstable features", xlim=(0.2, 1), ylim=(0, 1.02))
     legend_below(figure, axis, columns=2)
     return figure
