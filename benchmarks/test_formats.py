@@ -2,12 +2,14 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peers import start
 
+from sae_stability.pooling import pool
 from sae_stability.saes import formats, variant
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.study import Variants
@@ -102,3 +104,34 @@ def test_what_dictionary_learning_trained_and_saved_loads(tmp_path, name):
         codes = trainer.ae.encode(X)
         torch.testing.assert_close(sae.encode(X), codes, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(sae.decode(sae.encode(X)), trainer.ae.decode(codes), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", Variants.__args__)
+def test_a_pool_loads_in_saelens_with_what_it_stands_for(tmp_path, name):
+    from sae_lens import SAE
+
+    pooled = pool([shaken(name, seed) for seed in range(3)], X)
+    formats.save(pooled.sae, tmp_path, "saelens", pooled.stars.metadata())
+    theirs = SAE.load_from_disk(tmp_path)
+    assert theirs.cfg.metadata["stability"] == pooled.stars.stability.tolist()
+    assert len(theirs.cfg.metadata["members"]) == len(pooled.stars)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(X), pooled.sae.decode(pooled.sae.encode(X)), atol=1e-5, rtol=1e-5)
+
+
+def test_a_pool_loads_in_sparsify(tmp_path):
+    pooled = pool([shaken("topk", seed) for seed in range(3)], X)
+    formats.save(pooled.sae, tmp_path, "sparsify", pooled.stars.metadata())
+    theirs = sparsify().SparseCoder.load_from_disk(tmp_path)
+    with torch.no_grad():
+        values, features, _ = theirs.encode(X)
+        torch.testing.assert_close(theirs.decode(values, features), pooled.sae.decode(pooled.sae.encode(X)), atol=1e-5, rtol=1e-5)
+
+
+def shaken(name: str, seed: int):
+    """An SAE of ours, with noise on its weights: one of several that are alike."""
+    sae, generator = ours(name), torch.Generator().manual_seed(seed)
+    noisy = {
+        key: tensor + 0.02 * torch.randn(tensor.shape, generator=generator) for key, tensor in sae.parameters._asdict().items()
+    }
+    return replace(sae, parameters=type(sae.parameters)(**noisy))

@@ -115,14 +115,16 @@ def test_what_may_not_be_written_is_said_in_one_line(call, small, monkeypatch, h
     assert "SAE_STABILITY_RESULTS" in error[0]
 
 
-@pytest.mark.parametrize("command", ["run", "check", "stage", "clean", "stability", "explain", "train-model"])
+@pytest.mark.parametrize("command", ["run", "check", "stage", "clean", "stability", "pool", "explain", "train-model"])
 def test_help_names_every_option_and_shows_how_to_call_it(call, command):
     status, out, _ = call(command, "--help")
     assert status == 0
     for name in signature(getattr(cli, command.replace("-", "_"))).parameters:
-        shown = {"study": "study", "stage": "NAME", "paths": "PATH", "overrides": "--set"}.get(name, f"--{name.replace('_', '-')}")
+        shown = {"study": "study", "stage": "NAME", "paths": "PATH", "sources": "PATH", "overrides": "--set"}.get(
+            name, f"--{name.replace('_', '-')}"
+        )
         assert shown in out or (command == "train-model" and name == "name")
-    if command in ("run", "stage", "stability", "explain"):
+    if command in ("run", "stage", "stability", "pool", "explain"):
         assert f"  sae-stability {command} " in out
 
 

@@ -19,11 +19,20 @@ UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
+PoolKind = Literal["union", "consensus", "width"]
+Representative = Literal["mean", "medoid"]
+FileFormat = Literal["saelens", "sparsify"]
 STUDY = Annotated[str, typer.Argument(help="A name in studies/, or the path of a .yaml file.")]
 SET = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the study; dots reach inside. Repeatable."),
 ]
+MODEL = Annotated[str | None, typer.Option(help="Count firings in this model: a hub id, a local folder or an embedded name.")]
+CORPUS = Annotated[str | None, typer.Option(help="On this text: a file, a folder, a dataset id or docstrings.")]
+HOOK_NAME = Annotated[str | None, typer.Option(help="At this site, such as blocks.2.hook_resid_post.")]
+TOKENS = Annotated[int, typer.Option(min=1, help="On so many tokens.")]
+DEVICE = Annotated[Device, typer.Option(help="Where the model runs.")]
+MODEL_DTYPE = Annotated[Precision, typer.Option(help="In which it computes.")]
 NAME = Annotated[str | None, typer.Option(help="Call the study so: its results go to results/NAME/.")]
 
 
@@ -125,14 +134,12 @@ def stability(
     out: Annotated[
         Path | None, typer.Option(help="Where to write one row per feature, as .csv or .parquet; by default stability.csv.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Count firings in this model: a hub id, a local folder or an embedded name.")
-    ] = None,
-    corpus: Annotated[str | None, typer.Option(help="On this text: a file, a folder, a dataset id or docstrings.")] = None,
-    hook_name: Annotated[str | None, typer.Option(help="At this site, such as blocks.2.hook_resid_post.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="On so many tokens.")] = 200_000,
-    device: Annotated[Device, typer.Option(help="Where the model runs.")] = "cpu",
-    model_dtype: Annotated[Precision, typer.Option(help="In which it computes.")] = "float32",
+    model: MODEL = None,
+    corpus: CORPUS = None,
+    hook_name: HOOK_NAME = None,
+    tokens: TOKENS = 200_000,
+    device: DEVICE = "cpu",
+    model_dtype: MODEL_DTYPE = "float32",
 ) -> None:
     """Which features of SAEs that already exist come back in the others. They should differ in their seed alone.
 
@@ -146,22 +153,82 @@ def stability(
     if out.suffix not in {".csv", ".parquet"}:
         raise UserError(f"--out {out}: name a .csv or a .parquet file")
     _no_widgets()
-    import torch
-
     from sae_stability import existing
     from sae_stability.files import replacing
 
-    site = None
-    if model is not None and corpus is not None and hook_name is not None:
-        site = existing.Site(model, corpus, hook_name, tokens, device, getattr(torch, model_dtype))
-    elif any(given is not None for given in (model, corpus, hook_name)):
-        raise UserError("--model, --corpus and --hook-name: give all three, or none")
-    compared = existing.compare(paths, threshold, site)
+    compared = existing.compare(paths, threshold, _site(model, corpus, hook_name, tokens, device, model_dtype))
     table = compared.table()
     with replacing(out) as temporary:
         table.to_csv(temporary, index=False) if out.suffix == ".csv" else table.to_parquet(temporary, index=False)
     print(compared.summary())
     print(f"rows             {len(table):,} features in {out}")
+
+
+@app.command()
+def pool(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="STUDY [CELL] | PATH PATH ...", help="A study and one of its cells, or SAEs in files.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write; without a text, the .safetensors file.")],
+    kind: Annotated[
+        PoolKind, typer.Option(help="All features, those of a quorum of the SAEs, or as many as one SAE has.")
+    ] = "width",
+    quorum: Annotated[float, typer.Option(min=0, max=1, help="Share of the SAEs that a feature of a consensus is met in.")] = 0.5,
+    representative: Annotated[Representative, typer.Option(help="What stands for features that are alike.")] = "mean",
+    threshold: Annotated[float, typer.Option(help="Cosine from which two features are the same.")] = 0.7,
+    format: Annotated[FileFormat, typer.Option(help="Of the library that is to load the pool.")] = "saelens",
+    overrides: SET = None,
+    model: MODEL = None,
+    corpus: CORPUS = None,
+    hook_name: HOOK_NAME = None,
+    tokens: TOKENS = 200_000,
+    device: DEVICE = "cpu",
+    model_dtype: MODEL_DTYPE = "float32",
+) -> None:
+    """Make one SAE of the features of several that differ in their seed, each kind once.
+
+    The file says of each feature how stable it is, and which features of which SAEs it stands for. The pool is brought to the L0
+    of its SAEs on held-out text: that of the study, or of --model, --corpus and --hook-name. Without a text only directions are
+    pooled.
+    Examples:
+
+      sae-stability pool embedded --out pooled
+
+      sae-stability pool sae-seed* --kind consensus --model gpt2 --corpus TEXT.txt --hook-name blocks.8.hook_resid_pre --out pooled
+
+      sae-stability pool sae-seed* --kind union --out directions.safetensors
+    """
+    site = _site(model, corpus, hook_name, tokens, device, model_dtype)
+    of_study = sources[0].endswith((".yaml", ".yml")) or not (Path(sources[0]).exists() or os.sep in sources[0])
+    if (out.suffix == ".safetensors") == (of_study or site is not None):
+        mend = (
+            "a folder" if of_study or site is not None else "a .safetensors file, since without a text directions alone are pooled"
+        )
+        raise UserError(f"--out {out}: name {mend}")
+    _no_widgets()
+    import torch
+
+    from sae_stability import pipeline, pooling
+    from sae_stability.files import save_tensors
+    from sae_stability.saes import formats
+
+    if of_study:
+        if len(sources) > 2:
+            raise UserError(f"{sources[0]}: no such file or folder; name SAEs that are there, or a study and one of its cells")
+        saes, held_out = pipeline.trained(load_study(sources[0], overrides or ()), sources[1] if len(sources) > 1 else None)
+        x: torch.Tensor | None = held_out.first(tokens).data.float()
+    else:
+        saes = [formats.load(path) for path in sources]
+        x = None if site is None else torch.cat(list(site.activations(saes[0].directions.shape[1], "activations")))
+    print(f"about {pooling.memory(saes, x) / 1e9:.1f} GB of memory for {len(saes)} SAEs", file=sys.stderr)
+    pooled = pooling.pool(saes, x, kind, threshold, representative, quorum)
+    metadata = {"kind": kind, "representative": representative, "threshold": threshold, "saes": len(saes)}
+    metadata |= pooled.stars.metadata()
+    if pooled.sae.variant is None:
+        save_tensors(out, {"W_dec": pooled.sae.W_dec}, metadata)
+    else:
+        formats.save(pooled.sae, out, format, metadata)
+    print(f"{out}: {pooling.summary(pooled, x)}")
 
 
 @app.command()
@@ -234,6 +301,20 @@ def main() -> None:
 def _fail(message: str, status: int) -> None:
     print(f"sae-stability: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def _site(model: str | None, corpus: str | None, hook_name: str | None, tokens: int, device: Device, model_dtype: Precision):
+    """The site and text of a model that options name, if they do."""
+    if model is not None and corpus is not None and hook_name is not None:
+        _no_widgets()
+        import torch
+
+        from sae_stability import existing
+
+        return existing.Site(model, corpus, hook_name, tokens, device, getattr(torch, model_dtype))
+    if any(given is not None for given in (model, corpus, hook_name)):
+        raise UserError("--model, --corpus and --hook-name: give all three, or none")
+    return None
 
 
 def _no_widgets() -> None:

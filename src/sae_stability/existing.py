@@ -1,6 +1,6 @@
 """The stability of SAEs that already exist, in files of any library or in memory (`sae-stability stability`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -153,23 +153,30 @@ class Site:
         Where the held-out text has fewer tokens, all of it is read. Raises `UserError` for an unknown model, hook or text, a text
         too short, one whose activations the SAEs don't fit, and SAEs that can't encode.
         """
+        counts, seen = torch.zeros(len(saes), d_sae, dtype=torch.int64), 0
+        for x in self.activations(saes[0].directions.shape[1], "firings"):
+            seen += len(x)
+            for of_sae, sae in zip(counts, saes, strict=True):
+                of_sae += torch.bincount(sae.codes(x).fired(), minlength=d_sae)
+        return Firings(counts, seen)
+
+    def activations(self, d_in: int, described: str) -> Iterator[Float[Tensor, "token d_in"]]:
+        """The activations of about `tokens` held-out tokens, batch by batch, in float32.
+
+        Raises `UserError` as `count` does; `d_in` is that of the SAEs.
+        """
         from sae_stability.language import models
         from sae_stability.language.activations import BATCH, forward
 
         bridge = models.load(self.model, device=self.device, dtype=self.model_dtype)
         models.check_hook(bridge, self.hook_name)
         contexts = self._contexts(bridge)
-        counts, seen = torch.zeros(len(saes), d_sae, dtype=torch.int64), 0
         count = contexts.holding(self.tokens)
-        for start in tqdm(range(0, count, BATCH), "firings", unit="batch", disable=None):
+        for start in tqdm(range(0, count, BATCH), described, unit="batch", disable=None):
             x = forward(bridge, contexts, slice(start, min(start + BATCH, count)), [self.hook_name])[self.hook_name].float()
-            d_in = saes[0].directions.shape[1]
             if x.shape[1] != d_in:
                 raise UserError(f"hook_name: {self.hook_name} has d_in {x.shape[1]}, the SAEs have {d_in}; name their own site")
-            seen += len(x)
-            for of_sae, sae in zip(counts, saes, strict=True):
-                of_sae += torch.bincount(sae.codes(x).fired(), minlength=d_sae)
-        return Firings(counts, seen)
+            yield x
 
     def _contexts(self, bridge) -> "Contexts":
         """Contexts of held-out documents: as many documents as it takes, since a corpus can be far longer."""

@@ -20,7 +20,9 @@ from sae_stability.experiments.experiment import IS_MAIN
 from sae_stability.files import read_json, write_json, write_table
 from sae_stability.keys import key_of
 from sae_stability.language import models
+from sae_stability.language.activations import Activations
 from sae_stability.saes import variant
+from sae_stability.saes.sae import SAE
 from sae_stability.store import SHARED, Store, Work
 from sae_stability.study import Cell, Recipe, Study, nearest
 
@@ -222,17 +224,38 @@ def prompts(study: Study) -> Iterator[str]:
     """What the language model would be asked to explain, without asking it; what must be computed for that is kept."""
     plan = Plan(study)
     _use_threads(study)
-    wanted = _behind(plan, f"{study.main.id}/explanations")
+    before = [*plan.stage(f"{study.main.id}/explanations").after, *_training(plan, study.main, study.main.kinds)]
+    wanted = _behind(plan, before)
     plan.compute(stage for stage in plan.stages if stage.name in wanted)
     yield from explanations.prompts(plan.results(study.main))
 
 
-def _behind(plan: Plan, name: str) -> set[str]:
-    """The names of the stages that one reads, all the way down."""
-    kinds = plan.study.main.kinds
-    roots = {entry for kind in kinds for entry in plan.results(plan.study.main).entries[f"ensembles/{kind}"]}
-    waiting = [*plan.stage(name).after, *(stage.name for stage in plan.stages if roots & set(stage.entries))]
-    wanted: set[str] = set()
+def trained(study: Study, cell: str | None) -> tuple[list[SAE], Activations]:
+    """The SAEs of a cell, by its id, or of the main one, on raw activations, and those of held-out text, computed if missing.
+
+    Raises `UserError` where the study has no such cell.
+    """
+    if cell is not None and cell not in study.cells:
+        raise UserError(f"cell: {study.name} has no {cell}{nearest(cell, study.cells)}; it has {', '.join(study.cells)}")
+    plan, chosen = Plan(study), study.main if cell is None else study.cells[cell]
+    _use_threads(study)
+    plan.store.write_study()
+    wanted = _behind(plan, _training(plan, chosen, ["real"]))
+    plan.compute(stage for stage in plan.stages if stage.name in wanted)
+    results = plan.results(chosen)
+    ensemble = ensembles.ensemble(results)
+    return [ensemble.dictionary(position) for position in range(len(ensemble.seeds))], texts.activations(results, "evaluation")
+
+
+def _training(plan: Plan, cell: Cell, kinds: Iterable[str]) -> list[str]:
+    """The names of the stages that train ensembles of a cell."""
+    entries = {entry for kind in kinds for entry in plan.results(cell).entries[f"ensembles/{kind}"]}
+    return [stage.name for stage in plan.stages if entries & set(stage.entries)]
+
+
+def _behind(plan: Plan, names: Iterable[str]) -> set[str]:
+    """The names of some stages and of all that they read, all the way down."""
+    waiting, wanted = list(names), set[str]()
     while waiting:
         stage = plan.stage(waiting.pop())
         if stage.name not in wanted:

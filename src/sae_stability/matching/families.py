@@ -12,6 +12,7 @@ there, so it has the best of each seed already, and what falls out is the other 
 
 import heapq
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from scipy.special import gammaln
 from torch import Tensor
+from tqdm import tqdm
 
 from sae_stability.matching.pairs import CHUNK, ROUNDING, reaches
 
@@ -126,12 +128,11 @@ def _edges(W_dec: Tensor, threshold: float, alive: Tensor) -> Edges:
     seeds, d_sae, _ = W_dec.shape
     directions = F.normalize(W_dec.float(), dim=2) * alive[:, :, None]  # a cosine with a dead feature is 0
     found = []
-    for s in range(seeds):
-        for t in range(s + 1, seeds):
-            for start in range(0, d_sae, CHUNK):
-                block = directions[s, start : start + CHUNK] @ directions[t].T
-                rows, columns = reaches(block, threshold).nonzero(as_tuple=True)
-                found.append((rows + s * d_sae + start, columns + t * d_sae, block[rows, columns]))
+    for s, t in tqdm(list(combinations(range(seeds), 2)), "stars", unit="pair", disable=None, leave=False):
+        for start in range(0, d_sae, CHUNK):
+            block = directions[s, start : start + CHUNK] @ directions[t].T
+            rows, columns = reaches(block, threshold).nonzero(as_tuple=True)
+            found.append((rows + s * d_sae + start, columns + t * d_sae, block[rows, columns]))
     first, second, cosines = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
     return first, second, cosines
 

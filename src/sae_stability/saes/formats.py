@@ -22,6 +22,7 @@ from sae_stability.saes.sae import SAE
 
 SAELENS, SPARSIFY, DICTIONARY_LEARNING = "sae_weights.safetensors", "sae.safetensors", "ae.pt"
 FORMATS = ("saelens", "sparsify")
+SAELENS_FORMAT = "6.0.0"  # that a file is of: SAELens takes one that says nothing for an older one, and drops its metadata
 DECODERS = ("W_dec", "decoder.weight", "decoder")  # names under which a lone file may hold its directions
 SMALLEST_THRESHOLD = 1e-30  # of a JumpReLU feature, whose logarithm is kept; one of zero or less is plain ReLU
 TRANSCODER = "a transcoder, whose decoder writes elsewhere than its encoder reads; give an SAE"
@@ -64,8 +65,8 @@ def load(path: Path | str) -> SAE:
     return readers[library](folder)
 
 
-def save(sae: SAE, path: Path | str, format: str = "saelens") -> None:
-    """Write an SAE to the folder `path` so that SAELens, or sparsify, loads it.
+def save(sae: SAE, path: Path | str, format: str = "saelens", metadata: dict | None = None) -> None:
+    """Write an SAE to the folder `path` so that SAELens, or sparsify, loads it, with `metadata` (JSON values) in its configuration.
 
     SAELens takes every variant (batchtopk and matryoshka as jumprelu with one threshold, as it saves them itself); sparsify takes
     topk only. Raises `UserError` for other formats and variants.
@@ -82,14 +83,21 @@ def save(sae: SAE, path: Path | str, format: str = "saelens") -> None:
         if sae.variant != "topk":
             raise UserError(f"format: sparsify has topk only, and this SAE is {sae.variant}; use format saelens")
         names = {"W_enc_rows": "encoder.weight", "b_enc": "encoder.bias"}
-        config = {"activation": "topk", "num_latents": d_sae, "expansion_factor": max(1, d_sae // d_in), "k": sae.k}
+        config = {
+            "activation": "topk",
+            "num_latents": d_sae,
+            "expansion_factor": max(1, d_sae // d_in),
+            "k": sae.k,
+            "metadata": metadata or {},
+        }
         config |= {"normalize_decoder": True, "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": d_in}
         state = {names.get(name, name): tensor for name, tensor in sae.parameters._asdict().items()}
         _write(path, SPARSIFY, state, config)
         return
     config = variant(sae.variant)(sae.k or 0).saelens()
     config |= {"d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu"}
-    config |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none", "metadata": {}}
+    config |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
+    config["metadata"] = {"sae_lens_version": SAELENS_FORMAT} | (metadata or {})
     _write(path, SAELENS, sae.parameters.exported(), config)
 
 

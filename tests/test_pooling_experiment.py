@@ -1,0 +1,143 @@
+"""C9: what is compared with what, and its rule on planted results."""
+
+from itertools import permutations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sae_stability.experiments import pooling as experiment
+from sae_stability.experiments.pooling import (
+    CONTROLS,
+    EXPLAINED,
+    LONGER,
+    NOISE,
+    NOISE_SINGLE,
+    RECOVERED,
+    SINGLE,
+    TUNED,
+    judge_c9,
+    split,
+)
+from sae_stability.statistics import bootstrap_ratio, over_pairs
+
+
+def test_groups_are_disjoint_and_of_equal_size():
+    for seeds, sizes in ((4, [2, 2]), (5, [2, 2]), (6, [2, 2, 2]), (11, [3, 3, 3]), (12, [4, 4, 4])):
+        for partition in range(5):
+            groups = split(seeds, partition)
+            assert list(map(len, groups)) == sizes
+            members = [one for group in groups for one in group]
+            assert len(set(members)) == len(members)
+            assert set(members) <= set(range(seeds))
+    assert split(11, 0) != split(11, 1)
+
+
+def test_shares_count_live_features_and_weigh_their_energy():
+    W_dec = F.normalize(torch.randn(3, 30, 4, generator=torch.Generator().manual_seed(0)), dim=2)
+    energy = torch.rand(3, 30, generator=torch.Generator().manual_seed(1))
+    energy[:, ::7] = 0  # these do not fire
+    found = experiment._shares(W_dec, energy, 0.8).set_index(["one", "other"])
+    for one, other in permutations(range(3), 2):
+        live, there = energy[one] > 0, energy[other] > 0
+        back = (W_dec[one, live] @ W_dec[other, there].T).amax(1) >= 0.8
+        assert found.loc[(one, other), "share"] == pytest.approx(float(back.double().mean()))
+        weighted = float((energy[one, live] * back).sum() / energy[one, live].sum())
+        assert found.loc[(one, other), "weighted"] == pytest.approx(weighted, abs=1e-6)
+
+
+def planted(shares: dict[str, float], lost: dict[str, float]) -> experiment._Judged:
+    """Products of three SAEs each with known shares, and known parts of the variance and of the loss that they miss."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "product": name,
+            "partition": partition,
+            "one": one,
+            "other": other,
+            "share": share + 0.001 * rng.normal(),
+            "weighted": share,
+        }
+        for name, share in shares.items()
+        for partition in range(2)
+        for one, other in permutations(range(3), 2)
+    ]
+    total, arrays = 1 + rng.random(50), {}
+    for name, part in lost.items():
+        noise = 1 + 0.01 * rng.normal(size=(3, 50))
+        arrays |= {
+            f"{name}/residual": part * total * noise,
+            f"{name}/spliced": 2 + part * noise,
+            f"{name}/firings": np.ones((3, 8)),
+        }
+    arrays |= {"total": total, "clean": np.full(50, 2.0), "zero": np.full(50, 3.0), "rows": np.array(10)}
+    return experiment._Judged(pd.DataFrame(rows), arrays, 11)
+
+
+SHARES = {SINGLE: 0.5, TUNED: 0.8, NOISE: 0.02, NOISE_SINGLE: 0.01} | dict.fromkeys(CONTROLS, 0.6)
+LOST = {SINGLE: 0.14, TUNED: 0.145}
+
+
+def test_a_pool_that_is_more_stable_and_as_good_is_supported():
+    stated, beyond_noise, beyond_energy = judge_c9(planted(SHARES, LOST))
+    assert [line["verdict"] for line in (stated, beyond_noise, beyond_energy)] == ["supported"] * 3
+    assert stated["value"] == pytest.approx(0.3, abs=0.01)
+    assert stated["null"] == pytest.approx(0.01, abs=0.005)
+    assert beyond_noise["value"] == pytest.approx(0.2, abs=0.01)
+
+
+def test_what_a_pool_loses_and_what_longer_training_wins_turn_the_verdict():
+    worse = judge_c9(planted(SHARES, LOST | {TUNED: 0.2}))
+    assert worse[0]["verdict"] == "opposite"
+    assert worse[1]["verdict"] == "supported"
+    longer = judge_c9(planted(SHARES | {LONGER: 0.9}, LOST))
+    assert longer[0]["verdict"] == "supported"
+    assert longer[1]["verdict"] == "opposite"
+    assert longer[1]["value"] == pytest.approx(-0.1, abs=0.01)
+    without_noise = planted({name: share for name, share in SHARES.items() if "surrogate" not in name}, LOST)
+    assert judge_c9(without_noise)[0]["null"] is None
+
+
+def test_quality_is_what_is_not_lost_and_its_difference_is_paired_by_text():
+    found = planted(SHARES, LOST)
+    lost, total = found.arrays[f"{TUNED}/residual"], found.arrays["total"]
+    assert found.quality(TUNED).value == pytest.approx(1 - lost.sum() / total.sum() / 3)
+    less = found.quality(TUNED, EXPLAINED, SINGLE)
+    assert less.value == pytest.approx(-0.005, abs=1e-3)
+    assert less.low < less.value < less.high
+    recovered = (found.arrays["zero"] - found.arrays[f"{TUNED}/spliced"]).sum(1) / 50
+    assert found.quality(TUNED, RECOVERED).value == pytest.approx(recovered.mean())
+    of_text = bootstrap_ratio(lost.mean(0) - found.arrays[f"{SINGLE}/residual"].mean(0), total)
+    assert less.high - less.low >= of_text.high - of_text.low
+
+
+def test_a_share_is_averaged_over_partitions():
+    found = planted(SHARES, LOST)
+    intervals = []
+    for _, rows in found.pairs[found.pairs["product"] == TUNED].groupby("partition"):
+        values = np.full((3, 3), np.nan)
+        values[rows["one"], rows["other"]] = rows["share"]
+        intervals.append(over_pairs(values))
+    share = found.share(TUNED)
+    assert share.value == pytest.approx(np.mean([each.value for each in intervals]))
+    assert share.high == pytest.approx(np.mean([each.high for each in intervals]))
+
+
+def test_the_price_of_a_product_is_that_of_its_seeds_and_its_fine_tuning():
+    found = planted(SHARES, LOST)
+    assert found.trained(SINGLE) == 1
+    assert found.trained(experiment.MEANS) == found.trained(LONGER) == 3
+    assert found.trained(TUNED) == found.trained(experiment.WIDER) == pytest.approx(3.1)
+    assert found.trained(experiment.TUNED_SINGLE) == pytest.approx(1.1)
+
+
+def test_the_quick_study_judges_c9(quick):
+    pools = quick.table("pools").set_index("product")
+    assert set(experiment.CONTROLS) <= set(pools.index)
+    judged = pools.dropna(subset=["explained"])
+    assert judged.loc[judged.index != SINGLE, "features"].nunique() == 1  # equal widths
+    assert judged["l0"].between(0.97 * pools.loc[SINGLE, "l0"], 1.03 * pools.loc[SINGLE, "l0"]).all()
+    assert pools.loc[TUNED, "explained"] > pools.loc[experiment.MEANS, "explained"]
+    assert [line["line"] for line in quick.lines if line["id"] == "C9"] == [rule.line for rule in experiment.C9]
