@@ -278,10 +278,9 @@ def test_the_pool_of_a_study_is_written_with_what_it_stands_for(quick, call, tmp
     for feature, members in enumerate(metadata["members"][:20]):
         rows = torch.stack([ensemble.W_dec[int(sae), member] for sae, member in members.items()])
         assert F.cosine_similarity(rows.mean(0), written.W_dec[feature], dim=0) == pytest.approx(1, abs=1e-5)
-    status, _, _ = call(
-        "stability", tmp_path / "pooled", tmp_path / "pooled" / "sae_weights.safetensors", "--out", tmp_path / "x.csv"
-    )
-    assert status == 2  # the same SAE twice
+    formats.save(ensemble.dictionary(0), tmp_path / "single")
+    status, _, _ = call("stability", tmp_path / "pooled", tmp_path / "single", "--out", tmp_path / "x.csv")
+    assert status == 0
 
 
 def test_directions_of_files_are_pooled_without_a_text(call, tmp_path):
