@@ -21,7 +21,11 @@ from sae_stability.experiments.pooling import (
     judge_c9,
     split,
 )
+from sae_stability.language.activations import Activations
+from sae_stability.pooling import measure
 from sae_stability.statistics import bootstrap_ratio, over_pairs
+from sae_stability.study import Recipe
+from sae_stability.training import train
 
 
 def test_groups_are_disjoint_and_of_equal_size():
@@ -135,9 +139,36 @@ def test_the_price_of_a_product_is_that_of_its_seeds_and_its_fine_tuning():
 
 def test_the_quick_study_judges_c9(quick):
     pools = quick.table("pools").set_index("product")
-    assert set(experiment.CONTROLS) <= set(pools.index)
+    assert {experiment.TUNED_SINGLE, experiment.RANDOM} <= set(pools.index)
+    assert not {LONGER, experiment.WIDER} & set(pools.index)  # nobody asked for them
     judged = pools.dropna(subset=["explained"])
     assert judged.loc[judged.index != SINGLE, "features"].nunique() == 1  # equal widths
     assert judged["l0"].between(0.97 * pools.loc[SINGLE, "l0"], 1.03 * pools.loc[SINGLE, "l0"]).all()
     assert pools.loc[TUNED, "explained"] > pools.loc[experiment.MEANS, "explained"]
-    assert [line["line"] for line in quick.lines if line["id"] == "C9"] == [rule.line for rule in experiment.C9]
+    assert [line["line"] for line in quick.lines if line["id"] == "C9"] == ["as stated", "beyond energy and frequency"]
+
+
+def test_what_costs_as_much_is_trained_where_it_is_asked_for():
+    recipe = Recipe(
+        model="none",
+        hook_name="blocks.0.hook_resid_post",
+        d_sae=32,
+        k=3,
+        tokens=6000,
+        batch=200,
+        encoder="float32",
+        dead_after=10**6,
+    )
+    x = Activations.of(torch.randn(6000, 16, generator=torch.Generator().manual_seed(0)))
+    ensemble = train(recipe, x, range(4))
+    seeds = experiment._Seeds.of(ensemble, x, 0.7)
+    found = experiment._products(seeds, recipe, controls=True)
+    assert set(found) == {experiment.MEDOIDS, experiment.MEANS, TUNED, experiment.TUNED_MEDOIDS, *CONTROLS}
+    assert len({product.d_sae for name, product in found.items() if name != LONGER}) == 1
+    groups = split(4, 0)
+    twice = train(recipe.model_copy(update={"passes": 2}), x, [ensemble.seeds[group[0]] for group in groups])
+    assert torch.equal(found[LONGER].W_dec, twice.W_dec)
+    wide = train(recipe.model_copy(update={"d_sae": 64}), x, [groups[0][0]])
+    energy = measure(wide.dictionary(0), x.data).energy
+    pruned = experiment._pruned(wide, 32, seeds)
+    assert torch.equal(pruned.W_dec[0], wide.W_dec[0][energy.topk(32).indices.sort().values])

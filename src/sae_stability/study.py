@@ -226,6 +226,9 @@ class Study(Cell):
     world_tokens: Annotated[int, Field(ge=512, le=MOST_TOKENS)] = Field(
         500_000, description="training tokens of each synthetic world; where features have to be told apart, three times as many"
     )
+    pool_controls: bool = Field(
+        False, description="train SAEs as many times as long, and as wide, as pools have seeds: what the same work buys (C9)"
+    )
     explainer: Explainer | None = Field(None, description="a language model that explains features; without one C6 is not tested")
     experiments: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="the questions that are asked, with those that they read; by default all, which the book's pages need"

@@ -107,7 +107,7 @@ def compute(results: Results, folder: Path) -> None:
         pools = pd.concat(of_noise.pools(partition))
         pairs.append(pools[pools["product"] == MEANS].assign(product=NOISE, partition=partition))
 
-    products = {SINGLE: ensemble} | _products(seeds, results.cell.recipe)
+    products = {SINGLE: ensemble} | _products(seeds, results.cell.recipe, results.study.pool_controls)
     held_out, contexts = texts.activations(results, "evaluation").first(JUDGED), texts.contexts(results, "evaluation")
     x, arrays = held_out.data[:CALIBRATION].float(), dict[str, np.ndarray]()
     for name, product in products.items():
@@ -185,8 +185,8 @@ def split(seeds: int, partition: int) -> list[list[int]]:
     return [sorted(order[number * size : (number + 1) * size].tolist()) for number in range(count)]
 
 
-def _products(seeds: _Seeds, recipe: Recipe) -> dict[str, Ensemble]:
-    """What is judged: pools of the groups of the first partition, and for each group what the same work buys."""
+def _products(seeds: _Seeds, recipe: Recipe, controls: bool) -> dict[str, Ensemble]:
+    """What is judged: pools of the groups of the first partition, and for each group what the same work buys, if asked for."""
     groups, like = split(len(seeds.saes), 0), seeds.ensemble
     recipe = recipe.model_copy(update={"coefficient": like.coefficient or None})
     by = [seeds.stars(group) for group in groups]
@@ -205,17 +205,18 @@ def _products(seeds: _Seeds, recipe: Recipe) -> dict[str, Ensemble]:
 
     best = [np.arange(width)] * len(groups)
     means, medoids = pooled("mean", best), pooled("medoid", best)
-    wide = training.train(wider, seeds.train, first, described=WIDER)
-    return {
+    pools = {
         MEDOIDS: medoids,
         MEANS: means,
         TUNED: tuned(means),
         TUNED_MEDOIDS: tuned(medoids),
         TUNED_SINGLE: tuned(joined([seeds.saes[group[0]] for group in groups], like)),
         RANDOM: tuned(pooled("mean", draws)),
-        LONGER: training.train(longer, seeds.train, first, described=LONGER),
-        WIDER: tuned(_pruned(wide, width, seeds)),
     }
+    if not controls:
+        return pools
+    long, wide = (training.train(each, seeds.train, first, described=name) for each, name in ((longer, LONGER), (wider, WIDER)))
+    return pools | {LONGER: long, WIDER: tuned(_pruned(wide, width, seeds))}
 
 
 def _tuned(start: Ensemble, recipe: Recipe, train: Activations) -> Ensemble:
@@ -340,14 +341,15 @@ def judge(results: Results) -> list[dict]:
 
 
 def judge_c9(found: _Judged) -> list[dict]:
-    """C9, from what was found of all products. The null's value of the first line is what pools of the surrogate win."""
+    """C9, from what was found of all products; the second line where what costs as much was trained.
+
+    The null's value of the first line is what pools of the surrogate win.
+    """
     stated, beyond_noise, beyond_energy = C9
     won = difference(found.share(TUNED), found.share(SINGLE))
     noise = difference(found.share(NOISE), found.share(NOISE_SINGLE)) if NOISE in found.names else NOWHERE
-    over = {name: difference(found.share(TUNED), found.share(name)) for name in CONTROLS}
-    least = min(over.values(), key=lambda interval: interval.value)
     weighted = difference(found.share(TUNED, "weighted"), found.share(SINGLE, "weighted"))
-    return [
+    lines = [
         judged(
             stated,
             won,
@@ -358,14 +360,14 @@ def judge_c9(found: _Judged) -> list[dict]:
                 Condition("loss recovered, pool less single", found.quality(TUNED, RECOVERED, SINGLE), LOSS),
             ],
         ),
-        judged(
-            beyond_noise,
-            least,
-            NOWHERE,
-            [Condition(f"features that come back, pool less {name}", interval, 0.0) for name, interval in over.items()],
-        ),
         judged(beyond_energy, weighted, NOWHERE, [Condition("energy that comes back, pool less single", weighted, 0.0)]),
     ]
+    if set(CONTROLS) <= set(found.names):
+        over = {name: difference(found.share(TUNED), found.share(name)) for name in CONTROLS}
+        least = min(over.values(), key=lambda interval: interval.value)
+        conditions = [Condition(f"features that come back, pool less {name}", interval, 0.0) for name, interval in over.items()]
+        lines.insert(1, judged(beyond_noise, least, NOWHERE, conditions))
+    return lines
 
 
 def _asked(study: Study, cell: Cell) -> bool:
@@ -376,7 +378,7 @@ EXPERIMENT = Experiment(
     "pooling",
     compute,
     after=("quality",),
-    reads=("threshold", "evaluation_tokens", "loss_tokens"),
+    reads=("threshold", "evaluation_tokens", "loss_tokens", "pool_controls"),
     tables={"pools": products},
     claims=judge,
     asked=_asked,
