@@ -101,7 +101,7 @@ def told_apart(latents: pd.DataFrame) -> pd.DataFrame:
     latents = latents.assign(frequency=np.log(latents["frequency"]))
     rows = []
     for name, columns in {**{name: [name] for name in DIAGNOSTICS}, TOGETHER: list(DIAGNOSTICS)}.items():
-        areas = [_judged(latents, latents["world"] == world, columns) for world in latents["world"].unique()]
+        areas = [_judged(latents, (latents["world"] == world).to_numpy(), columns) for world in latents["world"].unique()]
         area = jackknifed_mean(areas).within(0, 1)
         rows.append({"diagnostic": name, "roc": area.value, "roc_low": area.low, "roc_high": area.high})
     return pd.DataFrame(rows)

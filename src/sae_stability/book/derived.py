@@ -79,7 +79,7 @@ def unstable_diagnosed(results: Results, names: Mapping[str, str]) -> dict[str, 
     """What `diagnose` tells of the unstable features of the ensemble (`real`) and of as many of its nulls, by their `names`, where
     there are four seeds."""
     found = {kind: matching.stability(results, kind) for kind in names if kind in results.cell.kinds}
-    sizes = (found["real"].band == BANDS.index("unstable")).sum(1)
+    sizes = (found["real"].band == BANDS.index("unstable")).sum(1).tolist()
     return {
         names[kind]: diagnose(ensembles.ensemble(results, kind).W_dec, matched, sizes)
         for kind, matched in found.items()
