@@ -313,7 +313,7 @@ class _Judged:
             values[of_partition["one"], of_partition["other"]] = of_partition[column]
             intervals.append(over_pairs(values))
         value, low, high = np.mean([(each.value, each.low, each.high) for each in intervals], axis=0)
-        return Interval(float(value), float(low), float(high))
+        return Interval(float(value), float(low), float(high)).within(0, 1)
 
     def quality(self, name: str, of: str = EXPLAINED, less: str | None = None) -> Interval:
         """Explained variance, or loss recovered, less that of another product: over its SAEs, and over clusters of the text."""
