@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from sae_stability import diagnostics
 from sae_stability.book import page
-from sae_stability.diagnostics import DIAGNOSTICS, TOGETHER, diagnose, told_apart, unstable_latents
+from sae_stability.diagnostics import BLOCK, DIAGNOSTICS, LEFT_OVER, OWN, TOGETHER, diagnose, told_apart, unstable_latents
 from sae_stability.experiments.synthetic import MIXED_SEEDS, mixed_worlds
 from sae_stability.matching import stability
-from sae_stability.synthetic import World
+from sae_stability.synthetic import World, trained
 
 D_IN, SEEDS = 64, 4
 
@@ -74,24 +74,31 @@ def test_a_diagnostic_that_tells_has_an_area_of_one_and_one_that_does_not_of_a_h
     generator = np.random.default_rng(0)
     of_block = generator.random(4000) < 0.4
     latents = pd.DataFrame({name: generator.random(4000) for name in DIAGNOSTICS})
-    latents = latents.assign(of_block=of_block, world=np.arange(4000) % 4, spanned=of_block + 0.1 * generator.random(4000))
-    latents = pd.concat([latents, latents.assign(world=9, of_block=True)])  # a world of one kind says nothing
-    areas = told_apart(latents).set_index("diagnostic")["roc"]
-    assert areas["spanned"] == 1
-    assert areas[TOGETHER] == pytest.approx(1, abs=1e-6)
-    assert areas["best"] == pytest.approx(0.5, abs=0.05)
+    kind = np.where(of_block, BLOCK, OWN)
+    latents = latents.assign(kind=kind, world=np.arange(4000) % 4, spanned=of_block + 0.1 * generator.random(4000))
+    others = [latents.assign(world=9, kind=BLOCK), latents.assign(kind=LEFT_OVER, spanned=1 - latents["spanned"])]
+    areas = told_apart(pd.concat([latents, *others]), OWN).set_index("diagnostic")  # what is of another kind plays no part
+    assert areas.loc["spanned", "roc"] == areas.loc["spanned", "roc_low"] == 1
+    assert areas.loc[TOGETHER, "roc"] == pytest.approx(1, abs=1e-6)
+    assert areas.loc["best", "roc"] == pytest.approx(0.5, abs=0.05)
+    assert areas.loc["best", "roc_low"] < areas.loc["best", "roc"] < areas.loc["best", "roc_high"]
 
 
-def test_in_a_world_of_one_block_all_that_is_unstable_and_inside_is_of_the_block():
-    world = World(r=12, isolated=4, isolated_active=1, blocks=1, rare=4, tokens=60_000)
+def test_latents_are_called_by_what_they_are():
+    world = World(r=12, isolated=40, isolated_active=2, zipf=1.0, noise=0.5, width=0.5, tokens=60_000)
     table = unstable_latents(world, 4)
-    assert set(table.columns) == {"seed", "feature", "of_block", *DIAGNOSTICS}
-    assert table["of_block"].any()
-    assert (table["frequency"] > 0).all()
+    directions, truth = F.normalize(trained(world, range(4)).W_dec.float(), dim=2), world.truth
+    assert (table["kind"] == BLOCK).any()
+    for _, row in table.iterrows():
+        direction = directions[row["seed"], row["feature"]]
+        inside = max(float((space.T @ direction).norm()) for space in truth.spaces)
+        nearest = float((truth.isolated @ direction).max())
+        assert row["kind"] == (BLOCK if inside >= 0.9 else OWN if nearest >= 0.7 else LEFT_OVER)
 
 
 def test_the_published_latents_are_of_the_worlds_of_the_code():
     published = page.of_worlds("latents")
     assert published["world"].nunique() == len(mixed_worlds())
     assert set(published["seed"]) == set(range(MIXED_SEEDS))
-    assert published.groupby("world")["of_block"].nunique().eq(2).all()
+    counts = published.groupby(["world", "kind"]).size().unstack()
+    assert (counts[[BLOCK, OWN]].min() >= 5).all()

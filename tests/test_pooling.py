@@ -232,6 +232,7 @@ def test_what_cannot_be_pooled_is_said():
         ([sae(0), sae(1, "relu")], tokens(), "is relu, and the first topk with k = 3"),
         ([sae(0), other_k], tokens(), "topk with k = 5, and the first topk with k = 3"),
         ([sae(0), sae(1)], torch.zeros(4, 7), "d_in 7, and the SAEs have 24"),
+        ([sae(0), sae(1)], torch.zeros(4, D_IN) - 0, "no feature of any SAE fires"),
     ]:
         with pytest.raises(UserError, match=words):
             pool(saes, x)
@@ -246,6 +247,14 @@ def test_an_l0_that_cannot_be_reached_is_said():
     pooled = pool([sae(0, "jumprelu"), sae(1, "jumprelu")], tokens())
     with pytest.raises(UserError, match="at best; pool more features"):
         pooling.calibrated(pooled.sae, tokens(), 19.5)
+
+
+def test_a_token_on_which_nothing_fires_and_very_few_tokens_are_no_obstacle():
+    saes = [sae(seed, "jumprelu") for seed in range(2)]
+    silent = torch.cat([tokens(pooling.ROWS), torch.zeros(1, D_IN)])  # the last batch is one silent token
+    assert measure(pool(saes, silent).sae, silent).l0 == pytest.approx(measure(saes[0], silent).l0, rel=0.02)
+    few = tokens(20)
+    pool(saes, few)
 
 
 def test_stars_are_those_of_the_families_less_what_is_alike():
@@ -305,6 +314,9 @@ def test_directions_of_files_are_pooled_without_a_text(call, tmp_path):
         (("quick", "nosuch", "--out", "x"), "cell: quick has no nosuch; it has topk-256"),
         (("saes/a", "saes/b", "--out", "x"), "--out x: name a .safetensors file, since without a text"),
         (("saes/a", "saes/b", "--out", "x", "--model", "gpt2"), "give all three, or none"),
+        (("quick", "--out", "x", "--threshold", "7"), "--threshold 7: no cosine between 0 and 1"),
+        (("saes/a", "saes/b", "--out", "x.safetensors", "--set", "k=3"), "--set: it overrides keys of a study"),
+        (("quick", "--out", "x", "--model", "m", "--corpus", "c", "--hook-name", "h"), "--model: a study has a text of its own"),
     ],
 )
 def test_what_the_command_cannot_do_is_one_line(call, arguments, words, house):

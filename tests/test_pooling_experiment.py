@@ -1,5 +1,6 @@
 """C9: what is compared with what, and its rule on planted results."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sae_stability import pipeline
+from sae_stability.book import page
 from sae_stability.experiments import pooling as experiment
 from sae_stability.experiments.pooling import (
     CONTROLS,
@@ -22,14 +25,15 @@ from sae_stability.experiments.pooling import (
     split,
 )
 from sae_stability.language.activations import Activations
-from sae_stability.pooling import measure
+from sae_stability.loading import load_study
+from sae_stability.pooling import Stars, measure
 from sae_stability.statistics import bootstrap_ratio, over_pairs
 from sae_stability.study import Recipe
 from sae_stability.training import train
 
 
 def test_groups_are_disjoint_and_of_equal_size():
-    for seeds, sizes in ((4, [2, 2]), (5, [2, 2]), (6, [2, 2, 2]), (11, [3, 3, 3]), (12, [4, 4, 4])):
+    for seeds, sizes in ((4, [2, 2]), (6, [2, 2, 2]), (11, [3, 3, 3]), (12, [4, 4, 4])):
         for partition in range(5):
             groups = split(seeds, partition)
             assert list(map(len, groups)) == sizes
@@ -77,11 +81,22 @@ def planted(shares: dict[str, float], lost: dict[str, float]) -> experiment._Jud
             f"{name}/firings": np.ones((3, 8)),
         }
     arrays |= {"total": total, "clean": np.full(50, 2.0), "zero": np.full(50, 3.0), "rows": np.array(10)}
-    return experiment._Judged(pd.DataFrame(rows), arrays, 11)
+    return experiment._Judged(pd.DataFrame(rows), features(shares), arrays, 11, 5)
+
+
+def features(shares: dict[str, float]) -> pd.DataFrame:
+    """Features that come back the more often the stronger they are, and in pools by the difference of the shares more often."""
+    rng, parts = np.random.default_rng(1), []
+    for name, saes in ((TUNED, 3), (SINGLE, 11)):
+        for one in range(saes):
+            energy = np.exp(rng.normal(1.0 if name == TUNED else 0.0, 1.0, 300))
+            back = 0.3 + 0.05 * np.log(energy) + (shares[TUNED] - shares[SINGLE]) * (name == TUNED)
+            parts.append(pd.DataFrame({"product": name, "one": one, "energy": energy, "frequency": energy, "back": back}))
+    return pd.concat(parts)
 
 
 SHARES = {SINGLE: 0.5, TUNED: 0.8, NOISE: 0.02, NOISE_SINGLE: 0.01} | dict.fromkeys(CONTROLS, 0.6)
-LOST = {SINGLE: 0.14, TUNED: 0.145}
+LOST = {SINGLE: 0.14, TUNED: 0.145} | dict.fromkeys(CONTROLS, 0.145)
 
 
 def test_a_pool_that_is_more_stable_and_as_good_is_supported():
@@ -90,12 +105,31 @@ def test_a_pool_that_is_more_stable_and_as_good_is_supported():
     assert stated["value"] == pytest.approx(0.3, abs=0.01)
     assert stated["null"] == pytest.approx(0.01, abs=0.005)
     assert beyond_noise["value"] == pytest.approx(0.2, abs=0.01)
+    assert beyond_energy["value"] == pytest.approx(0.3, abs=0.01)  # what pools owe to stronger features is taken off
+
+
+def test_a_pool_of_stronger_features_that_come_back_for_it_is_no_more_stable_at_equal_energy():
+    found = planted(SHARES | {TUNED: 0.5}, LOST)
+    raw = found.features.groupby("product")["back"].mean()
+    assert raw[TUNED] > raw[SINGLE] + 0.03
+    assert found.matched().value == pytest.approx(0, abs=0.01)
+
+
+def test_pools_and_controls_of_the_same_groups_are_paired():
+    found = planted(SHARES, LOST)
+    of_group = np.array([0.0, 0.1, 0.2])  # some groups are more alike than others, whatever is made of them
+    moved = found.pairs.assign(
+        share=found.pairs["share"] + np.where(found.pairs["product"] == SINGLE, 0, of_group[found.pairs["one"]])
+    )
+    paired = replace(found, pairs=moved).more(LONGER)
+    assert paired.value == pytest.approx(0.2, abs=0.01)
+    assert paired.high - paired.low < 0.02
 
 
 def test_what_a_pool_loses_and_what_longer_training_wins_turn_the_verdict():
     worse = judge_c9(planted(SHARES, LOST | {TUNED: 0.2}))
-    assert worse[0]["verdict"] == "opposite"
-    assert worse[1]["verdict"] == "supported"
+    assert worse[0]["verdict"] == "weaker than the bound"
+    assert worse[1]["verdict"] == "weaker than the bound"  # it explains less than what costs as much, too
     longer = judge_c9(planted(SHARES | {LONGER: 0.9}, LOST))
     assert longer[0]["verdict"] == "supported"
     assert longer[1]["verdict"] == "opposite"
@@ -135,17 +169,31 @@ def test_the_price_of_a_product_is_that_of_its_seeds_and_its_fine_tuning():
     assert found.trained(experiment.MEANS) == found.trained(LONGER) == 3
     assert found.trained(TUNED) == found.trained(experiment.WIDER) == pytest.approx(3.1)
     assert found.trained(experiment.TUNED_SINGLE) == pytest.approx(1.1)
+    assert found.trained(NOISE) == 2  # of five seeds
 
 
-def test_the_quick_study_judges_c9(quick):
-    pools = quick.table("pools").set_index("product")
+def test_random_features_are_those_of_the_seeds_and_not_of_the_stars():
+    size = np.repeat([1, 3], 500)
+    members = np.where(np.arange(3) < size[:, None], 0, -1)
+    found = Stars(members, np.zeros(1000, dtype=int), np.zeros(1000))
+    drawn = np.concatenate([found.size[experiment._random_features(found, 20, number)] for number in range(200)])
+    assert (drawn == 3).mean() == pytest.approx(0.75, abs=0.03)
+
+
+@pytest.mark.parametrize("variant", ["topk", "relu"])
+def test_a_study_judges_c9(house, variant):
+    study = load_study("quick", ["grid={}", "seeds=6", "experiments=[pooling]", f"variant={variant}"], name=f"pools-{variant}")
+    pipeline.compute(study)
+    found = page.open_study(study.name)
+    pools = found.table("pools").set_index("product")
     assert {experiment.TUNED_SINGLE, experiment.RANDOM} <= set(pools.index)
     assert not {LONGER, experiment.WIDER} & set(pools.index)  # nobody asked for them
     judged = pools.dropna(subset=["explained"])
-    assert judged.loc[judged.index != SINGLE, "features"].nunique() == 1  # equal widths
+    assert judged["features"].nunique() == 1  # equal widths
+    assert (judged["saes"] == [6, *[3] * (len(judged) - 1)]).all()
     assert judged["l0"].between(0.97 * pools.loc[SINGLE, "l0"], 1.03 * pools.loc[SINGLE, "l0"]).all()
     assert pools.loc[TUNED, "explained"] > pools.loc[experiment.MEANS, "explained"]
-    assert [line["line"] for line in quick.lines if line["id"] == "C9"] == ["as stated", "beyond energy and frequency"]
+    assert [line["line"] for line in found.ledger if line["id"] == "C9"] == ["as stated", "beyond energy and frequency"]
 
 
 def test_what_costs_as_much_is_trained_where_it_is_asked_for():

@@ -15,6 +15,7 @@ from sklearn.metrics import adjusted_rand_score
 from helpers import drawn
 from sae_stability import subspaces
 from sae_stability.book import page
+from sae_stability.experiments.groups import RANDOM_PARTITIONS
 from sae_stability.experiments.subspaces import RANDOM, captured, ceiling, contrast, judge_c7, of_ceiling, without_strong
 from sae_stability.figures import subspaces as figures
 from sae_stability.files import save_arrays
@@ -465,17 +466,28 @@ def test_random_partitions_are_as_large_as_the_clustered_one_and_many():
     assert sizes["random"] == pytest.approx(sizes["clustered"])
 
 
-def test_groups_that_capture_no_more_than_random_ones_are_not_counted_and_others_are():
-    random = pd.DataFrame({"partition": "random", "group": range(100), "share": np.linspace(0.1, 0.5, 100)})
+def test_groups_are_compared_with_random_ones_of_their_size_and_their_number_is_corrected_for():
+    """Random groups of the size of group i have a share of i / 20 and a spread of 0.01."""
+    count, draws = 11, RANDOM_PARTITIONS
+    rng = np.random.default_rng(0)
+    random = [
+        {"partition": "random", "group": count * (1 + draw) + like, "like": like, "share": like / 20 + 0.01 * rng.normal()}
+        for draw in range(draws)
+        for like in range(count)
+    ]
 
-    def counted(*shares: float) -> int:
-        clustered = pd.DataFrame({"partition": "clustered", "group": range(100, 100 + len(shares)), "share": shares})
-        return groups.beyond_random(pd.concat([clustered, random]))
+    def counted(**more: float) -> int:
+        clustered = [
+            {"partition": "clustered", "group": like, "like": like, "share": like / 20 + more.get(f"_{like}", 0.0)}
+            for like in range(count)
+        ]
+        return groups.beyond_random(pd.DataFrame(clustered + random))
 
-    assert counted(0.3, 0.45, 0.2) == 0
-    assert counted(0.6, 0.3, 0.2) == 1
-    assert counted(0.6, *[0.3] * 10) == 0  # the same group among eleven: its p of 1/101 is not below 5 % / 11
-    assert counted(*[0.6] * 10) == 10
+    assert counted() == 0
+    assert counted(_3=0.1) == 1  # though most random groups, of larger sizes, capture more
+    assert counted(_3=0.1, _9=0.1) == 2
+    assert counted(_3=0.021) == 0  # two standard deviations are nothing among eleven
+    assert counted(_3=-0.1) == 0
 
 
 def test_of_planted_planes_one_is_drawn_whole():
@@ -490,23 +502,6 @@ def test_of_planted_planes_one_is_drawn_whole():
     assert ((found["feature"] - 100) // 4).nunique() == 1  # of one plane
     assert np.hypot(found["x"], found["y"]).to_numpy() == pytest.approx(1, abs=1e-6)
     assert groups.planar_group([rows[:3] for rows in directions], [np.arange(3)] * 4).empty
-
-
-def test_a_seed_that_is_a_rotation_of_another_is_turned_back_onto_it():
-    rows = F.normalize(torch.randn(24, 6, generator=torch.Generator().manual_seed(0)), dim=1).double().numpy()
-    small = np.linalg.qr(np.eye(6) + 0.2 * np.random.default_rng(0).standard_normal((6, 6)))[0]
-    small *= np.sign(np.diag(small))  # near the identity, so that most first partners are right
-    before, after = groups.turned(rows, (rows @ small)[np.random.default_rng(1).permutation(24)])
-    assert after == pytest.approx(1, abs=1e-4)
-    assert before < 0.95
-
-
-def test_a_rotation_learned_on_other_rows_does_not_help_rows_that_have_nothing_to_do_with_one_another():
-    draws = [np.random.default_rng(seed).standard_normal((2, 16, 40)) for seed in range(30)]
-    before, after = np.mean([groups.turned(*draw) for draw in draws], axis=0)
-    assert after == pytest.approx(before, abs=0.03)
-    assert groups.turned(draws[0][0], draws[0][0])[1] == pytest.approx(1)
-    assert np.isnan(groups.turned(draws[0][0][:1], draws[0][1])).all()
 
 
 def test_groups_of_each_seeds_own_do_not_come_back():

@@ -198,6 +198,8 @@ def pool(
 
       sae-stability pool sae-seed* --kind union --out directions.safetensors
     """
+    if not 0 < threshold <= 1:
+        raise UserError(f"--threshold {threshold:g}: no cosine between 0 and 1; give one such as 0.7")
     site = _site(model, corpus, hook_name, tokens, device, model_dtype)
     of_study = sources[0].endswith((".yaml", ".yml")) or not (Path(sources[0]).exists() or os.sep in sources[0])
     if (out.suffix == ".safetensors") == (of_study or site is not None):
@@ -205,6 +207,10 @@ def pool(
             "a folder" if of_study or site is not None else "a .safetensors file, since without a text directions alone are pooled"
         )
         raise UserError(f"--out {out}: name {mend}")
+    if of_study and site is not None:
+        raise UserError("--model: a study has a text of its own; leave --model, --corpus and --hook-name out")
+    if overrides and not of_study:
+        raise UserError("--set: it overrides keys of a study, and these are files; leave it out")
     _no_widgets()
     import torch
 
@@ -219,6 +225,9 @@ def pool(
         x: torch.Tensor | None = held_out.first(tokens).data.float()
     else:
         saes = [formats.load(path) for path in sources]
+        pooling.check(saes, site is not None)  # before a language model reads a text
+        if format == "sparsify" and saes[0].variant not in (None, "topk"):
+            raise UserError(f"--format sparsify: it has topk only, and these SAEs are {saes[0].variant}; use saelens")
         x = None if site is None else torch.cat(list(site.activations(saes[0].directions.shape[1], "activations")))
     print(f"about {pooling.memory(saes, x) / 1e9:.1f} GB of memory for {len(saes)} SAEs", file=sys.stderr)
     pooled = pooling.pool(saes, x, kind, threshold, representative, quorum)

@@ -1,5 +1,5 @@
-"""The reverse test: where the truth is known, can it be seen of an unstable latent that it is an axis of a block, and not a rare or
-noisy feature of its own? What can't tell them apart in worlds says nothing of the unstable features of a language model.
+"""The reverse test: where the truth is known, can it be seen of an unstable latent that it is an axis of a block, and not a feature
+of its own that few seeds find, or a left-over? What can't tell them apart in worlds says nothing of a language model.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,18 @@ from tqdm import tqdm
 
 from sae_stability import threads
 from sae_stability.matching import BANDS, Stability, stability
-from sae_stability.statistics import jackknifed_mean
 from sae_stability.subspaces.copies import group_cosines, spearman_brown
 from sae_stability.synthetic import HELD_OUT, THRESHOLD, World, of_blocks, trained
 
 NEIGHBOURS = 8
 """Unstable features of another seed whose span is asked how much of a feature it holds: those most like it either way round."""
-DIAGNOSTICS = ("frequency", "best", "averaged", "spanned")
+DIAGNOSTICS = ("best", "averaged", "spanned")
 TOGETHER = "all of them"
+BLOCK, OWN, LEFT_OVER = "axis of a block", "feature of its own", "left-over"
+FEWEST = 5
+"""Latents of a kind from which a world is judged."""
+IS = 0.7
+"""Cosine from which a latent outside blocks is a true feature, if not well learned."""
 
 
 def diagnose(W_dec: Float[Tensor, "seed d_sae d_in"], found: Stability, most: Sequence[int] | None = None) -> pd.DataFrame:
@@ -42,7 +46,7 @@ def diagnose(W_dec: Float[Tensor, "seed d_sae d_in"], found: Stability, most: Se
     unstable = [np.flatnonzero(band == BANDS.index("unstable")) for band in found.band]
     if most is not None:
         draws = [np.random.default_rng(seed).permutation(members) for seed, members in enumerate(unstable)]
-        unstable = [np.sort(drawn[:size]) for drawn, size in zip(draws, most, strict=False)]
+        unstable = [np.sort(drawn[:size]) for drawn, size in zip(draws, most, strict=True)]
     single, several = (group_cosines(directions, found, size) for size in (1, seeds // 2))
     averaged = several - spearman_brown(single, seeds // 2)
     tables = []
@@ -69,17 +73,20 @@ def _spanned(rows: Float[Tensor, "feature d_in"], others: Float[Tensor, "other d
 
 
 def unstable_latents(world: World, seeds: int) -> pd.DataFrame:
-    """The unstable latents of a world, with `frequency`, what `diagnose` tells, and whether each is `of_block`: one row each."""
+    """The unstable latents of a world, with what `diagnose` tells, and what each is (`kind`): one row each.
+
+    An axis of a block lies inside it (`synthetic.of_blocks`); of the others some are true features (`IS`), and most are left over.
+    """
     with threads.single():
-        ensemble = trained(world, range(seeds))
-        x = world.activations(HELD_OUT, draw=2)
-        fired = [torch.bincount(codes.fired(), minlength=ensemble.d_sae) for _, codes in ensemble.codes(ensemble.normalise(x))]
-        firings = torch.stack(fired)
-        found = stability(ensemble.W_dec, THRESHOLD, firings > 0)
-        table = diagnose(ensemble.W_dec, found)
-        block = of_blocks(F.normalize(ensemble.W_dec.float(), dim=2), world.truth).any(0)
+        ensemble, truth = trained(world, range(seeds)), world.truth
+        codes = ensemble.codes(ensemble.normalise(world.activations(HELD_OUT, draw=2)))
+        alive = torch.stack([torch.bincount(of_seed.fired(), minlength=ensemble.d_sae) > 0 for _, of_seed in codes])
+        table = diagnose(ensemble.W_dec, stability(ensemble.W_dec, THRESHOLD, alive))
+        directions = F.normalize(ensemble.W_dec.float(), dim=2)
+        block = of_blocks(directions, truth).any(0).numpy()
+        own = ((directions @ torch.cat([truth.isolated, truth.rare]).T).amax(2) >= IS).numpy()
     place = (table["seed"].to_numpy(), table["feature"].to_numpy())
-    return table.assign(frequency=firings.numpy()[place] / HELD_OUT, of_block=block.numpy()[place])
+    return table.assign(kind=np.where(block[place], BLOCK, np.where(own[place], OWN, LEFT_OVER)))
 
 
 def all_unstable_latents(worlds: Sequence[World], seeds: int, described: str) -> pd.DataFrame:
@@ -90,25 +97,26 @@ def all_unstable_latents(worlds: Sequence[World], seeds: int, described: str) ->
     return pd.concat([table.assign(world=number) for number, table in enumerate(tables)], ignore_index=True)
 
 
-def told_apart(latents: pd.DataFrame) -> pd.DataFrame:
-    """How well each diagnostic, and a logistic regression on all, tells latents of blocks from others: area under the ROC curve.
+def told_apart(latents: pd.DataFrame, other: str) -> pd.DataFrame:
+    """How well each diagnostic, and a logistic regression on all, tells axes of blocks from another kind: area under the ROC curve.
 
     The regression is fitted on all worlds but one and judged on that one; so is on which side of a single diagnostic blocks lie.
-    Columns: diagnostic, and `roc` with the ends of its interval over worlds. Worlds that lack either kind are left out.
+    Columns: diagnostic, and `roc`, the mean over worlds, with the smallest and the largest as its ends: worlds are of several
+    designs, and no sample of any. Worlds with fewer than `FEWEST` of either kind are left out.
     """
-    kinds = latents.groupby("world")["of_block"].nunique()
-    latents = latents[latents["world"].isin(kinds.index[kinds == 2])].reset_index(drop=True)
-    latents = latents.assign(frequency=np.log(latents["frequency"]))
+    both = latents[latents["kind"].isin([BLOCK, other])]
+    counts = both.groupby(["world", "kind"]).size().unstack(fill_value=0)
+    both = both[both["world"].isin(counts.index[(counts >= FEWEST).all(axis=1)])].reset_index(drop=True)
     rows = []
     for name, columns in {**{name: [name] for name in DIAGNOSTICS}, TOGETHER: list(DIAGNOSTICS)}.items():
-        areas = [_judged(latents, (latents["world"] == world).to_numpy(), columns) for world in latents["world"].unique()]
-        area = jackknifed_mean(areas).within(0, 1)
-        rows.append({"diagnostic": name, "roc": area.value, "roc_low": area.low, "roc_high": area.high})
+        areas = [_judged(both, (both["world"] == world).to_numpy(), columns) for world in both["world"].unique()]
+        rows.append({"diagnostic": name, "roc": np.mean(areas), "roc_low": min(areas), "roc_high": max(areas)})
     return pd.DataFrame(rows)
 
 
 def _judged(latents: pd.DataFrame, held_out: Bool[np.ndarray, "latent"], columns: list[str]) -> float:
     """The area on the latents that are held out, of a regression that was fitted on the others."""
     regression = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced"))
-    regression.fit(latents.loc[~held_out, columns], latents.loc[~held_out, "of_block"])
-    return float(roc_auc_score(latents.loc[held_out, "of_block"], regression.decision_function(latents.loc[held_out, columns])))
+    of_block = latents["kind"] == BLOCK
+    regression.fit(latents.loc[~held_out, columns], of_block[~held_out])
+    return float(roc_auc_score(of_block[held_out], regression.decision_function(latents.loc[held_out, columns])))

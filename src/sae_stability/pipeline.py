@@ -240,7 +240,9 @@ def trained(study: Study, cell: str | None) -> tuple[list[SAE], Activations]:
     plan, chosen = Plan(study), study.main if cell is None else study.cells[cell]
     _use_threads(study)
     plan.store.write_study()
-    wanted = _behind(plan, _training(plan, chosen, ["real"]))
+    text = set(plan.results(chosen).entries["activations/real"])  # a stream trains without it
+    names = [*_training(plan, chosen, ["real"]), *(stage.name for stage in plan.stages if text & set(stage.entries))]
+    wanted = _behind(plan, names)
     plan.compute(stage for stage in plan.stages if stage.name in wanted)
     results = plan.results(chosen)
     ensemble = ensembles.ensemble(results)

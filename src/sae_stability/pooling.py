@@ -111,13 +111,20 @@ def pool(
     Raises `UserError` for a single SAE, for different d_in, variants or k, for SAEs that can't encode where there are activations,
     for a quorum that no feature meets, and for an L0 that can't be reached.
     """
-    _check(saes, activations)
+    check(saes, activations is not None)
+    if not 0 < threshold <= 1:
+        raise UserError(f"threshold: {threshold:g} is no cosine between 0 and 1; give one such as 0.7")
+    if activations is not None and activations.shape[1] != saes[0].directions.shape[1]:
+        d_in = (activations.shape[1], saes[0].directions.shape[1])
+        raise UserError(f"activations: d_in {d_in[0]}, and the SAEs have {d_in[1]}; give those of their site")
     saes = [_unit(sae) for sae in saes]
     measured = None
     if activations is not None:
         measured = [measure(sae, activations) for sae in tqdm(saes, "what fires", unit="SAE", disable=None)]
     found = unlike(stars(saes, measured, threshold), saes, threshold, representative)
     found = found.pick(kind, quorum, round(np.mean([len(sae.directions) for sae in saes])))
+    if not len(found) and kind != "consensus":
+        raise UserError("activations: no feature of any SAE fires on them; give those of the site that the SAEs are of")
     if not len(found):
         raise UserError(f"quorum: no feature is met in {quorum:.0%} of the SAEs; lower it, or pool another kind")
     if activations is None or measured is None:
@@ -235,15 +242,16 @@ def calibrated(sae: SAE, activations: Float[Tensor, "token d_in"], l0: float) ->
     if sae.variant == "topk":
         return sae
 
-    strongest = max(float(sae.codes(x).values.max()) for x in activations.split(ROWS))
-    offset, step, ends, found = 0.0, strongest / 64, dict[bool, float](), 0.0  # small steps first: without a threshold all fire
+    longest = float(activations.float().norm(dim=1).max())
+    offset, step, ends, found = 0.0, longest / 256, dict[bool, float](), 0.0  # small steps first: without a threshold all fire
+    within = max(L0_WITHIN * l0, 1 / len(activations))  # one firing more or less
     for _ in range(TRIALS):
         found = measure(_harder(sae, offset), activations).l0
-        if abs(found / l0 - 1) < L0_WITHIN or abs(offset) > 2 * strongest:
+        if abs(found - l0) <= within or abs(offset) > longest:
             break  # no nearer than that: the offset that halvings end with is just what some token has
         ends[found > l0] = offset
         offset, step = (sum(ends.values()) / 2 if len(ends) == 2 else offset + (step if found > l0 else -step)), 2 * step
-    if abs(found / l0 - 1) > L0_WITHIN:
+    if abs(found - l0) > within:
         raise UserError(f"activations: the pool has an L0 of {found:.1f} and not {l0:.1f} at best; pool more features")
     return _harder(sae, offset)
 
@@ -283,8 +291,8 @@ def _padded(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([F.pad(tensor, [0, 0] * (tensor.dim() - 1) + [0, width - len(tensor)]) for tensor in tensors])
 
 
-def _check(saes: Sequence[SAE], activations: Tensor | None) -> None:
-    """Raise `UserError` for SAEs that can't be pooled."""
+def check(saes: Sequence[SAE], encode: bool) -> None:
+    """Raise `UserError` for SAEs that can't be pooled; `encode` says whether they have to fire on activations."""
     if len(saes) < 2:
         raise UserError("PATH: a pool is made of several SAEs; give two or more, of the same training with other seeds")
     first = saes[0]
@@ -292,15 +300,11 @@ def _check(saes: Sequence[SAE], activations: Tensor | None) -> None:
         if sae.directions.shape[1] != first.directions.shape[1]:
             d_in = (sae.directions.shape[1], first.directions.shape[1])
             raise UserError(f"PATH: SAE {position} has d_in {d_in[0]}, and the first {d_in[1]}; pool SAEs of one site")
-        if activations is not None and sae.variant is None:
+        if encode and sae.variant is None:
             raise UserError(f"PATH: SAE {position} is a decoder only, which can't fire; give its encoder, or no --model")
-        if activations is not None and (sae.variant, sae.k) != (first.variant, first.k):
+        if encode and (sae.variant, sae.k) != (first.variant, first.k):
             kinds = [f"{each.variant} with k = {each.k}" if each.k else f"{each.variant}" for each in (sae, first)]
             raise UserError(f"PATH: SAE {position} is {kinds[0]}, and the first {kinds[1]}; pool SAEs of one training")
-    if activations is not None and activations.shape[1] != first.directions.shape[1]:
-        raise UserError(
-            f"activations: d_in {activations.shape[1]}, and the SAEs have {first.directions.shape[1]}; give those of their site"
-        )
 
 
 def joined(saes: Sequence[SAE], like: Ensemble) -> Ensemble:

@@ -75,16 +75,23 @@ def reappearance_curves(results: Results, kinds: Iterable[str], cosines: Iterabl
     return pd.DataFrame(rows, columns=["kind", "cosine", "p", "p_low", "p_high"])
 
 
+def lines_in_plane(x: Iterable[float], y: Iterable[float], apart: float = 10.0) -> int:
+    """Along how many lines some directions of a plane lie, whichever way: neighbours within some degrees are of one line."""
+    angles = np.sort(np.degrees(np.arctan2(np.asarray(y), np.asarray(x))) % 180)
+    gaps = np.diff(angles, append=angles[0] + 180)
+    return max(1, int((gaps > apart).sum()))
+
+
 def unstable_diagnosed(results: Results, names: Mapping[str, str]) -> dict[str, pd.DataFrame]:
-    """What `diagnose` tells of the unstable features of the ensemble (`real`) and of as many of its nulls, by their `names`, where
-    there are four seeds."""
+    """What `diagnose` tells of the unstable features of the ensemble and its nulls, by their `names`: of as many seeds
+    and features of each; nothing where there are fewer than four seeds."""
     found = {kind: matching.stability(results, kind) for kind in names if kind in results.cell.kinds}
-    sizes = (found["real"].band == BANDS.index("unstable")).sum(1).tolist()
-    return {
-        names[kind]: diagnose(ensembles.ensemble(results, kind).W_dec, matched, sizes)
-        for kind, matched in found.items()
-        if matched.trials > 2
-    }
+    seeds = min(matched.trials for matched in found.values()) + 1
+    if seeds < 4:
+        return {}
+    found = {kind: matched.among(list(range(seeds))) for kind, matched in found.items()}
+    sizes = np.min([(matched.band == BANDS.index("unstable")).sum(1) for matched in found.values()], axis=0).tolist()
+    return {names[kind]: diagnose(ensembles.ensemble(results, kind).W_dec[:seeds], each, sizes) for kind, each in found.items()}
 
 
 def live_features(results: Results, threshold: float) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from sae_stability.subspaces.written import sampled_rows
 SMALLEST_RANK, LARGEST_RANK = 2, 1 / 8
 """Ranks of groups that count as low: dimensions, and a share of those of the activations."""
 RANDOM_PARTITIONS = 8
-"""Partitions at random of the ensemble's features: enough groups for a test of each clustered one, corrected for their number."""
+"""Partitions at random of the ensemble's features: as many random groups of the size of each clustered one."""
 SEEDS, SURROGATE_SEEDS = 6, 4
 """Seeds from which there are three to find groups on and three to judge them, and two of the surrogate's."""
 
@@ -62,7 +62,7 @@ def grouped(results: Results, kind: str, sizes: list[int]) -> Ensemble:
 
 
 def _planar(results: Results) -> pd.DataFrame:
-    """The group of intermediate features of two or three dimensions that most of the first seeds meet (`planar_group`)."""
+    """The group of intermediate features of two dimensions that most of the first seeds meet (`planar_group`)."""
     directions = F.normalize(ensembles.ensemble(results).W_dec[:SEEDS], dim=2).double().numpy()
     band = first(matching.stability(results), len(directions)).band
     members = [np.flatnonzero(of_seed == BANDS.index("intermediate")) for of_seed in band]
@@ -71,7 +71,7 @@ def _planar(results: Results) -> pd.DataFrame:
 
 
 def planar_table(results: Results) -> pd.DataFrame:
-    """One row per feature of a group of two or three dimensions: where its direction lies in the group's plane."""
+    """One row per feature of a group of two dimensions: where its direction lies in the group's plane."""
     return pd.read_parquet(results.folder("groups") / "planar.parquet")
 
 
@@ -92,7 +92,7 @@ def table(results: Results) -> pd.DataFrame:
             row |= {column: float(groups[column].median()) for column in ("features", "rank", "ambiguity_rank")}
             asked = (kind, partition, of) == ("real", CLUSTERED, "every rank")
             row["beyond_random"] = beyond_random(found) if asked else np.nan
-            for column in ("reappears", "share", "swapped", "before", "after"):
+            for column in ("reappears", "share", "swapped"):
                 row |= interval_columns(column, jackknifed_mean(groups.groupby("seed")[column].mean()))
             rows.append(row)
     return pd.DataFrame(rows)

@@ -36,14 +36,16 @@ from sae_stability.pooling import (
 )
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sae import SAE
-from sae_stability.statistics import Interval, bootstrap_ratio, difference, jackknifed_mean, over_pairs
+from sae_stability.statistics import Interval, bootstrap_ratio, difference, jackknifed_mean, matched_pairs, over_pairs
 from sae_stability.study import Cell, Recipe, Study
 from sae_stability.training.finetuning import finetune
 
+NOISE_SEEDS = 4
+"""Of the surrogate, from which there are two groups of two."""
 GROUPS = 3
 """Disjoint groups that the seeds are split into; what is left over is held out."""
-SEEDS = 4
-"""From which there are two groups of two."""
+SEEDS = 6
+"""From which there are three groups of two."""
 PARTITIONS = 20
 """Ways to split the seeds, over which stability is averaged."""
 CALIBRATION = 50_000
@@ -52,6 +54,7 @@ JUDGED = 200_000
 """Held-out tokens on which all are judged."""
 TUNING = 0.1
 """Tokens of the fine-tuning, as a share of those of the training."""
+CALIPER = 0.05
 RATE = 1 / 3
 """Its peak rate over that of the training. Share and rate were chosen on the main cell of `embedded`."""
 LOSS = -0.01
@@ -64,7 +67,7 @@ LONGER, WIDER = "longer training", "wider, pruned, fine-tuned"
 NOISE, NOISE_SINGLE = "surrogate, means", "surrogate, single"
 EXPLAINED, RECOVERED = "explained variance", "loss recovered"
 POOLED: dict[str, Representative] = {MEDOIDS: "medoid", MEANS: "mean"}
-CONTROLS = (TUNED_SINGLE, RANDOM, LONGER, WIDER)
+CONTROLS = (TUNED_SINGLE, TUNED_MEDOIDS, RANDOM, LONGER, WIDER)
 """What costs as much as a pool, or has as much fine-tuning."""
 SUPPORTED = "supported in this model if the 95 % intervals lie"
 
@@ -81,12 +84,13 @@ C9 = (
         "share of the features of a pool that come back in the pool of other seeds, less that of the most stable of what costs as "
         "much, SAEs trained as many times as long and wider SAEs that are pruned, or is fine-tuned alike, single SAEs and "
         "random features of the same seeds",
-        f"{SUPPORTED} above 0 for the difference from each of these; {OTHERWISE}",
+        f"{SUPPORTED} above 0 for the difference from each of these, and above {LOSS:g} in explained variance; {OTHERWISE}",
         "beyond size and noise",
     ),
     Rule(
         "C9",
-        "share of the energy of a pool that comes back in the pool of other seeds, less that of single SAEs in one another",
+        "share of the features of a pool that come back in the pools of other seeds, less that of features of a single SAE "
+        "that are alike in energy and frequency, in other single SAEs",
         f"{SUPPORTED} above 0 for the statistic; {OTHERWISE}",
         "beyond energy and frequency",
     ),
@@ -96,32 +100,38 @@ C9 = (
 def compute(results: Results, folder: Path) -> None:
     """Pool disjoint groups of seeds and train what they are compared with; judge all on the same held-out text."""
     ensemble = ensembles.ensemble(results)
+    if len(ensemble.seeds) < SEEDS:  # some diverged
+        return
     seeds = _Seeds.of(ensemble, texts.activations(results, "train"), results.cell.threshold)
-    pairs = [_shares(seeds.directions, seeds.energy, seeds.threshold).assign(product=SINGLE, partition=0)]
-    for partition in tqdm(range(PARTITIONS), "pools", unit="partition", disable=None):
+    pairs = []
+    for partition in tqdm(range(1, PARTITIONS), "pools", unit="partition", disable=None):  # pools of the first are judged
         pairs += [each.assign(partition=partition) for each in seeds.pools(partition)]
     noise = ensembles.ensemble(results, "surrogate")
     of_noise = _Seeds.of(noise, texts.activations(results, "train", "surrogate"), results.cell.threshold)
     pairs.append(_shares(of_noise.directions, of_noise.energy, seeds.threshold).assign(product=NOISE_SINGLE, partition=0))
-    for partition in range(PARTITIONS if len(of_noise.saes) >= SEEDS else 0):
+    for partition in range(PARTITIONS if len(of_noise.saes) >= NOISE_SEEDS else 0):
         pools = pd.concat(of_noise.pools(partition))
         pairs.append(pools[pools["product"] == MEANS].assign(product=NOISE, partition=partition))
 
-    products = {SINGLE: ensemble} | _products(seeds, results.cell.recipe, results.study.pool_controls)
+    products = {SINGLE: ensemble} | _products(seeds, results.cell.recipe, results.study.pool_controls, results.study.device)
     held_out, contexts = texts.activations(results, "evaluation").first(JUDGED), texts.contexts(results, "evaluation")
-    x, arrays = held_out.data[:CALIBRATION].float(), dict[str, np.ndarray]()
+    x, arrays, features = held_out.data[:CALIBRATION].float(), dict[str, np.ndarray](), []
     for name, product in products.items():
         fit = evaluation.fit(product, held_out, contexts.cluster[contexts.is_text])
         arrays |= {f"{name}/firings": fit.firings.numpy(), f"{name}/residual": fit.residual}
-        if name not in (SINGLE, MEDOIDS, MEANS):
-            energy = torch.stack([measure(product.dictionary(one), x).energy for one in range(len(product.seeds))])
-            pairs.append(_shares(product.W_dec, energy, seeds.threshold).assign(product=name, partition=0))
+        measured = [measure(product.dictionary(one), x) for one in range(len(product.seeds))]
+        energy = torch.stack([of_sae.energy for of_sae in measured])
+        pairs.append(_shares(product.W_dec, energy, seeds.threshold).assign(product=name, partition=0))
+        if name in (SINGLE, TUNED):
+            frequency = torch.stack([of_sae.firings for of_sae in measured]) / len(x)
+            features.append(_features(product.W_dec, energy, frequency, seeds.threshold).assign(product=name))
     singles = quality.losses(results)
     pool = evaluation.losses(texts.reading(results, results.study.loss_tokens), products[TUNED])
     arrays |= {"total": fit.total, "rows": np.array(fit.rows), "clean": singles.clean, "zero": singles.zero}
     arrays |= {f"{SINGLE}/spliced": singles.spliced, f"{TUNED}/spliced": pool.spliced}
     save_arrays(folder / "judged.safetensors", arrays)
     write_table(folder / "pairs.parquet", pd.concat(pairs, ignore_index=True))
+    write_table(folder / "features.parquet", pd.concat(features, ignore_index=True))
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,10 @@ class _Seeds:
     @property
     def energy(self) -> Float[Tensor, "seed d_sae"]:
         return torch.stack([of_sae.energy for of_sae in self.measured])
+
+    @property
+    def l0(self) -> float:
+        return float(np.mean([of_sae.l0 for of_sae in self.measured]))
 
     def stars(self, group: Sequence[int]) -> dict[Representative, Stars]:
         """The stars of a group, by what stands for them: which of them are alike depends on it."""
@@ -172,26 +186,25 @@ class _Seeds:
 
     def pooled(self, group: Sequence[int], found: Stars, representative: Representative) -> SAE:
         """The SAE of some stars of a group, with the L0 of its seeds."""
-        l0 = float(np.mean([self.measured[one].l0 for one in group]))
         chosen = [self.saes[one] for one in group]
-        return calibrated(assembled(chosen, found, representative), self.train.data[:CALIBRATION].float(), l0)
+        return calibrated(assembled(chosen, found, representative), self.train.data[:CALIBRATION].float(), self.l0)
 
 
 def split(seeds: int, partition: int) -> list[list[int]]:
-    """Disjoint groups of equal size, by the positions of the seeds: `GROUPS` of them, or two where there are few seeds."""
-    count = GROUPS if seeds >= 2 * GROUPS else 2
+    """Disjoint groups of equal size, by the positions of the seeds: `GROUPS` of them, or two of two where there are few."""
+    count = GROUPS if seeds >= SEEDS else 2
     order = np.random.default_rng(partition).permutation(seeds)
     size = seeds // count
     return [sorted(order[number * size : (number + 1) * size].tolist()) for number in range(count)]
 
 
-def _products(seeds: _Seeds, recipe: Recipe, controls: bool) -> dict[str, Ensemble]:
+def _products(seeds: _Seeds, recipe: Recipe, controls: bool, device: str = "cpu") -> dict[str, Ensemble]:
     """What is judged: pools of the groups of the first partition, and for each group what the same work buys, if asked for."""
     groups, like = split(len(seeds.saes), 0), seeds.ensemble
     recipe = recipe.model_copy(update={"coefficient": like.coefficient or None})
     by = [seeds.stars(group) for group in groups]
     width = seeds.widths([found for of_group in by for found in of_group.values()])
-    draws = [np.random.default_rng(number).permutation(len(found["mean"]))[:width] for number, found in enumerate(by)]
+    draws = [_random_features(found["mean"], width, number) for number, found in enumerate(by)]
     first = [like.seeds[group[0]] for group in groups]
     longer = recipe.model_copy(update={"passes": recipe.passes * len(groups[0])})
     wider = recipe.model_copy(update={"d_sae": recipe.d_sae * len(groups[0])})
@@ -201,7 +214,7 @@ def _products(seeds: _Seeds, recipe: Recipe, controls: bool) -> dict[str, Ensemb
         return joined([seeds.pooled(group, found[of].take(these), of) for group, found, these in each], like)
 
     def tuned(start: Ensemble) -> Ensemble:
-        return _tuned(start, recipe, seeds.train)
+        return _tuned(start, recipe, seeds, device)
 
     best = [np.arange(width)] * len(groups)
     means, medoids = pooled("mean", best), pooled("medoid", best)
@@ -215,29 +228,37 @@ def _products(seeds: _Seeds, recipe: Recipe, controls: bool) -> dict[str, Ensemb
     }
     if not controls:
         return pools
-    long, wide = (training.train(each, seeds.train, first, described=name) for each, name in ((longer, LONGER), (wider, WIDER)))
+    long = training.train(longer, seeds.train, first, described=LONGER, device=device)
+    wide = training.train(wider, seeds.train, first, described=WIDER, device=device)
     return pools | {LONGER: long, WIDER: tuned(_pruned(wide, width, seeds))}
 
 
-def _tuned(start: Ensemble, recipe: Recipe, train: Activations) -> Ensemble:
-    """Each SAE trained on for a while, on documents of its own."""
+def _random_features(found: Stars, width: int, number: int) -> Int[np.ndarray, "star"]:
+    """Stars of random features of the seeds: one that is met in more of them is drawn more often."""
+    return np.random.default_rng(number).choice(len(found), width, replace=False, p=found.size / found.size.sum())
+
+
+def _tuned(start: Ensemble, recipe: Recipe, seeds: _Seeds, device: str) -> Ensemble:
+    """Each SAE trained on for a while, on documents of its own, and brought to the L0 of the seeds again."""
+    train, x = seeds.train, seeds.train.data[:CALIBRATION].float()
     tokens, count = round(TUNING * recipe.tokens), len(start.seeds)
     short = recipe.model_copy(update={"tokens": tokens, "passes": 1, "rate": RATE * recipe.rate, "variant": start.variant})
     parts = []
     for position in tqdm(range(count), "fine-tuning", unit="SAE", disable=None):
         begin = position * len(train) // count
-        parts.append(finetune(start.of(position), short, train.with_data(train.data[begin : begin + tokens])))
-    return Ensemble.joined(parts)
+        tuned = finetune(start.of(position), short, train.with_data(train.data[begin : begin + tokens]), device)
+        parts.append(calibrated(tuned.dictionary(0), x, seeds.l0))
+    return joined(parts, start)
 
 
 def _pruned(wide: Ensemble, width: int, seeds: _Seeds) -> Ensemble:
     """The strongest features of each SAE, with the L0 of the seeds."""
-    x, l0, parts = seeds.train.data[:CALIBRATION].float(), float(np.mean([of_sae.l0 for of_sae in seeds.measured])), []
+    x, parts = seeds.train.data[:CALIBRATION].float(), []
     for position in range(len(wide.seeds)):
         sae = wide.dictionary(position)
         kept = measure(sae, x).energy.topk(width).indices.sort().values
         weights = {name: tensor if name in SHARED else tensor[kept] for name, tensor in sae.parameters._asdict().items()}
-        parts.append(calibrated(replace(sae, parameters=type(sae.parameters)(**weights)), x, l0))
+        parts.append(calibrated(replace(sae, parameters=type(sae.parameters)(**weights)), x, seeds.l0))
     return joined(parts, wide)
 
 
@@ -254,16 +275,35 @@ def _shares(W_dec: Float[Tensor, "sae d_sae d_in"], energy: Float[Tensor, "sae d
     return pd.DataFrame(rows)
 
 
+def _features(
+    W_dec: Float[Tensor, "sae d_sae d_in"],
+    energy: Float[Tensor, "sae d_sae"],
+    frequency: Float[Tensor, "sae d_sae"],
+    threshold: float,
+) -> pd.DataFrame:
+    """One row a feature that fires: in which share of the other SAEs it comes back, its energy and its frequency."""
+    found = stability(W_dec, threshold, energy > 0)
+    one, feature = np.nonzero((energy > 0).numpy())
+    columns = {"back": found.probability, "energy": energy, "frequency": frequency}
+    return pd.DataFrame({"one": one} | {name: values.numpy()[one, feature] for name, values in columns.items()})
+
+
 def products(results: Results) -> pd.DataFrame:
     """One row per product: a pool, or what it is compared with.
 
     `share` and `weighted` say how many features, and how much of the energy, come back in the same product of other seeds;
     `explained` and `recovered` are explained variance and loss recovered; `trained` is what one costs, in trainings of one SAE.
     """
+    if not (results.folder("pooling") / "pairs.parquet").is_file():
+        return pd.DataFrame(columns=["product"])
     found, rows = _Judged.of(results), []
     for name in found.names:
         row = {"product": name, "saes": found.saes(name), "trained": found.trained(name)}
-        row |= interval_columns("share", found.share(name)) | interval_columns("weighted", found.share(name, "weighted"))
+        row |= (
+            {"of_first": found.first(name)}
+            | interval_columns("share", found.share(name))
+            | interval_columns("weighted", found.share(name, "weighted"))
+        )
         if name in found.judged:
             firings, rows_read = found.arrays[f"{name}/firings"], int(found.arrays["rows"])
             row |= {"features": firings.shape[1], "dead": float((firings == 0).mean())}
@@ -280,13 +320,17 @@ class _Judged:
     """What was found of all products."""
 
     pairs: pd.DataFrame
+    features: pd.DataFrame
     arrays: dict[str, np.ndarray]
     seeds: int
+    surrogate_seeds: int
 
     @classmethod
     def of(cls, results: Results) -> "_Judged":
         folder = results.folder("pooling")
-        return cls(pd.read_parquet(folder / "pairs.parquet"), load_file(folder / "judged.safetensors"), len(results.cell.seed_list))
+        pairs, features = (pd.read_parquet(folder / f"{name}.parquet") for name in ("pairs", "features"))
+        seeds, surrogate_seeds = (len(results.cell.seeds_of(kind)) for kind in ("real", "surrogate"))
+        return cls(pairs, features, load_file(folder / "judged.safetensors"), seeds, surrogate_seeds)
 
     @property
     def names(self) -> list[str]:
@@ -301,7 +345,7 @@ class _Judged:
 
     def trained(self, name: str) -> float:
         """What one SAE of a product costs, in trainings of a single one."""
-        size = len(split(self.seeds, 0)[0])
+        size = len(split(self.surrogate_seeds if name == NOISE else self.seeds, 0)[0])
         tuning = TUNING if "fine-tuned" in name else 0
         return tuning + (size if name not in (SINGLE, TUNED_SINGLE, NOISE_SINGLE) else 1)
 
@@ -315,10 +359,43 @@ class _Judged:
         value, low, high = np.mean([(each.value, each.low, each.high) for each in intervals], axis=0)
         return Interval(float(value), float(low), float(high)).within(0, 1)
 
+    def first(self, name: str) -> float:
+        """What comes back in the first partition, of which all products are."""
+        return float(self.pairs.loc[(self.pairs["product"] == name) & (self.pairs["partition"] == 0), "share"].mean())
+
+    def more(self, name: str, column: str = "share") -> Interval:
+        """How much more of the fine-tuned pools comes back than of another product: paired by group, but for single SAEs."""
+        if self.saes(name) != self.saes(TUNED):
+            return difference(self.share(TUNED, column), self.share(name, column))
+        return over_pairs(self._of_first(TUNED, column) - self._of_first(name, column))
+
+    def _of_first(self, name: str, column: str) -> Float[np.ndarray, "sae sae"]:
+        rows, values = (
+            self.pairs[(self.pairs["product"] == name) & (self.pairs["partition"] == 0)],
+            np.full((self.saes(name),) * 2, np.nan),
+        )
+        values[rows["one"], rows["other"]] = rows[column]
+        return values
+
+    def matched(self) -> Interval:
+        """How much more often features of the fine-tuned pools come back than features of a single SAE that have their energy and
+        frequency: one pool and one SAE at a time, one to one, within `CALIPER` standard deviations of both logarithms."""
+        pools, singles = (self.features[self.features["product"] == name] for name in (TUNED, SINGLE))
+        spread = np.log(singles[["energy", "frequency"]]).std().to_numpy()
+        more = []
+        for group, pool in pools.groupby("one"):
+            single = singles[singles["one"] == split(self.seeds, 0)[group][0]]
+            ours, theirs = (np.log(each[["energy", "frequency"]].to_numpy()) / spread for each in (pool, single))
+            paired, with_them = matched_pairs(ours, theirs, CALIPER)
+            more.append(float(pool["back"].to_numpy()[paired].mean() - single["back"].to_numpy()[with_them].mean()))
+        return jackknifed_mean(more)
+
     def quality(self, name: str, of: str = EXPLAINED, less: str | None = None) -> Interval:
         """Explained variance, or loss recovered, less that of another product: over its SAEs, and over clusters of the text."""
         value = self._over_saes(name, of)
-        if less is not None:
+        if less is not None and self.saes(name) == self.saes(less):
+            value = jackknifed_mean((self._lost(less, of) - self._lost(name, of)).sum(1) / self._whole(of).sum())
+        elif less is not None:
             value = difference(value, self._over_saes(less, of))
         lost = self._lost(name, of).mean(0) - (self._lost(less, of).mean(0) if less is not None else 0)
         text = bootstrap_ratio(lost, self._whole(of))
@@ -337,6 +414,8 @@ class _Judged:
 
 
 def judge(results: Results) -> list[dict]:
+    if not (results.folder("pooling") / "pairs.parquet").is_file():
+        return []
     return judge_c9(_Judged.of(results))
 
 
@@ -346,9 +425,8 @@ def judge_c9(found: _Judged) -> list[dict]:
     The null's value of the first line is what pools of the surrogate win.
     """
     stated, beyond_noise, beyond_energy = C9
-    won = difference(found.share(TUNED), found.share(SINGLE))
+    won, matched = found.more(SINGLE), found.matched()
     noise = difference(found.share(NOISE), found.share(NOISE_SINGLE)) if NOISE in found.names else NOWHERE
-    weighted = difference(found.share(TUNED, "weighted"), found.share(SINGLE, "weighted"))
     lines = [
         judged(
             stated,
@@ -356,22 +434,29 @@ def judge_c9(found: _Judged) -> list[dict]:
             noise,
             [
                 Condition("features that come back, pool less single", won, 0.0),
-                Condition("explained variance, pool less single", found.quality(TUNED, EXPLAINED, SINGLE), LOSS),
-                Condition("loss recovered, pool less single", found.quality(TUNED, RECOVERED, SINGLE), LOSS),
+                Condition("explained variance, pool less single", found.quality(TUNED, EXPLAINED, SINGLE), LOSS, no_effect=-1.0),
+                Condition("loss recovered, pool less single", found.quality(TUNED, RECOVERED, SINGLE), LOSS, no_effect=-1.0),
             ],
         ),
-        judged(beyond_energy, weighted, NOWHERE, [Condition("energy that comes back, pool less single", weighted, 0.0)]),
+        judged(
+            beyond_energy, matched, NOWHERE, [Condition("features that come back, at equal energy and frequency", matched, 0.0)]
+        ),
     ]
     if set(CONTROLS) <= set(found.names):
-        over = {name: difference(found.share(TUNED), found.share(name)) for name in CONTROLS}
+        over = {name: found.more(name) for name in CONTROLS}
         least = min(over.values(), key=lambda interval: interval.value)
         conditions = [Condition(f"features that come back, pool less {name}", interval, 0.0) for name, interval in over.items()]
+        conditions += [
+            Condition(f"explained variance, pool less {name}", found.quality(TUNED, EXPLAINED, name), LOSS, no_effect=-1.0)
+            for name in CONTROLS
+        ]
         lines.insert(1, judged(beyond_noise, least, NOWHERE, conditions))
     return lines
 
 
 def _asked(study: Study, cell: Cell) -> bool:
-    return is_main(study, cell) and len(cell.seed_list) >= SEEDS and not study.stream and "surrogate" in cell.nulls
+    can = cell.variant != "matryoshka" and not study.stream  # their pools are of another variant; a stream keeps nothing to tune on
+    return is_main(study, cell) and can and len(cell.seed_list) >= SEEDS and "surrogate" in cell.nulls
 
 
 EXPERIMENT = Experiment(

@@ -99,10 +99,12 @@ def phase_diagram() -> dict[str, list[World]]:
 
 
 def mixed_worlds() -> list[World]:
-    """Worlds in which latents are unstable for two reasons: blocks whose axes turn, and rare or noisy features of their own."""
+    """Worlds in which latents are unstable for two reasons: blocks whose axes turn, and more features of their own than an SAE has
+    latents for, most of them rare, of which each seed finds some."""
+    crossed = product((12, 16), (0.5, 1.0), (0.5, 1.0))
     return [
-        World(r=r, rare=24, rare_frequency=frequency, noise=noise, seed=seed)
-        for seed, (r, frequency, noise) in enumerate(product((10, 12, 16), (1e-4, 3e-4), (0.25, 0.5)))
+        World(r=r, isolated=200, isolated_active=3, zipf=zipf, noise=noise, width=0.5, seed=seed)
+        for seed, (r, zipf, noise) in enumerate(crossed)
     ]
 
 

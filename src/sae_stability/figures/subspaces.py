@@ -111,20 +111,3 @@ def planar_group(group: pd.DataFrame, title: str) -> Figure:
     axis.set(xlabel="first dimension of the group", ylabel="second dimension", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal")
     legend_below(figure, axis, columns=3)
     return figure
-
-
-def turned_groups(table: pd.DataFrame, title: str) -> Figure:
-    """Cosines of features and their partners before and after one seed is turned onto the other, for groups of several kinds.
-
-    Columns: name, before, after, and the ends of their intervals.
-    """
-    figure, (axis,) = new_axes(title, height=1.4 + 0.7 * len(table))
-    for place, (_, row) in enumerate(table.iloc[::-1].iterrows()):
-        for column, shift, colour, marker in (("before", 0.12, "#8C8C8C", "o"), ("after", -0.12, "#0072B2", "D")):
-            reach = np.nan_to_num([[row[column] - row[f"{column}_low"]], [row[f"{column}_high"] - row[column]]])
-            label = f"{column} the turn" if place == 0 else None
-            axis.errorbar(row[column], place + shift, xerr=reach, color=colour, marker=marker, capsize=3, label=label)
-    axis.set_yticks(range(len(table)), list(table["name"].iloc[::-1]))
-    axis.set(xlabel="cosine of a feature and its partner", xlim=(0, 1), ylim=(-0.6, len(table) - 0.4))
-    legend_below(figure, axis, columns=2)
-    return figure

@@ -81,13 +81,18 @@ def stable_or_true(worlds: pd.DataFrame, title: str) -> Figure:
 
 
 def told_apart(areas: pd.DataFrame, title: str) -> Figure:
-    """How well diagnostics tell latents of blocks from others. Columns: name, roc, roc_low, roc_high."""
-    figure, (axis,) = new_axes(title, height=1.4 + 0.5 * len(areas))
-    rows = areas.iloc[::-1].reset_index(drop=True)
-    for place, row in rows.iterrows():
-        reach = np.nan_to_num([[row["roc"] - row["roc_low"]], [row["roc_high"] - row["roc"]]])
-        axis.errorbar(row["roc"], place, xerr=reach, color="#0072B2", marker="o", capsize=3, markersize=7)
+    """How well diagnostics tell axes of blocks from other latents. Columns: name, other, roc, roc_low, roc_high."""
+    names = list(dict.fromkeys(areas["name"]))[::-1]
+    figure, (axis,) = new_axes(title, height=2.4 + 0.5 * len(names))
+    for position, (other, rows) in enumerate(areas.groupby("other", sort=False)):
+        colour, _ = series_style(position)
+        places = np.array([names.index(name) for name in rows["name"]]) + 0.12 - 0.24 * position
+        reach = np.abs(rows[["roc_low", "roc_high"]].sub(rows["roc"], axis=0)).to_numpy().T
+        axis.errorbar(
+            rows["roc"], places, xerr=reach, color=colour, marker=MARKERS[position], linestyle="none", capsize=3, label=other
+        )
     axis.axvline(0.5, color="#8C8C8C", linestyle=":")
-    axis.set_yticks(range(len(rows)), list(rows["name"]))
-    axis.set(xlabel="area under the ROC curve", xlim=(0.45, 1.02), ylim=(-0.6, len(rows) - 0.4))
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="area under the ROC curve", xlim=(None, 1.02), ylim=(-0.6, len(names) - 0.4))
+    legend_below(figure, axis, columns=2)
     return figure

@@ -11,9 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from scipy.linalg import orthogonal_procrustes
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import false_discovery_control
+from scipy import stats
 from sklearn.cluster import SpectralClustering
 from tqdm import tqdm
 
@@ -25,13 +23,9 @@ SIZE = 16
 """Features of a seed in a group, on average."""
 REAPPEARS = 0.5
 """Share of its ceiling that a held-out seed's features must capture of a group: the square of a cosine of 0.7."""
-TURNS = 20
-"""Most steps in which a rotation is learned: partners, and then the rotation that brings them nearest."""
 FEW = 4
 """Features of a seed in a group that is to be drawn."""
-STAYS = 1e-3
-"""Length, beside rows of 1, of the axes that a rotation is asked to leave: it turns nothing that no row tells."""
-COLUMNS = ["partition", "group", "seed", "features", "rank", "share", "swapped", "before", "after", "ambiguity_rank"]
+COLUMNS = ["partition", "group", "like", "seed", "features", "rank", "share", "swapped", "ambiguity_rank"]
 CLUSTERED, RANDOM = "clustered", "random"
 
 
@@ -56,12 +50,12 @@ def judge_groups(
 ) -> pd.DataFrame:
     """Group the unstable features of some seeds, and ask of others whether they come back: a row a partition, group and such seed.
 
-    Columns: `partition` (`clustered`, or `random` groups of the same sizes, from so many partitions), `group`, `seed` (its
-    position); `features` of a seed in the group; `rank` at 90 % of its energy; `share` (of its ceiling) of the group's energy that
-    as many features of the held-out seed capture, those that lie inside the group's subspace most; `swapped`, how much of the
-    explained variance that is lost without a seed's features of the group these bring back in their place; `before` and `after`,
-    cosines of features before and after the first seed is turned onto it (`turned`); `ambiguity_rank`, by best cosines. No rows
-    where a seed has fewer than `SIZE` unstable features, or the text has one part.
+    Columns: `partition` (`clustered`, or `random` groups of the same sizes, from so many partitions); `group`; `like`, the
+    clustered group of its size; `seed` (its position); `features` of a seed in the group; `rank` at 90 % of its energy; `share` (of
+    its ceiling) of the group's energy that as many features of the held-out seed capture, those that lie inside the group's
+    subspace most; `swapped`, how much of the explained variance that is lost without a seed's features of the group these bring
+    back in their place; `ambiguity_rank`, by best cosines. No rows where a seed has fewer than `SIZE` unstable features, or the
+    text has one part.
     """
     if len(ensemble.written[0].parts) < 2 or min(map(len, ensemble.unstable)) < SIZE:
         return pd.DataFrame(columns=COLUMNS)
@@ -78,48 +72,23 @@ def judge_groups(
         for row in _judged(
             ensemble, {seed: of_seed for seed, of_seed in members.items() if len(of_seed)}, len(found_on), judged_on
         ):
-            found.append({"partition": partition, "group": number} | row)
+            found.append({"partition": partition, "group": number, "like": number % len(np.unique(label))} | row)
     return pd.DataFrame(found)
-
-
-def turned(rows: Float[np.ndarray, "feature d"], others: Float[np.ndarray, "other d"]) -> tuple[float, float]:
-    """The mean cosine of rows and their partners before and after a rotation that is learned on other rows.
-
-    The rotation brings every other row onto its partner (orthogonal Procrustes; Schönemann 1966, doi:10.1007/BF02289451), and
-    partners, one to one, are chosen again until they stay. It is judged on the rows between, whose partners are among the others
-    that are left. If one seed is a rotation of the other, the cosine after is 1. NaN with fewer than two rows of either.
-    """
-    if min(len(rows), len(others)) < 2:
-        return np.nan, np.nan
-    rows, others = (each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-30) for each in (rows, others))
-    learned, judged = rows[::2], rows[1::2]
-    stays = STAYS * np.eye(rows.shape[1])
-
-    def cosine(rotation: np.ndarray, taken: np.ndarray) -> float:
-        cosines = judged @ rotation @ np.delete(others, taken, axis=0).T
-        return float(cosines[linear_sum_assignment(-cosines)].mean()) if cosines.size else np.nan
-
-    rotation, partners = np.eye(rows.shape[1]), linear_sum_assignment(-learned @ others.T)
-    before = cosine(rotation, partners[1])
-    for _ in range(TURNS):
-        rotation = orthogonal_procrustes(np.vstack([learned[partners[0]], stays]), np.vstack([others[partners[1]], stays]))[0]
-        again = linear_sum_assignment(-learned @ rotation @ others.T)
-        if np.array_equal(again, partners):
-            break
-        partners = again
-    return before, cosine(rotation, partners[1])
 
 
 def beyond_random(found: pd.DataFrame, level: float = 0.05) -> int:
     """How many clustered groups capture more than random ones of the same sizes, corrected for the number of groups.
 
-    A group's p is that of its share, on average over the seeds that judge it, among those of random groups; the false discovery
-    rate is held at `level` (Benjamini & Hochberg 1995). Columns as of `judge_groups`.
+    A group's share, on average over the seeds that judge it, is compared with those of the random groups of its size, one a
+    partition, whose spread is pooled over groups (Student's t for one more observation); the false discovery rate is held at
+    `level` (Benjamini & Hochberg 1995). Columns as of `judge_groups`.
     """
-    shares = found.groupby(["partition", "group"])["share"].mean()
-    random = shares[RANDOM].to_numpy()
-    p = [(1 + (random >= share).sum()) / (1 + len(random)) for share in shares[CLUSTERED]]
-    return int((false_discovery_control(p) <= level).sum())
+    shares = found.groupby(["partition", "like", "group"])["share"].mean()
+    random, clustered = (shares[partition].groupby("like") for partition in (RANDOM, CLUSTERED))
+    partitions, freedom = random.size(), int((random.size() - 1).sum())
+    spread = np.sqrt((random.var(ddof=1) * (partitions - 1)).sum() / freedom * (1 + 1 / partitions))
+    p = stats.t.sf((clustered.mean() - random.mean()) / spread, freedom)
+    return int((stats.false_discovery_control(p) <= level).sum())
 
 
 def _judged(
@@ -142,7 +111,6 @@ def _judged(
         chosen = candidates[np.sort(np.argsort(-inside, kind="stable")[:size])]
         theirs = other.moments(chosen).strongest_axes(halves[0])[0][:, :rank]
         best = (directions @ other.directions[candidates].T).max(1)
-        before, after = turned(moments[0].directions @ axes, other.directions[chosen] @ axes)
         written = other.on_sample(chosen)
         brought = [np.ascontiguousarray(written[half::2]) for half in (0, 1)]
         yield {
@@ -151,14 +119,12 @@ def _judged(
             "rank": rank,
             "share": float(captured(there, theirs)[-1] / own),
             "swapped": float(np.nanmean([swap.kept(brought) for swap in swaps])),
-            "before": before,
-            "after": after,
             "ambiguity_rank": ambiguity_rank(float(np.median(best))),
         }
 
 
 def planar_group(directions: Sequence[Float[np.ndarray, "feature d_in"]], features: Sequence[Members]) -> pd.DataFrame:
-    """Of groups of a few features of each seed, the one of two or three dimensions that most seeds meet: a row a feature.
+    """Of groups of a few features of each seed, the one of two dimensions that most seeds meet: a row a feature.
 
     Columns: `seed` (its position), `feature`, `x` and `y` (its direction along the group's first two axes), `rank` of the group's
     directions at 90 % of their energy. Of equals, the one with most features, and then that which lies in its plane most. Empty
@@ -172,7 +138,7 @@ def planar_group(directions: Sequence[Float[np.ndarray, "feature d_in"]], featur
         axes, energies = strongest_axes(rows[inside].T @ rows[inside])
         rank = rank_holding(energies)
         order = (len(np.unique(owner[inside])), int(inside.sum()), energies[:2].sum() / energies.sum())
-        if 2 <= round(rank) <= 3 and order > best:
+        if round(rank) == 2 and order > best:
             x, y = (rows[inside] @ axes[:, :2]).T
             best = order
             chosen = pd.DataFrame({"seed": owner[inside], "feature": feature[inside], "x": x, "y": y, "rank": rank})

@@ -14,16 +14,16 @@ from sae_stability.training import prepare
 from sae_stability.training.loop import Training
 
 
-def finetune(start: Ensemble, recipe: Recipe, activations: Activations) -> Ensemble:
+def finetune(start: Ensemble, recipe: Recipe, activations: Activations, device: str = "cpu") -> Ensemble:
     """Train each SAE of `start` on, with its normalisation and width, and Adam's moments from zero.
 
     The recipe says on how many tokens and at which rate. The seeds of `start` set the order of the tokens.
     """
     recipe = recipe.model_copy(update={"d_sae": start.d_sae, "k": start.k, "coefficient": start.coefficient or None})
-    job = prepare(recipe, replace(activations, mean=start.mean, scale=start.scale), start.seeds)
+    job = prepare(recipe, replace(activations, mean=start.mean, scale=start.scale), start.seeds, device=device)
     with tqdm(disable=True) as bar:
         inputs = (job.recipe, job.seeds, job.coefficients, job.visits, job.blocks.d_in, job.folder)
-        training = Training(*inputs, torch.device("cpu"), np.inf, bar)
+        training = Training(*inputs, torch.device(device), np.inf, bar)
         for trained, begun in zip(training.parameters, start.parameters, strict=True):
             trained.copy_(begun)
         for visit in range(len(job.visits)):
