@@ -83,6 +83,11 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
     assert "Rare features, read longest" in told
     assert "start from the truth less random start" in told
     assert "spanned by 8" in told  # the reverse test
+    assert "has not been run" in executed("pooling", monkeypatch)
+    shutil.copytree(SHIPPED / "pooling", tmp_path / "published" / "pooling")
+    told = executed("pooling", monkeypatch)
+    assert "has not been run" not in told
+    assert "what costs as much as a pool" in told
     told = executed("subspaces", monkeypatch)
     assert all(line["verdict"] in told for line in quick.lines if line["id"] == "C7")
     assert "C7 in the study `quick`" in told
