@@ -151,7 +151,7 @@ def test_what_is_asked_trains_nothing():
     behind |= {"activity", "activity/report", "impacts", "impacts/report", "sharing/report"}
     behind |= {"subspaces", "subspaces/report"}
     only_main = {"topk/explanations", "topk/explanations/report", "topk/examples", "topk/examples/report"}
-    translated = {"topk/translation", "topk/translation/report", "topk/pooling", "topk/pooling/report"}
+    translated = {"topk/translation", "topk/translation/report"}
     assert changed(before, after) == {*every(*behind), *only_main, *translated, "tables", "claims.json"}
     assert changed(before, planned("notes=other")) == set()
     assert changed(before, planned("ablation_tokens=1000")) >= every("function")

@@ -87,7 +87,7 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
     shutil.copytree(SHIPPED / "pooling", tmp_path / "published" / "pooling")
     told = executed("pooling", monkeypatch)
     assert "has not been run" not in told
-    assert "what costs as much as a pool" in told
+    assert "These verdicts are of the study `pooling`" in told
     told = executed("subspaces", monkeypatch)
     assert all(line["verdict"] in told for line in quick.lines if line["id"] == "C7")
     assert "C7 in the study `quick`" in told

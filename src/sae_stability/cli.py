@@ -228,7 +228,7 @@ def pool(
         pooling.check(saes, site is not None)  # before a language model reads a text
         if format == "sparsify" and saes[0].variant not in (None, "topk"):
             raise UserError(f"--format sparsify: it has topk only, and these SAEs are {saes[0].variant}; use saelens")
-        x = None if site is None else torch.cat(list(site.activations(saes[0].directions.shape[1], "activations")))
+        x = None if site is None else torch.cat(list(site.activations(saes, "activations")))
     print(f"about {pooling.memory(saes, x) / 1e9:.1f} GB of memory for {len(saes)} SAEs", file=sys.stderr)
     pooled = pooling.pool(saes, x, kind, threshold, representative, quorum)
     metadata = {"kind": kind, "representative": representative, "threshold": threshold, "saes": len(saes)}

@@ -154,16 +154,16 @@ class Site:
         too short, one whose activations the SAEs don't fit, and SAEs that can't encode.
         """
         counts, seen = torch.zeros(len(saes), d_sae, dtype=torch.int64), 0
-        for x in self.activations(saes[0].directions.shape[1], "firings"):
+        for x in self.activations(saes, "firings"):
             seen += len(x)
             for of_sae, sae in zip(counts, saes, strict=True):
                 of_sae += torch.bincount(sae.codes(x).fired(), minlength=d_sae)
         return Firings(counts, seen)
 
-    def activations(self, d_in: int, described: str) -> Iterator[Float[Tensor, "token d_in"]]:
+    def activations(self, saes: Sequence[Dictionary], described: str) -> Iterator[Float[Tensor, "token d_in"]]:
         """The activations of about `tokens` held-out tokens, batch by batch, in float32.
 
-        Raises `UserError` as `count` does; `d_in` is that of the SAEs.
+        Raises `UserError` as `count` does: the SAEs say which d_in it must have.
         """
         from sae_stability.language import models
         from sae_stability.language.activations import BATCH, forward
@@ -174,6 +174,7 @@ class Site:
         count = contexts.holding(self.tokens)
         for start in tqdm(range(0, count, BATCH), described, unit="batch", disable=None):
             x = forward(bridge, contexts, slice(start, min(start + BATCH, count)), [self.hook_name])[self.hook_name].float()
+            d_in = saes[0].directions.shape[1]
             if x.shape[1] != d_in:
                 raise UserError(f"hook_name: {self.hook_name} has d_in {x.shape[1]}, the SAEs have {d_in}; name their own site")
             yield x
