@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from sae_stability import pipeline
 from sae_stability.book import page
 from sae_stability.experiments import pooling as experiment
+from sae_stability.experiments import pools
 from sae_stability.experiments.pooling import (
     CONTROLS,
     EXPLAINED,
@@ -47,7 +48,7 @@ def test_shares_count_live_features_and_weigh_their_energy():
     W_dec = F.normalize(torch.randn(3, 30, 4, generator=torch.Generator().manual_seed(0)), dim=2)
     energy = torch.rand(3, 30, generator=torch.Generator().manual_seed(1))
     energy[:, ::7] = 0  # these do not fire
-    found = experiment._shares(W_dec, energy, 0.8).set_index(["one", "other"])
+    found = pools.shares(W_dec, energy, 0.8).set_index(["one", "other"])
     for one, other in permutations(range(3), 2):
         live, there = energy[one] > 0, energy[other] > 0
         back = (W_dec[one, live] @ W_dec[other, there].T).amax(1) >= 0.8
@@ -166,9 +167,9 @@ def test_a_share_is_averaged_over_partitions():
 def test_the_price_of_a_product_is_that_of_its_seeds_and_its_fine_tuning():
     found = planted(SHARES, LOST)
     assert found.trained(SINGLE) == 1
-    assert found.trained(experiment.MEANS) == found.trained(LONGER) == 3
-    assert found.trained(TUNED) == found.trained(experiment.WIDER) == pytest.approx(3.1)
-    assert found.trained(experiment.TUNED_SINGLE) == pytest.approx(1.1)
+    assert found.trained(pools.MEANS) == found.trained(LONGER) == 3
+    assert found.trained(TUNED) == found.trained(pools.WIDER) == pytest.approx(3.1)
+    assert found.trained(pools.TUNED_SINGLE) == pytest.approx(1.1)
     assert found.trained(NOISE) == 2  # of five seeds
 
 
@@ -176,7 +177,7 @@ def test_random_features_are_those_of_the_seeds_and_not_of_the_stars():
     size = np.repeat([1, 3], 500)
     members = np.where(np.arange(3) < size[:, None], 0, -1)
     found = Stars(members, np.zeros(1000, dtype=int), np.zeros(1000))
-    drawn = np.concatenate([found.size[experiment._random_features(found, 20, number)] for number in range(200)])
+    drawn = np.concatenate([found.size[pools.random_features(found, 20, number)] for number in range(200)])
     assert (drawn == 3).mean() == pytest.approx(0.75, abs=0.03)
 
 
@@ -184,15 +185,15 @@ def test_a_study_judges_c9(house):
     study = load_study("quick", ["grid={}", "seeds=6", "experiments=[pooling]", "tokens=50_000"], name="pools")
     pipeline.compute(study)
     found = page.open_study(study.name)
-    pools = found.table("pools").set_index("product")
-    assert {experiment.TUNED_SINGLE, experiment.RANDOM} <= set(pools.index)
-    assert not {LONGER, experiment.WIDER} & set(pools.index)  # nobody asked for them
-    judged = pools.dropna(subset=["explained"])
+    table = found.table("pools").set_index("product")
+    assert {pools.TUNED_SINGLE, pools.RANDOM} <= set(table.index)
+    assert not {LONGER, pools.WIDER} & set(table.index)  # nobody asked for them
+    judged = table.dropna(subset=["explained"])
     assert judged["features"].nunique() == 1  # equal widths
     assert judged.loc[SINGLE, "saes"] == 6
     assert (judged.drop(SINGLE)["saes"] == 3).all()
-    assert judged["l0"].between(0.97 * pools.loc[SINGLE, "l0"], 1.03 * pools.loc[SINGLE, "l0"]).all()
-    assert pools.loc[TUNED, "explained"] > pools.loc[experiment.MEANS, "explained"]
+    assert judged["l0"].between(0.97 * table.loc[SINGLE, "l0"], 1.03 * table.loc[SINGLE, "l0"]).all()
+    assert table.loc[TUNED, "explained"] > table.loc[pools.MEANS, "explained"]
     assert [line["line"] for line in found.ledger if line["id"] == "C9"] == ["as stated", "beyond energy and frequency"]
 
 
@@ -211,14 +212,14 @@ def test_what_costs_as_much_is_trained_where_it_is_asked_for(variant):
     )
     x = Activations.of(torch.randn(6000, 16, generator=torch.Generator().manual_seed(0)))
     ensemble = train(recipe, x, range(4))
-    seeds = experiment._Seeds.of(ensemble, x, 0.7)
-    found = experiment._products(seeds, recipe, controls=True)
-    assert set(found) == {experiment.MEDOIDS, experiment.MEANS, TUNED, experiment.TUNED_MEDOIDS, *CONTROLS}
+    seeds = pools.Seeds.of(ensemble, x, 0.7)
+    found = pools.compared(seeds, recipe, controls=True)
+    assert set(found) == {pools.MEDOIDS, pools.MEANS, TUNED, pools.TUNED_MEDOIDS, *CONTROLS}
     assert len({product.d_sae for name, product in found.items() if name != LONGER}) == 1
     groups = split(4, 0)
     twice = train(recipe.model_copy(update={"passes": 2}), x, [ensemble.seeds[group[0]] for group in groups])
     assert torch.equal(found[LONGER].W_dec, twice.W_dec)
     wide = train(recipe.model_copy(update={"d_sae": 64}), x, [groups[0][0]])
     energy = measure(wide.dictionary(0), x.data).energy
-    pruned = experiment._pruned(wide, 32, seeds)
+    pruned = pools.pruned(wide, 32, seeds)
     assert torch.equal(pruned.W_dec[0], wide.W_dec[0][energy.topk(32).indices.sort().values])
