@@ -12,7 +12,7 @@ def frontier(products: pd.DataFrame, title: str) -> Figure:
 
     Columns: name, share, explained, and the ends of their intervals.
     """
-    figure, (axis,) = new_axes(title, height=6.2)
+    figure, (axis,) = new_axes(title, height=4.4 + 0.25 * len(products))
     for position, (_, row) in enumerate(products.iterrows()):
         reach = [np.nan_to_num([[row[of] - row[f"{of}_low"]], [row[f"{of}_high"] - row[of]]]) for of in ("share", "explained")]
         colour, _ = series_style(position)
@@ -31,5 +31,5 @@ def frontier(products: pd.DataFrame, title: str) -> Figure:
             label=row["name"],
         )
     axis.set(xlabel="share of features that come back\nin the same product of other seeds", ylabel="explained variance")
-    legend_below(figure, axis, columns=2)
+    legend_below(figure, axis)
     return figure
