@@ -227,7 +227,10 @@ class Study(Cell):
         500_000, description="training tokens of each synthetic world; where features have to be told apart, three times as many"
     )
     pool_controls: bool = Field(
-        False, description="train SAEs as many times as long, and as wide, as pools have seeds: what the same work buys (C9)"
+        False, description="compare pools with what the same work buys (C9): longer training, wider SAEs, bagging and boosting"
+    )
+    pool_size: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="seeds of each pool (C9); by default a third of the seeds. There must be three pools"
     )
     explainer: Explainer | None = Field(None, description="a language model that explains features; without one C6 is not tested")
     experiments: Annotated[list[str], Field(min_length=1)] | None = Field(
@@ -253,6 +256,8 @@ class Study(Cell):
             cells = self.cells
         except ValidationError as error:
             raise ValueError(f"grid: {complaint(error, Cell)}") from None
+        if self.pool_size and any(len(cell.seed_list) < 3 * self.pool_size for cell in cells.values()):
+            raise ValueError(f"pool_size: three pools of {self.pool_size} need {3 * self.pool_size} seeds; lower it or raise seeds")
         if self.stream and any(cell.norm_cutoff for cell in cells.values()):
             raise ValueError("norm_cutoff: which tokens are left out is kept beside cached activations; set stream to false")
         return self

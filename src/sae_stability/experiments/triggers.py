@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from sae_stability import threads, triggers
 from sae_stability.evaluation import sparse_codes
@@ -14,6 +15,7 @@ from sae_stability.experiments.columns import interval_columns
 from sae_stability.experiments.experiment import Experiment, Results
 from sae_stability.files import write_table
 from sae_stability.language import models
+from sae_stability.language.activations import Activations
 from sae_stability.ledger import MOST, NOWHERE, OTHERWISE, Condition, Rule, judged
 from sae_stability.matching import BANDS, Banding
 from sae_stability.statistics import Interval
@@ -49,24 +51,29 @@ C5 = (
 
 def compute(results: Results, folder: Path) -> None:
     """Ask of every feature of the ensemble what it fires on: nothing here knows its band."""
-    tokenizer = models.load_tokenizer(results.cell.model)
-    held_out = texts.activations(results, "evaluation").first(TRIGGER_TOKENS)
-    text = triggers.Text.of(texts.contexts(results, "evaluation"), len(held_out))
-    train = texts.contexts(results, "train")
-    seen = np.bincount(train.tokens[train.is_text], minlength=len(tokenizer))
-    words = [tokenizer.decode([token]) for token in range(len(seen))]
+    held_out, text, words, frequency = reading(results)
     ensemble = ensembles.ensemble(results)
 
     def of_seed(position: int) -> dict[str, pd.DataFrame]:
         (codes,) = sparse_codes(ensemble.of(position), held_out)
         found = {}
         for name, ask in (("triggers", triggers.triggers), ("without", triggers.without_parts)):
-            found[name] = ask(codes, text, words, seen / seen.sum()).assign(seed=ensemble.seeds[position])
+            found[name] = ask(codes, text, words, frequency).assign(seed=ensemble.seeds[position])
         return found
 
     by_seed = threads.each_seed(of_seed, len(ensemble.seeds), "triggers")
     for name in ("triggers", "without"):
         write_table(folder / f"{name}.parquet", pd.concat([found[name] for found in by_seed], ignore_index=True))
+
+
+def reading(results: Results) -> tuple[Activations, triggers.Text, list[str], Float[np.ndarray, "vocabulary"]]:
+    """What is asked for triggers: held-out activations, their text, the tokens as text and their share of the training corpus."""
+    tokenizer = models.load_tokenizer(results.cell.model)
+    held_out = texts.activations(results, "evaluation").first(TRIGGER_TOKENS)
+    text = triggers.Text.of(texts.contexts(results, "evaluation"), len(held_out))
+    train = texts.contexts(results, "train")
+    seen = np.bincount(train.tokens[train.is_text], minlength=len(tokenizer))
+    return held_out, text, [tokenizer.decode([token]) for token in range(len(seen))], seen / seen.sum()
 
 
 def bands(results: Results) -> Banding:

@@ -9,21 +9,34 @@ from tqdm import tqdm
 
 from sae_stability.language.activations import Activations
 from sae_stability.saes.ensemble import Ensemble
+from sae_stability.saes.variant import Variant
 from sae_stability.study import Recipe
 from sae_stability.training import prepare
-from sae_stability.training.loop import Training
+from sae_stability.training.loop import Trainee, Training
 
 
-def finetune(start: Ensemble, recipe: Recipe, activations: Activations, device: str = "cpu") -> Ensemble:
+class _DecoderAlone(Training):
+    """A training in which directions move and codes stay: b_dec, which encoders read too, stays with them."""
+
+    def _trainee(self, position: int, seed: int, method: Variant) -> Trainee:
+        trainee = super()._trainee(position, seed, method)
+        trainee.optimizer = torch.optim.Adam([trainee.sae.W_dec], lr=self.recipe.rate, fused=True)
+        return trainee
+
+
+def finetune(
+    start: Ensemble, recipe: Recipe, activations: Activations, device: str = "cpu", decoder_alone: bool = False
+) -> Ensemble:
     """Train each SAE of `start` on, with its normalisation and width, and Adam's moments from zero.
 
-    The recipe says on how many tokens and at which rate. The seeds of `start` set the order of the tokens.
+    The recipe says on how many tokens and at which rate. The seeds of `start` set the order of the tokens. With `decoder_alone`
+    only directions move.
     """
     recipe = recipe.model_copy(update={"d_sae": start.d_sae, "k": start.k, "coefficient": start.coefficient or None})
     job = prepare(recipe, replace(activations, mean=start.mean, scale=start.scale), start.seeds, device=device)
     with tqdm(disable=True) as bar:
         inputs = (job.recipe, job.seeds, job.coefficients, job.visits, job.blocks.d_in, job.folder)
-        training = Training(*inputs, torch.device(device), np.inf, bar)
+        training = (_DecoderAlone if decoder_alone else Training)(*inputs, torch.device(device), np.inf, bar)
         for trained, begun in zip(training.parameters, start.parameters, strict=True):
             trained.copy_(begun)
         for visit in range(len(job.visits)):
