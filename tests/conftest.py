@@ -17,7 +17,7 @@ from beartype import BeartypeConf, beartype
 # function that is wrapped, and the lengths of sparse rows are sums of others.
 CHECKED = (
     *("statistics", "triggers", "sources", "evaluation", "ablation", "methods.dictionary", "subspaces", "synthetic"),
-    *("pooling", "diagnostics"),
+    *("pooling", "diagnostics", "recovery"),
     *("language.activations", "language.interventions", "language.norms", "language.site", "language.corpus", "language.streaming"),
     *("matching.reappearance", "matching.criteria", "matching.assignment", "matching.families"),
     *(

@@ -127,7 +127,7 @@ def of_worlds(name: str) -> pd.DataFrame | None:
     """A published table of worlds with known features; None where it is not published.
 
     `worlds`: what was found of those of the phase diagram, one row a world of each slice. `latents`: the unstable latents of the
-    reverse test, one row each (`diagnostics.all_unstable_latents`).
+    reverse test, one row each (`diagnostics.all_unstable_latents`). `pools`: what pools of seeds find (`recovery.pooled`).
     """
     path = places.published() / "worlds" / f"{name}.parquet"
     return pd.read_parquet(path) if path.is_file() else None

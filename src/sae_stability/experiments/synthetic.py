@@ -19,6 +19,7 @@ there were too few where features have to be told apart, and how many are needed
 LONGER = 3
 """Times as many tokens are read where features have to be told apart: to find them takes longer than to find their space."""
 LOST, SPANNED, NEAR, TOLD = 0.1, 0.9, 0.1, 0.9
+MORE, RARE = "more features than latents", "rare features"
 ISOLATED, INVARIANT, TIGHT = "isolated only", "no preferred directions", "sparse, tight budget"
 INVARIANT_TIGHT, SLACK = "no preferred directions, tight budget", "sparse, budget to spare"
 EQUAL = 0.005
@@ -28,6 +29,8 @@ SEEDS = {ISOLATED: 8, INVARIANT: 8, TIGHT: 4, INVARIANT_TIGHT: 4, SLACK: 4}
 DIAGRAM_SEEDS = 4
 MIXED_SEEDS = 8
 """Of each world of the reverse test: the fewer seeds, the fewer latents look unstable for certain."""
+POOLED_SEEDS = 8
+"""Of each world in which seeds are pooled: two groups of four."""
 ACTIVE = (1, 2, 4, 8, None)
 BUDGETS = (0.5, 1.0, 2.0)
 """Of the coarse phase diagram; the whole one is published (`diagram`)."""
@@ -106,6 +109,19 @@ def mixed_worlds() -> list[World]:
         World(r=r, isolated=200, isolated_active=3, zipf=zipf, noise=noise, width=0.5, seed=seed)
         for seed, (r, zipf, noise) in enumerate(crossed)
     ]
+
+
+def pooled_worlds() -> dict[str, list[World]]:
+    """Worlds in which seeds are pooled: where each seed finds some of the features only, and where blocks can't be told or can."""
+    many, longer = World(blocks=0, isolated=200, isolated_active=3, width=0.5), World(tokens=1_500_000)
+    return {
+        MORE: [
+            replace(many, zipf=zipf, noise=noise, seed=seed) for seed, (zipf, noise) in enumerate(product((0.5, 1.0), (0.5, 1.0)))
+        ],
+        RARE: [World(blocks=0, rare=24, width=1.0, seed=seed) for seed in range(4)],
+        INVARIANT: [World(r=r, seed=seed) for seed, r in enumerate((8, 8, 12, 12))],
+        TIGHT: [replace(longer, r=r, active=active, seed=seed) for seed, (r, active) in enumerate(product((8, 12), (1, 2)))],
+    }
 
 
 def compute(results: Results, folder: Path) -> None:
