@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sae_stability import pooling
 from sae_stability.errors import UserError
-from sae_stability.experiments import ensembles
+from sae_stability.experiments import ensembles, texts
 from sae_stability.files import read_json, read_metadata
 from sae_stability.pooling import assembled, distinct, measure, pool, stars, unlike
 from sae_stability.saes import formats, variant
@@ -292,6 +292,18 @@ def test_the_pool_of_a_study_is_written_with_what_it_stands_for(quick, call, tmp
     assert status == 0
 
 
+def test_the_pool_of_a_study_can_be_fine_tuned(quick, call, tmp_path):
+    written = {}
+    for how in ("none", "decoder", "all"):
+        assert call("pool", "quick", "--out", tmp_path / how, "--tokens", "20000", "--fine-tune", how)[0] == 0
+        written[how] = formats.load(tmp_path / how)
+        assert read_json(tmp_path / how / "cfg.json")["metadata"]["fine_tuned"] == how
+    x = texts.activations(quick.main, "evaluation").data[:5000].float()
+    error = {how: float((each.decode(each.encode(x)) - x).square().sum()) for how, each in written.items()}
+    assert error["all"] < error["decoder"] < error["none"]
+    assert torch.equal(written["decoder"].encode(x) > 0, written["none"].encode(x) > 0)  # what fires stays
+
+
 def test_directions_of_files_are_pooled_without_a_text(call, tmp_path):
     paths = [tmp_path / f"sae{seed}" for seed in range(3)]
     for seed, path in enumerate(paths):
@@ -315,6 +327,7 @@ def test_directions_of_files_are_pooled_without_a_text(call, tmp_path):
         (("saes/a", "saes/b", "--out", "x"), "--out x: name a .safetensors file, since without a text"),
         (("saes/a", "saes/b", "--out", "x", "--model", "gpt2"), "give all three, or none"),
         (("quick", "--out", "x", "--threshold", "7"), "--threshold 7: no cosine between 0 and 1"),
+        (("saes/a", "saes/b", "--out", "x.safetensors", "--fine-tune", "all"), "--fine-tune: it takes the training activations"),
         (("saes/a", "saes/b", "--out", "x.safetensors", "--set", "k=3"), "--set: it overrides keys of a study"),
         (("quick", "--out", "x", "--model", "m", "--corpus", "c", "--hook-name", "h"), "--model: a study has a text of its own"),
     ],

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
 PoolKind = Literal["union", "consensus", "width"]
+FineTuning = Literal["none", "decoder", "all"]
 Representative = Literal["mean", "medoid"]
 FileFormat = Literal["saelens", "sparsify"]
 STUDY = Annotated[str, typer.Argument(help="A name in studies/, or the path of a .yaml file.")]
@@ -177,6 +179,9 @@ def pool(
     representative: Annotated[Representative, typer.Option(help="What stands for features that are alike.")] = "mean",
     threshold: Annotated[float, typer.Option(help="Cosine from which two features are the same.")] = 0.7,
     format: Annotated[FileFormat, typer.Option(help="Of the library that is to load the pool.")] = "saelens",
+    fine_tune: Annotated[
+        FineTuning, typer.Option(help="Train the pool of a study on, for a tenth of its tokens: directions alone, or all weights.")
+    ] = "none",
     overrides: SET = None,
     model: MODEL = None,
     corpus: CORPUS = None,
@@ -192,7 +197,7 @@ def pool(
     pooled.
     Examples:
 
-      sae-stability pool embedded --out pooled
+      sae-stability pool embedded --out pooled --fine-tune all
 
       sae-stability pool sae-seed* --kind consensus --model gpt2 --corpus TEXT.txt --hook-name blocks.8.hook_resid_pre --out pooled
 
@@ -209,6 +214,8 @@ def pool(
         raise UserError(f"--out {out}: name {mend}")
     if of_study and site is not None:
         raise UserError("--model: a study has a text of its own; leave --model, --corpus and --hook-name out")
+    if fine_tune != "none" and not of_study:
+        raise UserError("--fine-tune: it takes the training activations of a study; train these files on with their own library")
     if overrides and not of_study:
         raise UserError("--set: it overrides keys of a study, and these are files; leave it out")
     _no_widgets()
@@ -221,7 +228,8 @@ def pool(
     if of_study:
         if len(sources) > 2:
             raise UserError(f"{sources[0]}: no such file or folder; name SAEs that are there, or a study and one of its cells")
-        saes, held_out = pipeline.trained(load_study(sources[0], overrides or ()), sources[1] if len(sources) > 1 else None)
+        study, cell = load_study(sources[0], overrides or ()), sources[1] if len(sources) > 1 else None
+        saes, held_out = pipeline.trained(study, cell)
         x: torch.Tensor | None = held_out.first(tokens).data.float()
     else:
         saes = [formats.load(path) for path in sources]
@@ -231,8 +239,10 @@ def pool(
         x = None if site is None else torch.cat(list(site.activations(saes, "activations")))
     print(f"about {pooling.memory(saes, x) / 1e9:.1f} GB of memory for {len(saes)} SAEs", file=sys.stderr)
     pooled = pooling.pool(saes, x, kind, threshold, representative, quorum)
+    if fine_tune != "none":
+        pooled = replace(pooled, sae=pipeline.fine_tuned(study, cell, pooled.sae, decoder_alone=fine_tune == "decoder"))
     metadata = {"kind": kind, "representative": representative, "threshold": threshold, "saes": len(saes)}
-    metadata |= pooled.stars.metadata()
+    metadata |= {"fine_tuned": fine_tune} | pooled.stars.metadata()
     if pooled.sae.variant is None:
         save_tensors(out, {"W_dec": pooled.sae.W_dec}, metadata)
     else:

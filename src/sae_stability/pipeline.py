@@ -13,9 +13,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from sae_stability import ledger, sources
+from sae_stability import ledger, pooling, sources
 from sae_stability.errors import UserError
-from sae_stability.experiments import Experiment, Results, Stage, ensembles, experiments, explanations, texts
+from sae_stability.experiments import Experiment, Results, Stage, ensembles, experiments, explanations, pools, texts
 from sae_stability.experiments.experiment import IS_MAIN
 from sae_stability.files import read_json, write_json, write_table
 from sae_stability.keys import key_of
@@ -247,6 +247,20 @@ def trained(study: Study, cell: str | None) -> tuple[list[SAE], Activations]:
     results = plan.results(chosen)
     ensemble = ensembles.ensemble(results)
     return [ensemble.dictionary(position) for position in range(len(ensemble.seeds))], texts.activations(results, "evaluation")
+
+
+def fine_tuned(study: Study, cell: str | None, pooled: SAE, decoder_alone: bool) -> SAE:
+    """A pool of a cell that `trained` gave the SAEs of, trained on for a while as its seeds were, at their L0.
+
+    Raises `UserError` where the study keeps no training activations.
+    """
+    if study.stream:
+        raise UserError("stream: this study keeps no training activations to fine-tune on; set stream to false")
+    results = Plan(study).results(study.main if cell is None else study.cells[cell])
+    ensemble = ensembles.ensemble(results)
+    seeds = pools.Seeds.of(ensemble, texts.activations(results, "train"), results.cell.threshold)
+    start = pooling.joined([pooled], ensemble)
+    return pools.fine_tuned(start, results.cell.recipe, seeds, study.device, decoder_alone).dictionary(0)
 
 
 def _training(plan: Plan, cell: Cell, kinds: Iterable[str]) -> list[str]:
