@@ -79,7 +79,6 @@ TENSORS = [  # the library, what is changed, to what (None: missing), and what t
     ("batchtopk", "topk_threshold", torch.tensor(1), "topk_threshold is int64"),
     ("sparsify", "encoder.weight", torch.ones(D_SAE, D_IN + 1), "encoder.weight .* don't fit each other"),
     ("sparsify", "encoder.bias", None, "no tensor encoder.bias"),
-    ("dictionary_learning", "k", None, "no tensor k "),
     ("dictionary_learning", "k", torch.tensor(D_SAE + 1), "k is 11, and 1 to 10 features can fire"),
     ("dictionary_learning", "k", torch.tensor([1, 2]), "k is a list and should be a whole number"),
     ("dictionary_learning", "k", torch.tensor(1 + 1j), "k is .* and should be a whole number"),
@@ -87,7 +86,9 @@ TENSORS = [  # the library, what is changed, to what (None: missing), and what t
     ("dictionary_learning", "decoder.weight", torch.ones(D_IN, D_SAE).to_sparse(), "decoder.weight is no plain dense tensor"),
     ("dictionary_learning", "b_dec", None, "no tensor b_dec"),
     ("dictionary_learning", "b_dec", torch.ones(D_IN, dtype=torch.complex64), "b_dec is complex64"),
-    ("dictionary_learning", "b_dec", 3.0, "not a dictionary of named tensors"),
+    ("dictionary_learning", "b_dec", 3.0, "no tensor b_dec"),
+    ("saelens", "b_enc", torch.full((D_SAE,), torch.inf), "b_enc holds NaN or infinite"),
+    ("saelens", "W_dec", torch.ones(D_SAE, 2, D_IN), "three dimensions are those of a crosscoder"),
 ]
 
 
@@ -111,18 +112,16 @@ FIELDS = [  # the library, the field (None: the whole file), its value, and what
     ("batchtopk", "k", float("inf"), "k is Infinity and should be a whole number"),
     ("batchtopk", "k", 0.5, "k is 0.5 and should be a whole number"),
     ("batchtopk", "k", None, "no field k"),
-    ("saelens", "architecture", None, "no field architecture"),
     ("saelens", "architecture", 3, "architecture is 3 and should be a string"),
-    ("saelens", "architecture", "temporal", "architecture 'temporal' is not known here"),
-    ("saelens", "architecture", "two\nlines", "is not known here"),
     *(("saelens", "architecture", name, "a transcoder") for name in ("transcoder", "skip_transcoder", "jumprelu_transcoder")),
     ("saelens", "apply_b_dec_to_input", "false", "apply_b_dec_to_input is .* and should be true or false"),
     ("saelens", "rescale_acts_by_decoder_norm", 1, "rescale_acts_by_decoder_norm is 1 and should be true or false"),
-    ("saelens", "normalize_activations", "layer_norm", "normalised at run time"),
+    ("saelens", "hook_name_out", "blocks.1.hook_mlp_out", "a transcoder"),
+    ("saelens", "is_transcoder", True, "a transcoder"),
     ("saelens", "normalize_activations", {"kind": "layer_norm"}, "normalize_activations is an object and should be a string"),
     ("sparsify", "k", None, "no field k"),
     ("sparsify", "k", 99, "k is 99, and 1 to 10 features can fire"),
-    ("sparsify", "activation", "groupmax", "activation 'groupmax' is not known here"),
+    ("sparsify", "signed", True, "its codes have a sign"),
     ("sparsify", "transcode", True, "a transcoder"),
     ("sparsify", "skip_connection", True, "a transcoder"),
     ("dictionary_learning", "trainer", None, "no field trainer"),
@@ -130,8 +129,34 @@ FIELDS = [  # the library, the field (None: the whole file), its value, and what
     ("dictionary_learning", "trainer", "AutoEncoder", "trainer is .* and should be a JSON object"),
     ("dictionary_learning", "trainer", {}, "no field dict_class"),
     ("dictionary_learning", "trainer", {"dict_class": 4}, "dict_class is 4 and should be a string"),
-    ("dictionary_learning", "trainer", {"dict_class": "CrossCoder"}, "class 'CrossCoder' is not known"),
 ]
+ALONE = [  # the library, what is changed in its configuration, or which file is renamed, and why its directions stand alone
+    ("saelens", {"architecture": "temporal"}, "architecture 'temporal' is not known here"),
+    ("saelens", {"architecture": "two\nlines"}, "is not known here"),
+    *(
+        ("saelens", {"normalize_activations": value}, "normalised at run time")
+        for value in ("layer_norm", "expected_average_only_in", "constant_norm_rescale", True)
+    ),
+    ("standard", {"activation_fn_str": "tanh-relu"}, "activation function 'tanh-relu' is not known here"),
+    ("sparsify", {"activation": "groupmax"}, "activation 'groupmax' is not known here"),
+    ("dictionary_learning", {"trainer": {"dict_class": "CrossCoder"}}, "class 'CrossCoder' is not known here"),
+    ("dictionary_learning", "config.json", "config.json is missing, so its class is not known"),
+    ("saelens", "sae_weights.safetensors", "other.safetensors is of no library that is known here"),
+]
+
+
+@pytest.mark.parametrize(("library", "change", "said"), ALONE)
+def test_directions_stand_alone_where_the_encoder_is_not_understood(tmp_path, library, change, said):
+    state, config = whole(library)
+    write(tmp_path, library, state, config | (change if isinstance(change, dict) else {}))
+    if isinstance(change, str):
+        (tmp_path / change).rename(tmp_path / f"other{(tmp_path / change).suffix}")
+    sae = formats.load(tmp_path)
+    assert torch.equal(sae.W_dec, state["W_dec"] if "W_dec" in state else state["decoder.weight"].T)
+    assert said in sae.about.encoder
+    with pytest.raises(UserError, match="its directions can be compared, and it does not fire") as error:
+        sae.encode(X)
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(("library", "field", "value", "said"), FIELDS)
@@ -159,7 +184,7 @@ def test_a_broken_file_is_said_in_one_line(tmp_path):
     refused(tmp_path, configuration, "missing; an SAE's folder holds it")
     configuration.mkdir()
     refused(tmp_path, configuration, "can't be read")
-    weights.rename(tmp_path / "model.safetensors")
+    weights.rename(tmp_path / "model.gguf")
     refused(tmp_path, tmp_path, "no SAE in this folder")
     refused(tmp_path / "nowhere", tmp_path / "nowhere", "no such file or folder")
 
@@ -175,7 +200,9 @@ def test_a_lone_file_without_directions_is_said_in_one_line(tmp_path):
         save_file(state, lone)
         refused(lone, lone, said)
     other.write_bytes(b"1")
-    refused(other, other, "other files than .safetensors are not read")
+    refused(other, other, "not opened, since that could run code")
+    (tmp_path / "weights.gguf").write_bytes(b"1")
+    refused(tmp_path / "weights.gguf", tmp_path / "weights.gguf", "other files than .safetensors, .npz, .pt")
 
 
 def refused(path, file, said: str) -> None:

@@ -199,9 +199,10 @@ def by_line(study: Tables, claims: list[str]) -> str:
     return grid_table(study, columns)
 
 
-def every_cell(study: Tables, claim: str) -> str:
-    """The verdicts of a claim on every cell of a study, the main one too; a sentence where the study did not ask for it."""
-    cells = study.named(study.table("cells", every_cell=True))
+def every_cell(study: Tables, claim: str, table: str = "cells") -> str:
+    """The verdicts of a claim on every cell that a table of a study has, the main one too; a sentence where the study did not ask
+    for it."""
+    cells = study.named(study.table(table, every_cell=True).drop_duplicates("cell"))
     tested = cells[[len(study.claims(claim, cell)) == len(get_args(Line)) for cell in cells["cell"]]]
     if tested.empty:
         return f"The study `{study.study.name}` was not asked about {claim}; `sae-stability run {study.study.name}` asks it."
