@@ -1,9 +1,15 @@
 import errno
+import os
+import re
+import subprocess
+import sys
 from inspect import signature
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
+from helpers import drawn
 from sae_stability import cli
 from sae_stability.loading import load_study
 
@@ -135,3 +141,36 @@ def test_overrides_reach_the_grid_and_each_cell_has_an_id_and_a_name():
     assert [(cell.d_sae, cell.k) for cell in study.cells.values()] == [(1024, 16), (512, 16), (512, 32), (1024, 32)]
     assert list(study.cells) == [cell.id for cell in study.cells.values()]
     assert list(study.names.values()) == ["d_sae=1024, k=16", "d_sae=512, k=16", "d_sae=512, k=32", "d_sae=1024, k=32"]
+
+
+def test_alone_it_prints_its_help_as_lines_and_its_version(call):
+    status, out, error = call()
+    assert (status, error) == (0, [])
+    assert "  stability " in out
+    assert len(out.splitlines()) > 10
+    status, out, _ = call("--version")
+    assert status == 0
+    assert re.fullmatch(r"sae-stability \d+\.\d+\.\d+\n", out)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_that_cannot_show_a_name_is_no_reason_to_fail(tmp_path, encoding):
+    for seed in range(2):
+        save_file({"W_dec": drawn(30, 8, seed=seed)}, tmp_path / f"sä{seed}.safetensors")
+    command = [sys.executable, "-c", "from sae_stability.cli import main; main()", "stability", "--out", "zeilen-😀.csv"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([*command, *names], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "rows             60 features in zeilen-" in done.stdout
+    assert (tmp_path / "zeilen-😀.csv").is_file()
+
+
+def test_whatever_the_system_refuses_is_one_line_with_its_file(call, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", str(tmp_path / "x"))
+
+    monkeypatch.setattr("sae_stability.existing.compare", refuse)
+    status, _, error = call("stability", "a", "b", "--out", tmp_path / "rows.csv")
+    assert (status, len(error)) == (1, 1)
+    assert f"{tmp_path / 'x'}: Transport endpoint is not connected" in error[0]

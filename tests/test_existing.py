@@ -33,7 +33,7 @@ def test_three_lines_give_what_matching_gives(files):
     W = torch.stack([formats.load(path).W_dec for path in files])
     torch.testing.assert_close(compared.found.probability, stability(W).probability)
     assert compared.found.mean().value == 0.5
-    assert compared.mcc() == pytest.approx(sum(mcc(W[s], W[t]) for s in range(4) for t in range(s)) / 6, abs=1e-6)
+    assert compared.mcc == pytest.approx(sum(mcc(W[s], W[t]) for s in range(4) for t in range(s)) / 6, abs=1e-6)
     assert compared.names == [path.name for path in files]
 
 
@@ -85,8 +85,8 @@ def test_chance_is_that_of_the_directions_own_second_moments():
     axis = 3 * F.one_hot(torch.tensor(4), 30)
     narrow = [SAE(None, None, parameters_of(axis * drawn(60, 1, seed=s) + 0.01 * drawn(60, 30, seed=9 + s))) for s in range(3)]
     isotropic = [SAE(None, None, parameters_of(drawn(60, 30, seed=s))) for s in range(3)]
-    assert compare(narrow).chance() > 0.7
-    assert compare(isotropic).chance() < 0.1
+    assert compare(narrow).chance > 0.7
+    assert compare(isotropic).chance < 0.1
     assert compare(isotropic).found.mean().value < 0.1
 
 

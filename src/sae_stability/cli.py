@@ -1,9 +1,12 @@
 """The command line: parses, calls, prints. A user's mistake ends in one line on standard error and exit status 2."""
 
 import errno
+import io
+import json
 import os
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,8 +41,16 @@ MODEL_DTYPE = Annotated[Precision, typer.Option(help="In which it computes.")]
 NAME = Annotated[str | None, typer.Option(help="Call the study so: its results go to results/NAME/.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"sae-stability {version('sae-stability')}")
+        raise typer.Exit
+
+
 @app.callback()
-def about() -> None:
+def about(
+    told: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
     """Which features of a sparse autoencoder come back under another seed.
 
     Start with: sae-stability run quick
@@ -134,7 +145,8 @@ def stability(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH PATH ...", help="SAEs: folders or .safetensors files.")],
     threshold: Annotated[float, typer.Option(help="Cosine from which two features are the same.")] = 0.7,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write one row per feature, as .csv or .parquet; by default stability.csv.")
+        Path | None,
+        typer.Option(help="Where to write one row per feature (.csv, .parquet), or everything (.json); by default stability.csv."),
     ] = None,
     model: MODEL = None,
     corpus: CORPUS = None,
@@ -145,25 +157,31 @@ def stability(
 ) -> None:
     """Which features of SAEs that already exist come back in the others. They should differ in their seed alone.
 
-    Reads folders of SAELens, sparsify and dictionary_learning, and safetensors files with a decoder. Examples:
+    Reads folders of SAELens, sparsify, dictionary_learning, Gemma Scope and OpenMOSS, ensembles of this project, and files of
+    weights with a decoder. Examples:
 
       sae-stability stability sae-seed0 sae-seed1 sae-seed2 --out features.parquet
 
       sae-stability stability sae-* --model gpt2 --corpus TEXT.txt --hook-name blocks.8.hook_resid_pre
     """
     out = out or Path("stability.csv")
-    if out.suffix not in {".csv", ".parquet"}:
-        raise UserError(f"--out {out}: name a .csv or a .parquet file")
+    if out.suffix not in {".csv", ".parquet", ".json"}:
+        raise UserError(f"--out {out}: name a .csv, a .parquet or a .json file")
+    _can_be_written(out)
     _no_widgets()
     from sae_stability import existing
     from sae_stability.files import replacing
 
     compared = existing.compare(paths, threshold, _site(model, corpus, hook_name, tokens, device, model_dtype))
-    table = compared.table()
-    with replacing(out) as temporary:
-        table.to_csv(temporary, index=False) if out.suffix == ".csv" else table.to_parquet(temporary, index=False)
+    if out.suffix == ".json":
+        with replacing(out) as temporary:
+            temporary.write_text(json.dumps(existing.report(compared), allow_nan=False), encoding="utf-8")
+    else:
+        table = compared.table()
+        with replacing(out) as temporary:
+            table.to_csv(temporary, index=False) if out.suffix == ".csv" else table.to_parquet(temporary, index=False)
     print(compared.summary())
-    print(f"rows             {len(table):,} features in {out}")
+    print(f"rows             {sum(len(sae.directions) for sae in compared.saes):,} features in {out}")
 
 
 @app.command()
@@ -232,7 +250,7 @@ def pool(
         saes, held_out = pipeline.trained(study, cell)
         x: torch.Tensor | None = held_out.first(tokens).data.float()
     else:
-        saes = [formats.load(path) for path in sources]
+        saes = [sae for path in sources for sae in formats.load_all(path).values()]
         pooling.check(saes, site is not None)  # before a language model reads a text
         if format == "sparsify" and saes[0].variant not in (None, "topk"):
             raise UserError(f"--format sparsify: it has topk only, and these SAEs are {saes[0].variant}; use saelens")
@@ -300,8 +318,11 @@ def fetch_model(name: Annotated[str, typer.Argument(help="smollm2-135m.")]) -> N
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that a console can't show are no reason to fail
     try:
-        outcome = app(standalone_mode=False)
+        outcome = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2)
     except USAGE_ERROR as error:
@@ -311,7 +332,8 @@ def main() -> None:
             _fail("the disk is full; what was computed is kept: free some space and call the same command again", 1)
         if error.errno in UNWRITABLE and error.filename is not None:
             _fail(f"{error.filename} may not be written; make it writable, or set SAE_STABILITY_RESULTS to a folder that is", 2)
-        raise
+        told = f"{error.filename}: " if error.filename is not None else ""
+        _fail(f"{told}{error.strerror or error}; what was computed is kept", 1)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; what was computed is kept, call the same command again to go on", 130)
     sys.exit(outcome if isinstance(outcome, int) else 0)
@@ -320,6 +342,17 @@ def main() -> None:
 def _fail(message: str, status: int) -> None:
     print(f"sae-stability: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def _can_be_written(path: Path) -> None:
+    """Raise `UserError` before the work where its result has no place to go."""
+    folder = path.parent
+    if path.is_dir():
+        raise UserError(f"--out {path}: a folder; name a file in it")
+    if not folder.is_dir():
+        raise UserError(f"--out {path}: there is no folder {folder}; make it, or name another")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"--out {path}: may not be written; name another place")
 
 
 def _site(model: str | None, corpus: str | None, hook_name: str | None, tokens: int, device: Device, model_dtype: Precision):

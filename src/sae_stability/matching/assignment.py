@@ -1,7 +1,7 @@
 """Features of two dictionaries paired one to one, so that the sum of their cosines is largest (MCC; Song et al., arXiv:2505.20254).
 
-Up to `EXACT` features the whole problem is solved (SciPy, a variant of Jonker-Volgenant). Above, only pairs among the best few of
-either side are candidates, and a bound tells how much that can have cost.
+Up to `EXACT` features a side the whole problem is solved (SciPy, a variant of Jonker-Volgenant). Above, only pairs among the best
+few of either side are candidates, and a bound tells how much that can have cost.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch import Tensor
 from sae_stability.errors import UserError
 from sae_stability.matching.pairs import CHUNK
 
-EXACT = 4096  # features of the smaller dictionary, up to which every pair is looked at
+EXACT = 4096  # features of two equal dictionaries, up to which every pair is looked at; of unequal ones their geometric mean
 CANDIDATES = 16  # best ones of each feature, above that
 UNPAIRED = 4.0  # cost of leaving a feature without a candidate, where that of a pair is 2 - cosine (SciPy takes 0 for no edge)
 
@@ -52,7 +52,7 @@ def assign(A: Float[Tensor, "a d_in"] | np.ndarray, B: Float[Tensor, "b d_in"] |
         raise UserError("W_dec: holds NaN or infinite weights; leave that SAE out")
     A, B = F.normalize(A, dim=1), F.normalize(B, dim=1)
     partner = np.full(len(A), -1)
-    if min(len(A), len(B)) <= exact:
+    if len(A) * len(B) <= exact**2:
         rows, columns = linear_sum_assignment((A @ B.T).cpu().numpy(), maximize=True)
         partner[rows] = columns
         cosine = _cosines_of(A, B, partner)

@@ -6,7 +6,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from sae_stability.errors import UserError
@@ -67,18 +66,9 @@ def load_all(path: Path | str) -> dict[str, SAE]:
     """
     file = Path(path)
     file = file / ENSEMBLE if (file / ENSEMBLE).is_file() else file
-    if file.is_file() and file.suffix == ".safetensors":
-        try:
-            seeds = read_metadata(file).get("seeds")
-        except (
-            SafetensorError,
-            ValueError,
-            AttributeError,
-        ):  # no file of this project: `load` says what is wrong
-            seeds = None
-        if isinstance(seeds, list):
-            ensemble = Ensemble.open(file)
-            return {f"seed {seed}": ensemble.dictionary(position) for position, seed in enumerate(ensemble.seeds)}
+    if file.is_file() and file.suffix == ".safetensors" and _of_this_project(file):
+        ensemble = Ensemble.open(file)
+        return {f"seed {seed}": ensemble.dictionary(position) for position, seed in enumerate(ensemble.seeds)}
     return {"": load(path)}
 
 
@@ -122,6 +112,14 @@ def _write(folder: Path, name: str, state: dict[str, Tensor], config: dict) -> N
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "cfg.json", config)
     save_tensors(folder / name, state, {})
+
+
+def _of_this_project(file: Path) -> bool:
+    """Whether a file holds an ensemble."""
+    try:
+        return isinstance(read_metadata(file).get("seeds"), list)
+    except Exception:  # whatever it is, `load` says what is wrong with it
+        return False
 
 
 def _configured(path: Path) -> bool:
