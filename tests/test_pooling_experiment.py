@@ -110,6 +110,20 @@ def test_only_directions_move_where_the_decoder_alone_is_fine_tuned():
         assert unchanged == (name != "W_dec"), name
 
 
+def test_many_pools_are_fine_tuned_on_tokens_that_are_there(monkeypatch):
+    seeds, recipe = small_seeds()
+    read = []
+    monkeypatch.setattr(pools, "finetune", lambda start, short, train, *_: read.append(train.data) or start)
+    many = pools.joined([seeds.saes[0]] * 24, seeds.ensemble)  # a tenth of the tokens each
+    pools.fine_tuned(many, recipe, seeds, "cpu")
+    assert [len(data) for data in read] == [600] * 24
+    assert torch.equal(read[0], seeds.train.data[:600])
+    assert torch.equal(read[-1], seeds.train.data[-600:])
+    read.clear()
+    pools.fine_tuned(pools.joined(seeds.saes[:3], seeds.ensemble), recipe, seeds, "cpu")
+    assert len(torch.cat(read).unique(dim=0)) == 1800  # three read different ones
+
+
 def test_sums_of_saes_rebuild_by_their_mean_or_one_after_another():
     seeds, recipe = small_seeds()
     x = seeds.train.data[:500]

@@ -160,13 +160,13 @@ def random_features(found: Stars, width: int, number: int) -> Int[np.ndarray, "s
 
 
 def fine_tuned(start: Ensemble, recipe: Recipe, seeds: Seeds, device: str, decoder_alone: bool = False) -> Ensemble:
-    """Each SAE trained on for a while, on documents of its own, and brought to the L0 of the seeds again."""
+    """Each SAE trained on for a while, and brought to the L0 of the seeds again: on documents of its own where there are."""
     train, x = seeds.train, seeds.train.data[:CALIBRATION].float()
     tokens, count = round(TUNING * recipe.tokens), len(start.seeds)
     short = recipe.model_copy(update={"tokens": tokens, "passes": 1, "rate": RATE * recipe.rate, "variant": start.variant})
     parts = []
     for position in tqdm(range(count), "fine-tuning", unit="SAE", disable=None):
-        begin = position * len(train) // count
+        begin = position * (len(train) - tokens) // max(1, count - 1)
         tuned = finetune(start.of(position), short, train.with_data(train.data[begin : begin + tokens]), device, decoder_alone)
         parts.append(calibrated(tuned.dictionary(0), x, seeds.l0))
     return joined(parts, start)
