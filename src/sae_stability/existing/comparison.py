@@ -112,6 +112,7 @@ class Comparison:
             )
         else:
             lines.append(f"dead features    {self._dead()} never fire on {self.firings.tokens:,} tokens, and are left out")
+            lines.append(f"text             {self.firings.text}")
         return "\n".join(lines + [f"{about:<17}{told}" for about, told in self.notes.items()])
 
     def _dead(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from sae_stability.errors import UserError
 from sae_stability.methods.dictionary import Dictionary
 
 if TYPE_CHECKING:
-    from sae_stability.language.corpus import Contexts
+    from sae_stability.language.corpus import Contexts, Corpus
 
 LAYER_NORMS = ("LN", "LNPre")  # under which centring the weights that write changes nothing but the mean of what is written
 
@@ -25,6 +26,8 @@ class Firings:
 
     counts: Int[Tensor, "sae d_sae"]
     tokens: int
+    text: str
+    """What was read, for readers."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Site:
             seen += len(x)
             for of_sae, sae in zip(counts, saes, strict=True):
                 of_sae += torch.bincount(sae.codes(x).fired(), minlength=d_sae)
-        return Firings(counts, seen)
+        return Firings(counts, seen, self.text)
 
     def activations(
         self, saes: Sequence[Dictionary], described: str, centred: bool = False
@@ -82,12 +85,24 @@ class Site:
                 raise UserError(f"hook_name: {self.hook_name} has d_in {x.shape[1]}, the SAEs have {d_in}; name their own site")
             yield x - x.mean(1, keepdim=True) if centred else x
 
+    @property
+    def text(self) -> str:
+        """What is read, for readers."""
+        return self._corpus.told
+
+    @cached_property
+    def _corpus(self) -> "Corpus":
+        from sae_stability.language import corpus
+
+        wanted = corpus.CHARACTERS_A_TOKEN * self.tokens
+        return corpus.load(self.corpus, characters=round(wanted / corpus.EVALUATION_SHARE))
+
     def _contexts(self, bridge) -> "Contexts":
         """Contexts of held-out documents: as many documents as it takes, since a corpus can be far longer."""
         from sae_stability.language import corpus, models
 
         wanted = corpus.CHARACTERS_A_TOKEN * self.tokens
-        held_out = corpus.load(self.corpus, characters=round(wanted / corpus.EVALUATION_SHARE)).evaluation
+        held_out = self._corpus.evaluation
         read = np.cumsum([len(document) for document in held_out])
         length = models.context_length(bridge, None)
         contexts = corpus.pack(held_out[: int(np.searchsorted(read, wanted)) + 1], bridge.tokenizer, length)

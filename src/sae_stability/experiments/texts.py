@@ -13,7 +13,7 @@ from sae_stability.errors import UserError
 from sae_stability.experiments.experiment import Results, Stage
 from sae_stability.files import read_json, save_arrays, write_json
 from sae_stability.keys import fingerprint, key_of, versions
-from sae_stability.language import corpus, models
+from sae_stability.language import corpus, documents, models
 from sae_stability.language.activations import Activations, collect, kept, longest_norms
 from sae_stability.language.corpus import Contexts
 from sae_stability.language.interventions import Reading
@@ -22,11 +22,14 @@ from sae_stability.store import SHARED, Store, Work
 from sae_stability.study import Cell, Recipe, Study, digest
 
 SPLITS = ("train", "evaluation")
+HELD_OUT_CLUSTERS = 4
+"""Of near-duplicate documents, from which intervals over text are given."""
+HELD_OUT_TOKENS = 512
 
 
 def text_entry(recipe: Recipe) -> tuple[str, str]:
     """Where the text of a recipe stands, and its key: a model's tokens of a corpus."""
-    packages = versions(corpus.EMBEDDED_PACKAGES) if recipe.corpus == places.CORPUS else fingerprint(recipe.corpus)
+    packages = versions(corpus.EMBEDDED_PACKAGES) if recipe.corpus == places.CORPUS else _content(recipe.corpus)
     inputs = {"model": fingerprint(models.locate(recipe.model)), "corpus": packages, "context": recipe.context}
     if corpus.is_bounded(recipe.corpus):  # of a dataset no more is read than is needed
         inputs["tokens"] = recipe.tokens
@@ -93,6 +96,7 @@ def read_text(cell: Cell, hook_names: list[str], work: Work) -> None:
         models.check_hook(bridge, hook_name)
     context = models.context_length(bridge, cell.context)
     text = corpus.load(cell.corpus, characters=corpus.CHARACTERS_A_TOKEN * (cell.tokens + cell.evaluation_tokens))
+    print(f"corpus: {text.told}")
     packed = {
         "train": corpus.pack(text.train, bridge.tokenizer, context),
         "evaluation": corpus.pack(text.evaluation, bridge.tokenizer, context, text.clusters),
@@ -110,6 +114,7 @@ def read_text(cell: Cell, hook_names: list[str], work: Work) -> None:
         "train_documents": len(text.train),
         "evaluation_documents": len(text.evaluation),
         "evaluation_clusters": len(set(text.clusters)),
+        "repeated_documents": text.repeated,
         "leak": corpus.leak(train, held_out),
         "leak_by_document": corpus.leak(train[~moved], np.concatenate([train[moved], held_out])),
         "train_tokens": int(packed["train"].is_text.sum()),
@@ -155,12 +160,26 @@ def draw_null(study: Study, kind: str, cell: Cell, work: Work) -> None:
 
 
 def check_tokens(study: Study, cell: Cell, facts: dict) -> None:
-    """Raises `UserError` where a cell of a text wants more tokens than the text has."""
+    """Raises `UserError` where a cell of a text wants more tokens than the text has, or where the held-out text could not carry
+    intervals: before anything is trained."""
     wanted = max(other.tokens for other in study.cells.values() if _text(other) == _text(cell))
     if facts["train_tokens"] < wanted:
+        repeated = facts["repeated_documents"]
+        why = f" ({repeated:,} documents that repeat others are left out)" if repeated else ""
         raise UserError(
-            f"tokens: {cell.corpus} has {facts['train_tokens']:,} training tokens, not {wanted:,}; lower tokens, or raise passes"
+            f"tokens: {cell.corpus} has {facts['train_tokens']:,} training tokens, not {wanted:,}{why}; lower tokens, or raise "
+            "passes"
         )
+    if facts["evaluation_clusters"] < HELD_OUT_CLUSTERS:
+        needed = round(HELD_OUT_CLUSTERS / corpus.EVALUATION_SHARE)
+        raise UserError(
+            f"corpus: {cell.corpus} has {facts['evaluation_clusters']} held-out document(s) that differ, and intervals over text "
+            f"need {HELD_OUT_CLUSTERS}; give about {needed} documents, or split long ones by blank lines"
+        )
+    if min(facts["evaluation_tokens"], cell.evaluation_tokens) < HELD_OUT_TOKENS:
+        what = "evaluation_tokens" if cell.evaluation_tokens < HELD_OUT_TOKENS else "corpus"
+        held = min(facts["evaluation_tokens"], cell.evaluation_tokens)
+        raise UserError(f"{what}: {held:,} held-out tokens can't carry intervals; give {HELD_OUT_TOKENS:,} or more")
 
 
 def contexts(results: Results, split: str, kind: str = "real") -> Contexts:
@@ -199,6 +218,17 @@ def activations(results: Results, split: str, kind: str = "real") -> Activations
     cached = Activations.open(results.folder(f"activations/{kind}") / f"{split}.bin")
     wanted = results.cell.tokens if split == "train" else results.cell.evaluation_tokens
     return cached.normalised_by_first(min(wanted, len(cached)))
+
+
+def _content(name: str) -> str | dict:
+    """What a corpus holds now, file by file of those that are read; the name of a dataset stands for itself."""
+    named = documents.Name.of(name)
+    if documents.is_dataset(named) or not named.path.exists():
+        return fingerprint(named.place) if named.place == name else name
+    if named.path.is_file():
+        return {"column": named.column, "file": fingerprint(str(named.path))}
+    found = documents.files(named.path)
+    return {"column": named.column, "files": {str(file.relative_to(named.path)): fingerprint(str(file)) for file in found}}
 
 
 def _ids(text: Path, folder: Path, split: str, rows: int) -> torch.Tensor:

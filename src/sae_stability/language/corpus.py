@@ -11,6 +11,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from zlib import crc32
@@ -25,10 +26,11 @@ from tqdm import tqdm
 
 from sae_stability import places
 from sae_stability.errors import UserError
+from sae_stability.language import documents
+from sae_stability.language.documents import Documents
 
 EMBEDDED_PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "sympy", "networkx", "torch", "transformers")
 EMBEDDED_SHA256 = "b9163110618962da8f7a188601e117ce7cfcabc06ec7749dae8d2d059ea0948d"
-DATASET_FILES = (".json", ".jsonl", ".parquet", ".csv")
 SHORTEST_DOCSTRING = 80  # characters; below that a docstring is a label, not prose
 EVALUATION_SHARE = 0.12  # of the documents stand before the cut; those that are held out are among them
 SHINGLE = 4  # words in a row
@@ -53,6 +55,10 @@ class Corpus:
     language models were trained on."""
     sha256: str
     """Of all documents in order: two corpora with one hash are the same text."""
+    repeated: int
+    """Documents that were left out, since they are the same as another."""
+    told: str
+    """How many documents were read and from what, for readers."""
 
 
 @dataclass(frozen=True)
@@ -89,42 +95,39 @@ def load(name: str, characters: int | None = None) -> Corpus:
     from a template, documents are split one by one, with a warning.
     Raises `UserError` where there is no such text or it can't be split.
     """
-    path = Path(name).expanduser()
-    if name == places.CORPUS:
-        documents = docstrings()
-    elif path.is_file() and path.suffix not in DATASET_FILES:
-        documents = _passages(path)
-    elif path.is_dir() and any(path.rglob("*.txt")):
-        documents = [_read(file) for file in sorted(path.rglob("*.txt"))]
-    elif not path.exists() and (path.is_absolute() or name.count("/") > 1 or name.startswith(".") or path.suffix == ".txt"):
-        raise UserError(f"corpus: there is no {name}; give '{places.CORPUS}', a text file or folder, or the id of a dataset")
-    else:
-        documents = _dataset(name, path, characters)
-    documents = sorted({document.strip() for document in documents} - {""})
-    if len(documents) < 2:
+    embedded = name == places.CORPUS
+    read = Documents(docstrings(), "the embedded corpus") if embedded else documents.read(_named(name), characters)
+    texts = sorted({text.strip() for text in read.texts} - {""})
+    given = sum(1 for text in read.texts if text.strip())
+    repeated = given - len(texts)
+    told = f"{len(texts):,} documents from {read.told}"
+    told += f"; {repeated:,} that repeat others are left out" if repeated else ""
+    told += f"; {len(read.empty):,} empty files are left out, such as {read.empty[0].name}" if read.empty else ""
+    if len(texts) < 2:
+        same = f"{given:,} that are all the same" if repeated else f"{len(texts)} document(s)"
         raise UserError(
-            f"corpus: {name} holds {len(documents)} document(s), and a split by document needs two or more; "
+            f"corpus: {name} holds {same}, and a split by document needs two or more that differ; "
             "separate documents by blank lines, or give a folder of .txt files"
         )
-    sha256 = hashlib.sha256("\0".join(documents).encode()).hexdigest()
-    if name == places.CORPUS and sha256 != EMBEDDED_SHA256:
+    sha256 = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    if embedded and sha256 != EMBEDDED_SHA256:
         warnings.warn(
             f"corpus: the docstrings installed here have SHA-256 {sha256}, the published ones {EMBEDDED_SHA256}; "
             "numbers will differ a little; install requirements.lock to get the published corpus",
             stacklevel=2,
         )
-    documents.sort(key=lambda document: hashlib.sha256(document.encode()).digest())
-    cluster = near_duplicates(documents)
+    texts.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
+    cluster = near_duplicates(texts)
     if cluster.max() == 0:
         warnings.warn(
             f"corpus: all documents of {name} are near-duplicates of each other, so they are split one by one: "
             "held-out text is much like the training text",
             stacklevel=2,
         )
-        cluster = np.arange(len(documents))
+        cluster = np.arange(len(texts))
     held_out, cut = split(cluster)
-    train, evaluation = ([documents[number] for number in np.flatnonzero(side)] for side in (~held_out, held_out))
-    return Corpus(name, train, evaluation, cluster[held_out].tolist(), cut - len(evaluation), sha256)
+    train, evaluation = ([texts[number] for number in np.flatnonzero(side)] for side in (~held_out, held_out))
+    return Corpus(name, train, evaluation, cluster[held_out].tolist(), cut - len(evaluation), sha256, repeated, told)
 
 
 def near_duplicates(documents: list[str]) -> Int[np.ndarray, "document"]:
@@ -199,9 +202,20 @@ def _shingles(document: str) -> set[bytes]:
 
 def is_bounded(name: str) -> bool:
     """Whether no more of a corpus is read than is needed: of datasets, which may be larger than the disk."""
-    path = Path(name).expanduser()
-    plain = path.is_file() and path.suffix not in DATASET_FILES
-    return not (name == places.CORPUS or plain or (path.is_dir() and any(path.rglob("*.txt"))))
+    return name != places.CORPUS and documents.is_dataset(documents.Name.of(name))
+
+
+def _named(name: str) -> documents.Name:
+    """Raises `UserError` for a path at which there is nothing, before any network is asked."""
+    named = documents.Name.of(name)
+    place = named.place
+    if not named.path.exists():
+        if named.path.is_absolute() or place.count("/") > 1 or place.startswith(".") or named.path.suffix == ".txt":
+            raise UserError(f"corpus: there is no {place}; give '{places.CORPUS}', a text file or folder, or the id of a dataset")
+        near = get_close_matches(place, [places.CORPUS], cutoff=0.75)
+        if near:
+            raise UserError(f"corpus: there is no {place}; did you mean {near[0]}?")
+    return named
 
 
 def docstrings() -> list[str]:
@@ -269,56 +283,6 @@ def _package_folder(package: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"corpus: {places.CORPUS} needs the package {package}; install requirements.lock")
     return Path(next(iter(spec.submodule_search_locations)))
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except PermissionError:
-        raise UserError(f"corpus: {path} may not be read; check its permissions") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"corpus: {path} is not UTF-8 (byte {error.start}); convert it, with iconv for example") from None
-    if not text.strip():
-        raise UserError(f"corpus: {path} is empty; give a file that holds text")
-    return text
-
-
-def _passages(path: Path) -> list[str]:
-    """A file's documents stand between blank lines; in a file without any, each line is one."""
-    text = _read(path)
-    passages = text.replace("\r\n", "\n").split("\n\n")
-    return passages if len(passages) > 1 else text.splitlines()
-
-
-def _dataset(name: str, path: Path, characters: int | None) -> list[str]:
-    from datasets import load_dataset, load_from_disk  # a second of imports that most studies don't need
-
-    try:
-        if path.is_file():
-            kind = {".jsonl": "json"}.get(path.suffix, path.suffix[1:])
-            rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
-        elif path.is_dir() and (path / "state.json").exists():
-            rows = load_from_disk(str(path))
-        else:
-            rows = load_dataset(name, split="train", streaming=True)
-        return list(_texts(name, rows, characters))
-    except UserError:
-        raise
-    except Exception as error:  # every backend of datasets raises its own kind
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"corpus: {name} can't be read as a text file, a folder or a dataset: {reason}") from None
-
-
-def _texts(name: str, rows, characters: int | None) -> Iterator[str]:
-    read = 0
-    for row in rows:
-        if "text" not in row:
-            raise UserError(f"corpus: {name} has no column 'text' but {', '.join(row)}; rename the one that holds the text")
-        text = row["text"] or ""
-        yield text
-        read += len(text)
-        if characters is not None and read >= characters:
-            return
 
 
 def _batches(documents: list[str], size: int):
