@@ -1,6 +1,9 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_stability.errors import UserError
@@ -8,6 +11,7 @@ from sae_stability.language import models
 from sae_stability.language.activations import Activations, collect, forward, kept, longest_norms, whitening
 from sae_stability.language.corpus import Contexts, load, pack
 from sae_stability.language.site import Site
+from sae_stability.language.tokens import check_ids
 from sae_stability.matching.criteria import without_top_component
 from sae_stability.sources import Surrogate, write_drawn
 from sae_stability.study import HOOKS
@@ -250,3 +254,60 @@ def test_moments_are_the_same_bits_for_every_number_of_threads(threads):
     assert torch.equal(two.covariance, other.covariance)
     exact = torch.from_numpy(np.cov(x.double().numpy().T, bias=True))
     assert (two.covariance - exact).abs().max() < 1e-6
+
+
+def changed_weights(folder, to, change):
+    """A copy of a model's folder with other weights in it."""
+    shutil.copytree(folder, to)
+    weights = change(load_file(to / "model.safetensors"))
+    save_file(weights, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: {f"_orig_mod.{name}": tensor for name, tensor in w.items()}, "lack what its config.json asks for"),
+        (lambda w: {name: tensor for name, tensor in w.items() if ".h.1." not in name}, "lack what its config.json asks for"),
+        (lambda w: w | {"value_head.weight": torch.ones(3, 3)}, "have more than what its config.json asks for: value_head.weight"),
+        (lambda w: {n: t[:, :-1].contiguous() if n.endswith("wpe.weight") else t for n, t in w.items()}, "wpe"),
+    ],
+)
+def test_weights_of_another_model_are_refused_before_anything_is_computed(model_folders, tmp_path, change, said):
+    folder = changed_weights(model_folders["gpt2"], tmp_path / "model", change)
+    with pytest.raises(UserError, match=said) as error:
+        models.load(str(folder))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_token_without_an_embedding_is_said(model_folders):
+    bridge = models.load(str(model_folders["gpt2"]))
+    size = bridge.cfg.d_vocab
+    check_ids(bridge, np.array([[0, size - 1]]))
+    with pytest.raises(UserError, match=f"gives token {size}, and the model embeds {size}"):
+        check_ids(bridge, np.array([[0, size - 1]]), np.array([[size]]))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_hooks_before_and_behind_all_blocks_and_those_with_heads_give_a_vector_a_token(model_folders, text_file, architecture):
+    bridge = models.load(str(model_folders[architecture]))
+    contexts = pack(load(str(text_file)).evaluation[:20], bridge.tokenizer, 32)
+    rows, tokens = slice(0, 2), int(contexts.is_text[:2].sum())
+    whole = {hook: forward(bridge, contexts, rows, [hook])[hook] for hook in ("hook_embed", "ln_final.hook_normalized")}
+    assert all(x.shape == (tokens, bridge.cfg.d_model) for x in whole.values())
+    heads = forward(bridge, contexts, rows, ["blocks.0.attn.hook_z"])["blocks.0.attn.hook_z"]
+    assert heads.shape == (tokens, bridge.cfg.n_heads * bridge.cfg.d_head)
+    together = forward(bridge, contexts, rows, ["blocks.0.hook_resid_post", "hook_embed"])
+    assert torch.equal(together["hook_embed"], whole["hook_embed"])
+    with pytest.raises(UserError, match="no vector a token"):
+        forward(bridge, contexts, rows, ["blocks.0.attn.hook_pattern"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("docstrings_2l", "did you mean docstrings-2l"), ("models/docstrings-2l", "did you mean")]
+)
+def test_a_misspelt_name_of_ours_is_corrected_before_any_network_is_asked(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        models.locate(name)
+    assert models.locate("someone/another-model") == "someone/another-model"

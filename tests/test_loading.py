@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae_stability import places
 from sae_stability.errors import UserError
 from sae_stability.loading import load_study
 from sae_stability.study import Cell, Recipe, Study
@@ -145,3 +146,28 @@ def test_every_study_in_the_folder_can_be_read():
         study = load_study(path.stem)
         assert study.name == path.stem
         assert yaml.safe_load(path.read_text())["name"] == path.stem
+
+
+def test_a_key_that_stands_twice_and_numbers_that_are_no_decimals_are_said(tmp_path):
+    quick = (places.root() / "studies" / "quick.yaml").read_text(encoding="utf-8")
+    path = tmp_path / "study.yaml"
+    path.write_text(quick + "\nk: 5\n", encoding="utf-8")
+    with pytest.raises(UserError, match="k stands twice"):
+        load_study(str(path))
+    path.write_text(quick.replace("k: 8", "k: 1:30"), encoding="utf-8")
+    with pytest.raises(UserError, match="k: '1:30' does not fit"):
+        load_study(str(path))
+    path.write_text("\ufeff" + quick.replace("k: 8", "k: 010"), encoding="utf-8")
+    assert load_study(str(path)).k == 10  # and not 8
+    assert load_study("quick", ["tokens=200_000"]).tokens == 200_000
+
+
+def test_paths_beside_a_study_are_found_and_options_stay(tmp_path, monkeypatch):
+    (tmp_path / "course" / "texts").mkdir(parents=True)
+    quick = (places.root() / "studies" / "quick.yaml").read_text(encoding="utf-8")
+    study = tmp_path / "course" / "study.yaml"
+    study.write_text(quick.replace("corpus: docstrings", "corpus: texts?column=body"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_study("course/study.yaml").corpus == f"{tmp_path / 'course' / 'texts'}?column=body"
+    (tmp_path / "texts").mkdir()  # the working directory comes first
+    assert load_study("course/study.yaml").corpus == f"{tmp_path / 'texts'}?column=body"

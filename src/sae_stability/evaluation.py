@@ -14,6 +14,7 @@ from tqdm import tqdm
 from sae_stability.language.activations import Activations
 from sae_stability.language.corpus import Contexts
 from sae_stability.language.interventions import Reading, intervene
+from sae_stability.language.tokens import pieces
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sparse import Codes, Parameters
 from sae_stability.statistics import Interval, bootstrap_ratio
@@ -166,7 +167,7 @@ def top_contexts(
                 continue
             seen.add(cluster)
             context, centre = divmod(int(peak), width)
-            for index in range(max(1, centre - WINDOW), min(width, centre + WINDOW + 1)):
-                token = tokenizer.decode([int(contexts.tokens[context, index])])
+            around = range(max(1, centre - WINDOW), min(width, centre + WINDOW + 1))
+            for index, token in zip(around, pieces(tokenizer, contexts.tokens[context, around.start : around.stop]), strict=True):
                 rows.append((feature, len(seen), index - centre, token, float(along[context * width + index])))
     return pd.DataFrame(rows, columns=["feature", "rank", "offset", "token", "activation"])

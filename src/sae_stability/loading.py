@@ -1,5 +1,6 @@
 """Reads a study: a YAML file, with overrides from the command line, or what a run has written down."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,25 @@ NAMES = {"model": (*places.MODELS, *places.FETCHED), "corpus": (places.CORPUS,)}
 """Names that mean what the project ships, in every working directory."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once, and a number is what a reader takes it for: neither octal (010) nor of base 60 (1:30)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                raise ValueError(f"{key} stands twice, line {node.value[position][0].start_mark.line + 1}; keep one")
+        return super().construct_mapping(node, deep)
+
+
+DECIMAL = re.compile(r"[-+]?[1-9][0-9_]*|0")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(rf"^(?:{DECIMAL.pattern})$"), list("-+0123456789"))
+
+
 def load_study(study: str, overrides: Sequence[str] = (), name: str | None = None) -> Study:
     """Read a study by its name in studies/ or its path, with `key=value` overrides (dots reach inside).
 
@@ -29,7 +49,7 @@ def load_study(study: str, overrides: Sequence[str] = (), name: str | None = Non
             f"study: there is no {study}{nearest(study, known)}; studies/ holds {', '.join(known)}, or give a .yaml file"
         )
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
@@ -44,10 +64,10 @@ def load_study(study: str, overrides: Sequence[str] = (), name: str | None = Non
         fields["name"] = name
     for key, names in NAMES.items():
         if key in fields:
-            fields[key] = _absolute(fields[key], names)
+            fields[key] = _absolute(fields[key], names, path.parent)
         for grid in grids(fields.get("grid")):
             if isinstance(grid.get(key), list):
-                grid[key] = [_absolute(value, names) for value in grid[key]]
+                grid[key] = [_absolute(value, names, path.parent) for value in grid[key]]
     return read_fields(fields)
 
 
@@ -78,17 +98,20 @@ def _override(fields: dict, override: str) -> None:
             what = "several grids; give all of them as one list" if isinstance(inside, list) else "a value and has no keys inside"
             raise UserError(f"--set {override}: {part} holds {what}")
     try:
-        inside[last] = yaml.safe_load(value)
+        inside[last] = yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError):
         inside[last] = value
 
 
-def _absolute(value: Any, names: Sequence[str]) -> Any:
-    """Paths that exist in full: chapters are executed from another folder than the command. Names of what is shipped stay."""
+def _absolute(value: Any, names: Sequence[str], beside: Path) -> Any:
+    """Paths that exist, from the working directory or from the folder of the study, in full: chapters are executed from another
+    folder than the command. Names of what is shipped stay, and so does what stands behind a question mark."""
     if not isinstance(value, str) or not value or value in names:
         return value
+    place, mark, options = value.partition("?")
     try:
-        path = Path(value).expanduser()
-        return str(path.resolve()) if path.exists() else value
+        given = Path(place).expanduser()
+        found = next((path for path in (given, beside / given) if path.exists()), None)
+        return value if found is None else f"{found.resolve()}{mark}{options}"
     except (OSError, ValueError, RuntimeError):  # a name that is no path: too long, or with a null byte
         return value

@@ -199,10 +199,16 @@ def classify(feature: dict, tokens: list[str]) -> str:
 
 def _one_family(tokens: list[str]) -> bool:
     """Whether all tokens are one word up to case, accents, spaces around it and its ending."""
-    plain = [unicodedata.normalize("NFKD", token).encode("ascii", "ignore").decode().strip().lower() for token in tokens]
+    plain = [_plain(token) for token in tokens]
     if len(set(plain)) == 1:
         return True
     return min(map(len, plain)) >= STEM and len({word[:STEM] for word in plain}) == 1
+
+
+def _plain(token: str) -> str:
+    """A token without case and spaces around it, and without accents: marks that stand above letters of any script."""
+    apart = unicodedata.normalize("NFKD", token)
+    return "".join(sign for sign in apart if not unicodedata.combining(sign)).strip().casefold()
 
 
 def _trigger_tokens(mass: sparse.csc_array, feature: int) -> tuple[Int[np.ndarray, "trigger"], Float[np.ndarray, "trigger"]]:

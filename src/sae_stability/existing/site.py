@@ -68,6 +68,7 @@ class Site:
         """
         from sae_stability.language import models
         from sae_stability.language.activations import BATCH, forward
+        from sae_stability.language.tokens import check_ids
 
         bridge = models.load(self.model, device=self.device, dtype=self.model_dtype)
         models.check_hook(bridge, self.hook_name)
@@ -77,6 +78,7 @@ class Site:
                 "their directions are compared"
             )
         contexts = self._contexts(bridge)
+        check_ids(bridge, contexts.tokens)
         count = contexts.holding(self.tokens)
         for start in tqdm(range(0, count, BATCH), described, unit="batch", disable=None):
             x = forward(bridge, contexts, slice(start, min(start + BATCH, count)), [self.hook_name])[self.hook_name].float()

@@ -16,6 +16,7 @@ from sae_stability.experiments.triggers import TRIGGER_TOKENS
 from sae_stability.explanations import Rules
 from sae_stability.files import write_table
 from sae_stability.language import models
+from sae_stability.language.tokens import pieces
 from sae_stability.ledger import MOST, Condition, Rule, judged
 from sae_stability.matching import BANDS, Banding
 
@@ -34,14 +35,13 @@ def tasks(results: Results) -> Iterator[tuple[int, list[explanations.Task]]]:
     """For some seeds of the cell, what engines are given: features of every band, in an order that does not tell which."""
     tokenizer, contexts = models.load_tokenizer(results.cell.model), texts.contexts(results, "evaluation")
     held_out = texts.activations(results, "evaluation").first(TRIGGER_TOKENS)
-    words = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     ensemble, matched = ensembles.ensemble(results), matching.stability(results)
     for position, seed in enumerate(ensemble.seeds[:EXPLAINED_SEEDS]):
         rng = np.random.default_rng(seed)
         bands = [np.flatnonzero(matched.band[position] == band) for band in range(len(BANDS))]
         chosen = np.concatenate([rng.permutation(features)[:EXPLAINED] for features in bands])
         (codes,) = sparse_codes(ensemble.of(position), held_out)
-        yield seed, explanations.tasks(codes.tocsc(), rng.permutation(chosen), contexts, words)
+        yield seed, explanations.tasks(codes.tocsc(), rng.permutation(chosen), contexts, partial(pieces, tokenizer))
 
 
 def prompts(results: Results) -> Iterator[str]:

@@ -17,6 +17,7 @@ from sae_stability.language import corpus, documents, models
 from sae_stability.language.activations import Activations, collect, kept, longest_norms
 from sae_stability.language.corpus import Contexts
 from sae_stability.language.interventions import Reading
+from sae_stability.language.tokens import check_ids
 from sae_stability.saes import fastest_dtype
 from sae_stability.store import SHARED, Store, Work
 from sae_stability.study import Cell, Recipe, Study, digest
@@ -101,6 +102,7 @@ def read_text(cell: Cell, hook_names: list[str], work: Work) -> None:
         "train": corpus.pack(text.train, bridge.tokenizer, context),
         "evaluation": corpus.pack(text.evaluation, bridge.tokenizer, context, text.clusters),
     }
+    check_ids(bridge, *(contexts.tokens for contexts in packed.values()))
     if not packed["evaluation"].is_text.any():
         raise UserError(f"corpus: the held-out documents of {cell.corpus} fill no context of {context} tokens; give more text")
     for split, contexts in packed.items():

@@ -16,6 +16,7 @@ from sae_stability.experiments.experiment import Experiment, Results
 from sae_stability.files import write_table
 from sae_stability.language import models
 from sae_stability.language.activations import Activations
+from sae_stability.language.tokens import vocabulary
 from sae_stability.ledger import MOST, NOWHERE, OTHERWISE, Condition, Rule, judged
 from sae_stability.matching import BANDS, Banding
 from sae_stability.statistics import Interval
@@ -73,7 +74,7 @@ def reading(results: Results) -> tuple[Activations, triggers.Text, list[str], Fl
     text = triggers.Text.of(texts.contexts(results, "evaluation"), len(held_out))
     train = texts.contexts(results, "train")
     seen = np.bincount(train.tokens[train.is_text], minlength=len(tokenizer))
-    return held_out, text, [tokenizer.decode([token]) for token in range(len(seen))], seen / seen.sum()
+    return held_out, text, vocabulary(tokenizer, len(seen)), seen / seen.sum()
 
 
 def bands(results: Results) -> Banding:

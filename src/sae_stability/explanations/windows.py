@@ -1,5 +1,6 @@
 """Contexts of a feature: those that an engine is shown, and others on which its explanation is scored."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,7 @@ from scipy import sparse
 
 from sae_stability.language.corpus import Contexts
 
+Decode = Callable[[Int[np.ndarray, "token"]], list[str]]
 REACH = 10  # tokens on either side of the one in the middle
 SHOWN = 20  # windows that an engine sees
 SCORED = 10  # windows in which the feature fires, and as many in which it does not, that an explanation is scored on
@@ -36,8 +38,8 @@ class Task:
     """From other clusters, in random order: half of them fire, at all strengths."""
 
 
-def tasks(activations: sparse.csc_array, features: Int[np.ndarray, "chosen"], contexts: Contexts, words: list[str]) -> list[Task]:
-    """The windows of some features, drawn alike on every call.
+def tasks(activations: sparse.csc_array, features: Int[np.ndarray, "chosen"], contexts: Contexts, decode: Decode) -> list[Task]:
+    """The windows of some features, drawn alike on every call. `decode` gives the text of each of some tokens in a row.
 
     `activations` [token, feature] are those of the first text tokens of `contexts`. Every other cluster is for showing, the
     rest for scoring; a feature that fires in too few of them has fewer windows.
@@ -59,7 +61,7 @@ def tasks(activations: sparse.csc_array, features: Int[np.ndarray, "chosen"], co
         silent = _silent(rng, along, row_of, context, position, cluster, len(spread))
 
         def window(row: int, along=along) -> Window:
-            return _window(row, along, row_of, context, position, contexts, words)
+            return _window(row, along, row_of, context, position, contexts, decode)
 
         judged = [window(row) for row in [*scored[spread], *silent]]
         order = rng.permutation(len(judged))
@@ -97,7 +99,7 @@ def _around(row: int, row_of, context, position) -> Int[np.ndarray, "token"]:
     return rows[rows >= 0]
 
 
-def _window(row: int, along, row_of, context, position, contexts: Contexts, words: list[str]) -> Window:
+def _window(row: int, along, row_of, context, position, contexts: Contexts, decode: Decode) -> Window:
     rows = _around(row, row_of, context, position)
     tokens = contexts.tokens[context[rows], position[rows]]
-    return Window([words[token] for token in tokens], along[rows].tolist())
+    return Window(decode(tokens), along[rows].tolist())

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_stability import threads
+from sae_stability.errors import UserError
 from sae_stability.files import read_metadata, save_tensors, telling_of_a_full_disk
 from sae_stability.language.corpus import Contexts
 from sae_stability.language.models import device_of
@@ -161,12 +162,22 @@ def kept(path: Path, contexts: Contexts) -> Contexts:
 def forward(
     bridge, contexts: Contexts, rows: slice | Int[np.ndarray, "context"], hook_names: list[str]
 ) -> dict[str, Float[Tensor, "token d_in"]]:
-    """Activations of the text tokens of some contexts at each hook point, from one pass that stops at the last layer needed."""
+    """Activations of the text tokens of some contexts at each hook point, from one pass that stops at the last layer needed.
+
+    What has heads is joined over them. Raises `UserError` for a hook point that gives no vector a token.
+    """
     ids, text = torch.from_numpy(contexts.tokens[rows]).long().to(device_of(bridge)), torch.from_numpy(contexts.is_text[rows])
-    stop = max(layer_of(hook_name) for hook_name in hook_names) + 1
+    layers = [layer_of(hook_name) for hook_name in hook_names]
+    stop = None if None in layers else max(layer for layer in layers if layer is not None) + 1
     with torch.inference_mode():
         _, cache = bridge.run_with_cache(ids, names_filter=hook_names, stop_at_layer=stop)
-    return {hook: cache[hook][text].cpu().clone() for hook in hook_names}
+    found = {}
+    for hook in hook_names:
+        x = cache[hook]
+        if x.shape[:2] != ids.shape or x.ndim < 3:
+            raise UserError(f"hook_name: {hook} gives {list(x.shape)}, no vector a token; name another site")
+        found[hook] = x[text].flatten(1).cpu().clone()
+    return found
 
 
 def gaussian(real: Activations) -> Callable[[int, torch.Generator], Float[Tensor, "token d_in"]]:
@@ -192,8 +203,10 @@ def whitening(covariance: Float[Tensor, "d_in d_in"], smallest: float) -> Float[
         return ((axes / variances.clamp(min=smallest * variances.mean()).sqrt()) @ axes.T).float()
 
 
-def layer_of(hook_name: str) -> int:
-    return int(hook_name.split(".")[1])
+def layer_of(hook_name: str) -> int | None:
+    """The block that a hook point is in; None for those before and behind all blocks, such as the embedding."""
+    parts = hook_name.split(".")
+    return int(parts[1]) if parts[0] == "blocks" else None
 
 
 class _Moments:

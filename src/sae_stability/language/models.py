@@ -32,6 +32,9 @@ def locate(name: str) -> str:
             raise UserError(
                 f"model: there is no {kind} {name}; give a Hugging Face folder, a .gguf file, a hub id or one of {', '.join(OURS)}"
             )
+        shipped = difflib.get_close_matches(name.rpartition("/")[2], OURS, n=1, cutoff=0.8)
+        if shipped and ("/" not in name or name.startswith("models/")):
+            raise UserError(f"model: there is no {name}; did you mean {shipped[0]}?")
         return name
     if not (folder / "config.json").is_file():
         mend = f"run sae-stability {OURS[name]} {name}" if ours else "give a folder saved with save_pretrained"
@@ -62,12 +65,22 @@ def load(name: str, randomised: bool = False, device: str = "cpu", dtype: torch.
     from transformers import AutoModelForCausalLM
 
     try:
-        weights = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        weights, told = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told, and refused below
+        )
+        _check_weights(name, told)
         if randomised:
             shuffle_weights(weights)
         bridge = TransformerBridge.boot_transformers(
             where, hf_model=weights.to(torch.device(device)), tokenizer=load_tokenizer(name), dtype=dtype, device=device
         )
+    except UserError:
+        raise
     except Exception as error:  # the hub, Transformers and TransformerLens each raise their own kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model: {name} can't be loaded: {reason}") from None
@@ -75,6 +88,23 @@ def load(name: str, randomised: bool = False, device: str = "cpu", dtype: torch.
         raise UserError(f"model: {name} comes without a tokenizer; save one beside it with tokenizer.save_pretrained")
     bridge.eval()
     return bridge
+
+
+def _check_weights(name: str, told: dict) -> None:
+    """Raise `UserError` where a model's files and its configuration are of different models: Transformers draws at random what is
+    missing."""
+    for kind, what in {
+        "missing_keys": "lack",
+        "mismatched_keys": "have in another shape",
+        "unexpected_keys": "have more than",
+    }.items():
+        keys = sorted(key if isinstance(key, str) else key[0] for key in told.get(kind) or ())
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise UserError(
+                f"model: the weights of {name} {what} what its config.json asks for: {keys[0]}{more}; save it again with "
+                "save_pretrained, without a wrapper of compiled or distributed training"
+            )
 
 
 @torch.no_grad()

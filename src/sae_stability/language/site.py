@@ -28,7 +28,7 @@ class Site:
         self.bridge, self.hook_name = bridge, hook_name
         self._ids: Int[Tensor, "context position"] | None = None
         behind_a_block = hook_name.endswith("hook_resid_post")
-        self._rest = bridge.blocks[layer_of(hook_name) + 1 :] if behind_a_block else []
+        self._rest = bridge.blocks[(layer_of(hook_name) or 0) + 1 :] if behind_a_block else []
         self._inputs: tuple[tuple, dict] = ((), {})
         self._resumes: bool | None = None if behind_a_block else False
 
