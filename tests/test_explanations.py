@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
+from tenacity import RetryCallState
 
 from sae_stability.errors import UserError
 from sae_stability.explanations import (
@@ -24,7 +26,8 @@ from sae_stability.explanations import (
     says_surface,
     tasks,
 )
-from sae_stability.explanations.language_model import LONGEST, ROOM, SPENT, bound_on_tokens
+from sae_stability.explanations.language_model import HOPELESS, LONGEST, LONGEST_WAIT, ROOM, SPENT, _Passing, bound_on_tokens
+from sae_stability.explanations.scoring import LeftOut
 from sae_stability.explanations.windows import REACH, SCORED, SHOWN
 from sae_stability.files import read_json
 from sae_stability.language.corpus import Contexts
@@ -32,6 +35,10 @@ from sae_stability.statistics import Interval
 from sae_stability.study import Explainer
 
 WORDS = ["<bos>", " array", " arrays", "(", ",", " the", " matrix", " compute", " computing", " 12", " NaN"]
+
+
+def decode(ids: np.ndarray) -> list[str]:
+    return [WORDS[token] for token in ids]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,7 @@ def feature(text: Contexts, *names: str) -> np.ndarray:
 
 def test_windows_are_of_the_text_around_and_scored_ones_are_of_other_documents(text):
     activations = sparse.csc_array(np.stack([feature(text, " matrix"), feature(text, "(", ",")], 1))
-    one, other = tasks(activations, np.array([1, 0]), text, WORDS)
+    one, other = tasks(activations, np.array([1, 0]), text, decode)
     assert (one.feature, other.feature) == (1, 0)
     assert len(one.shown) == SHOWN
     assert len(one.scored) == 2 * SCORED
@@ -61,7 +68,7 @@ def test_windows_are_of_the_text_around_and_scored_ones_are_of_other_documents(t
     for window in [*other.shown, *other.scored]:
         assert all(token == " matrix" for token, strength in zip(window.tokens, window.activations, strict=True) if strength > 0)
     assert {tuple(window.tokens) for window in one.shown}.isdisjoint(tuple(window.tokens) for window in one.scored)
-    assert tasks(activations, np.array([1, 0]), text, WORDS) == [one, other]
+    assert tasks(activations, np.array([1, 0]), text, decode) == [one, other]
 
 
 def shown(*contexts: str, fires: str) -> list[Window]:
@@ -96,7 +103,7 @@ def test_rules_find_what_was_planted(contexts, fires, said):
 
 def test_rules_are_scored_on_contexts_that_were_not_shown(text):
     activations = sparse.csc_array(np.stack([feature(text, "(", ",")], 1))
-    (found,) = explain(Rules(), tasks(activations, np.array([0]), text, WORDS))
+    (found,) = explain(Rules(), tasks(activations, np.array([0]), text, decode))
     assert found.recall == 1  # the feature fires on brackets and commas only,
     assert found.precision < 0.7  # but not on all of them: other contexts hold them too
     assert found.f1 == pytest.approx(2 * found.precision / (1 + found.precision))
@@ -194,11 +201,14 @@ class Endpoint:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append((self.path, dict(self.headers), body))
-                status, reply = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
+                answer = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
+                status, reply, *more = answer(self.path, body) if callable(answer) else answer
                 if status is None:  # hangs up
                     self.connection.close()
                     return
                 self.send_response(status)
+                for name, value in (more[0] if more else {}).items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(reply.encode())
 
@@ -282,7 +292,7 @@ def test_a_slow_endpoint_times_out(tmp_path):
 
 def test_a_refusal_leaves_the_feature_out(tmp_path, text):
     activations = sparse.csc_array(np.stack([feature(text, " matrix")], 1))
-    given = tasks(activations, np.array([0]), text, WORDS)
+    given = tasks(activations, np.array([0]), text, decode)
     with Endpoint(says(None, refusal="I can't.")) as endpoint:
         assert list(explain(model(endpoint.url, tmp_path), given)) == []
         assert list(explain(model(endpoint.url, tmp_path), given)) == []
@@ -347,7 +357,7 @@ def test_a_model_that_thinks_first_is_given_more_room_once(tmp_path, content):
 
 def test_a_model_that_only_thinks_is_one_line_and_nothing_is_kept(tmp_path):
     with Endpoint(cut_short(), cut_short(), says("Numbers.")) as endpoint:
-        with pytest.raises(UserError, match=r"^explainer\.model: m said nothing in 1,920 tokens; "):
+        with pytest.raises(LeftOut, match=r"^m came to no end in 1,920 tokens"):
             model(endpoint.url, tmp_path).explain(WINDOWS)
         assert len(endpoint.requests) == 2
         again = model(endpoint.url, tmp_path)
@@ -364,7 +374,7 @@ def test_more_room_counts_against_the_budget(tmp_path):
 
 def test_what_was_answered_before_the_budget_was_spent_is_handed_on(tmp_path, text):
     activations = sparse.csc_array(np.stack([feature(text, " matrix"), feature(text, "(", ",")], 1))
-    given = tasks(activations, np.array([0, 1]), text, WORDS)
+    given = tasks(activations, np.array([0, 1]), text, decode)
     flags = json.dumps([1] * len(given[0].scored))
     answered = []
     with Endpoint(says("Matrices.", tokens=100), says(flags, tokens=19_800), says("more")) as endpoint, pytest.raises(BudgetSpent):
@@ -432,3 +442,207 @@ def test_a_budget_of_zero_is_one_line(call):
     assert status == 2
     assert len(error) == 1
     assert "explainer.budget" in error[0]
+
+
+# Endpoints as they really answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["[1, 0]", "Here: [1, 0].", "[true, false]", '["yes", "no"]', "1, 0", "1 0", '{"1": 1, "2": 0}', '{"0": true, "1": false}',
+     "1. yes\n2. no", "1) Yes\n2) No", "1: active\n2: inactive"],
+)  # fmt: skip
+def test_flags_are_read_however_they_are_written(tmp_path, answer):
+    with Endpoint(says(answer)) as endpoint:
+        assert model(endpoint.url, tmp_path).detect("x", [["a"], ["b"]]) == [True, False]
+    assert len(endpoint.requests) == 1
+
+
+@pytest.mark.parametrize("answer", ["[1, 0, 1]", "maybe", "[2, 0]", '{"1": 1}', "1. yes"])
+def test_flags_that_can_not_be_read_leave_the_feature_out(tmp_path, answer):
+    with Endpoint(says(answer)) as endpoint:
+        engine = model(endpoint.url, tmp_path)
+        with pytest.raises(LeftOut, match="no list of 2 flags"):
+            engine.detect("x", [["a"], ["b"]])
+        assert engine.spent == 50 * len(endpoint.requests)  # what was answered was paid
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<think>Let me see.\nHm.</think>Numbers.",
+        "Let me see</think>\n\nNumbers.",
+        "<|channel|>analysis<|message|>Hm.<|end|><|channel|>final<|message|>Numbers.",
+        [{"type": "text", "text": "Num"}, {"type": "text", "text": "bers."}],
+        [{"type": "reasoning", "text": "Hm."}, {"type": "text", "text": "Numbers."}],
+    ],
+)
+def test_thoughts_and_parts_are_no_part_of_an_explanation(tmp_path, content):
+    with Endpoint(says(content)) as endpoint:
+        assert model(endpoint.url, tmp_path).explain(WINDOWS).text == "Numbers."
+
+
+def test_an_explanation_that_was_cut_off_is_asked_for_again_with_more_room(tmp_path):
+    with Endpoint(cut_short("Words that refer to the"), says("Numbers.")) as endpoint:
+        assert model(endpoint.url, tmp_path).explain(WINDOWS).text == "Numbers."
+    assert len(endpoint.requests) == 2
+
+
+@pytest.mark.parametrize("usage", [None, [], {"total_tokens": None}, {"total_tokens": "50"}, {"prompt_tokens": 5}, "many"])
+def test_usage_in_any_form_costs_no_answer(tmp_path, usage):
+    reply = json.dumps({"choices": [{"message": {"content": "Numbers."}}], "usage": usage})
+    with Endpoint((200, reply)) as endpoint:
+        engine = model(endpoint.url, tmp_path)
+        assert engine.explain(WINDOWS).text == "Numbers."
+    told = usage if isinstance(usage, dict) else {}
+    assert engine.spent == (50 if told.get("total_tokens") == "50" else bound_on_tokens(endpoint.requests[0][2]))
+
+
+def refuses(word: str, said: str):
+    """An endpoint that does not take a parameter, or a role, and says so."""
+
+    def answer(path, body):
+        there = word in body or any(message["role"] == word for message in body["messages"])
+        return (400, json.dumps({"error": {"message": said}})) if there else says("Numbers.")
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("max_tokens", "max_tokens is not taken here, max_completion_tokens is"),
+        ("temperature", "Unsupported value: 'temperature' does not support 0"),
+        ("system", "System role not supported"),
+    ],
+)
+def test_an_endpoint_is_spoken_to_in_its_own_terms(tmp_path, word, said):
+    with Endpoint(refuses(word, said)) as endpoint:
+        engine = model(endpoint.url, tmp_path)
+        assert engine.explain(WINDOWS).text == "Numbers."
+        assert engine.explain(shown("another", fires="another")).text == "Numbers."
+        assert engine.spent == 100  # what was refused costs nothing
+    assert len(endpoint.requests) == 3  # it was learnt once
+    last = endpoint.requests[-1][2]
+    assert "<< another>>" in last["messages"][-1]["content"]
+    assert last.get("max_completion_tokens", last.get("max_tokens")) == LONGEST["explain"]
+
+
+def test_a_question_that_is_too_long_leaves_its_feature_out_and_the_next_is_asked(tmp_path, text):
+    activations = sparse.csc_array(np.stack([feature(text, " matrix"), feature(text, "(", ",")], 1))
+    given = tasks(activations, np.array([0, 1]), text, decode)
+    flags = json.dumps([1] * len(given[1].scored))
+    long = (400, json.dumps({"error": {"message": "This model's maximum context length is 64 tokens"}}))
+    left_out: dict[int, str] = {}
+    with Endpoint(long, says("Brackets."), says(flags)) as endpoint:
+        found = list(explain(model(endpoint.url, tmp_path), given, left_out))
+    assert [explanation.feature for explanation in found] == [1]
+    assert list(left_out) == [0]
+    assert "maximum context length is 64" in left_out[0]
+
+
+def test_where_all_features_are_left_out_the_run_ends_in_one_line(tmp_path):
+    with Endpoint(cut_short()) as endpoint:
+        engine = model(endpoint.url, tmp_path)
+        for number in range(HOPELESS - 1):
+            with pytest.raises(LeftOut):
+                engine.explain(shown(f"word {number}", fires="word"))
+        with pytest.raises(UserError, match=r"5 features in a row were left out \(m came to no end"):
+            engine.explain(shown("one more", fires="one"))
+
+
+def test_an_endpoint_is_waited_for_as_long_as_it_says(tmp_path):
+    waited = []
+    with Endpoint((429, "slow down", {"Retry-After": "0.05"}), (503, "", {"Retry-After": "soon"}), says("Numbers.")) as endpoint:
+        engine = model(endpoint.url, tmp_path)
+        start = time.monotonic()
+        assert engine.explain(WINDOWS).text == "Numbers."
+        waited.append(time.monotonic() - start)
+    assert len(endpoint.requests) == 3
+    state = RetryCallState(None, None, (), {})
+    for told, expected in ((30.0, 30.0), (1e6, LONGEST_WAIT)):
+        state.set_exception((_Passing, _Passing("busy", told), None))
+        assert engine._wait(state) == expected
+
+
+def test_a_redirection_is_followed(tmp_path):
+    def answer(path, body):
+        return says("Numbers.") if path == "/v2/chat/completions" else (308, "", {"Location": "/v2/chat/completions"})
+
+    with Endpoint(answer) as endpoint:
+        assert model(endpoint.url, tmp_path).explain(WINDOWS).text == "Numbers."
+
+
+@pytest.mark.parametrize(
+    ("suffix", "path"),
+    [
+        ("", "/v1/chat/completions"),
+        ("/", "/v1/chat/completions"),
+        ("/chat/completions", "/v1/chat/completions"),
+        ("?api-version=2024-06-01", "/v1/chat/completions?api-version=2024-06-01"),
+    ],
+)
+def test_the_address_is_completed_where_it_has_to_be(tmp_path, suffix, path):
+    with Endpoint(says("Numbers.")) as endpoint:
+        assert model(endpoint.url + suffix, tmp_path).explain(WINDOWS).text == "Numbers."
+    assert endpoint.requests[0][0] == path
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "asked"),
+    [
+        ((404, "404 page not found"), "page not found.*often ends in /v1", 1),
+        ((402, '{"error": {"message": "insufficient credits"}}'), "402 .insufficient credits.; top the account up", 1),
+        ((200, '{"error": {"message": "no credit is left", "code": 402}}'), "402 .no credit is left.", 1),
+        ((200, 'data: {"choices": []}\n\ndata: [DONE]\n\n'), "a stream of events", 1),
+        ((503, '{"error": {"message": "the model is being loaded"}}'), "503 .the model is being loaded.", 5),
+    ],
+)
+def test_an_endpoint_s_words_are_in_the_line_whatever_its_status(tmp_path, answer, said, asked):
+    with Endpoint(answer) as endpoint:
+        engine = model(endpoint.url, tmp_path)
+        with pytest.raises(UserError, match=said) as error:
+            engine.explain(WINDOWS)
+    assert len(str(error.value).splitlines()) == 1
+    assert len(endpoint.requests) == asked
+
+
+@pytest.mark.parametrize("answer", [(200, "[]"), (200, '{"choices": []}'), (200, '{"choices": [7]}'), (200, '{"choices": [{}]}')])
+def test_answers_without_an_answer_leave_the_feature_out(tmp_path, answer):
+    with Endpoint(answer) as endpoint, pytest.raises(LeftOut):
+        model(endpoint.url, tmp_path).explain(WINDOWS)
+
+
+@pytest.mark.parametrize(("value", "sent"), [("sk-abc\n", "sk-abc"), ("  sk-abc  ", "sk-abc")])
+def test_blanks_around_a_key_are_taken_off(tmp_path, monkeypatch, value, sent):
+    monkeypatch.setenv("TEST_API_KEY", value)
+    with Endpoint(says("Numbers.")) as endpoint:
+        model(endpoint.url, tmp_path).explain(WINDOWS)
+    assert endpoint.requests[0][1]["Authorization"] == f"Bearer {sent}"
+
+
+@pytest.mark.parametrize("value", ["sk-\u200babc", "schlüssel", "two words", "sk\nabc"])
+def test_a_key_that_can_be_none_is_said_before_anything_is_counted(tmp_path, monkeypatch, value):
+    monkeypatch.setenv("TEST_API_KEY", value)
+    with Endpoint(says("Numbers.")) as endpoint:
+        engine = model(endpoint.url, tmp_path)
+        with pytest.raises(UserError, match="TEST_API_KEY holds signs that no key has"):
+            engine.explain(WINDOWS)
+    assert engine.spent == 0
+    assert endpoint.requests == []
+    assert not (tmp_path / SPENT).is_file() or read_json(tmp_path / SPENT)["tokens"] == 0
+
+
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:1080", "socks5://127.0.0.1:1080"])
+def test_a_proxy_that_can_not_be_used_is_one_line_or_goes_unused(tmp_path, monkeypatch, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with Endpoint(says("Numbers.")) as endpoint:
+        with pytest.raises(UserError, match="a proxy of the environment can't be used"):
+            model(endpoint.url, tmp_path / "one").explain(WINDOWS)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        assert model(endpoint.url, tmp_path / "two").explain(WINDOWS).text == "Numbers."
+
+
+def test_a_model_that_is_called_rules_is_not_taken_for_the_rules(tmp_path):
+    engine = LanguageModel(Explainer(base_url="https://nowhere", model="rules", budget=10), tmp_path)
+    assert engine.name != Rules.name

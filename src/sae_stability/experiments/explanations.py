@@ -60,21 +60,31 @@ def compute(results: Results, folder: Path) -> None:
     if results.study.explainer is not None:
         engines.append(explanations.LanguageModel(results.study.explainer, results.store.folder / "answers"))
     rows: list[dict] = []
+    failed: list[dict] = []
     for seed, given in tasks(results):
         for engine in list(engines):
             progress = tqdm(given, f"explanations by {engine.name}, seed {seed}", unit="feature", disable=None)
+            left_out: dict[int, str] = {}
             try:
-                for explained in explanations.explain(engine, progress):  # each is kept, whatever happens to the next
+                for explained in explanations.explain(engine, progress, left_out):  # each is kept, whatever happens to the next
                     rows.append({"seed": seed, "engine": engine.name, **explained.row})
             except explanations.BudgetSpent as reason:
                 print(f"{results.study.name}: explainer.budget: {reason}; raise it to explain more features", flush=True)
                 engines.remove(engine)
+            of_engine = {"seed": seed, "engine": engine.name}
+            failed += [{**of_engine, "feature": feature, "reason": why} for feature, why in left_out.items()]
     write_table(folder / "explanations.parquet", pd.DataFrame(rows))
+    write_table(folder / "left_out.parquet", pd.DataFrame(failed, columns=["seed", "engine", "feature", "reason"]))
 
 
 def by_band(results: Results) -> pd.DataFrame:
     """One row per engine and explained feature, with its band: engines do not know it."""
     return triggers.bands(results).banded(pd.read_parquet(results.folder("explanations") / "explanations.parquet"))
+
+
+def left_out(results: Results) -> pd.DataFrame:
+    """One row per feature that an engine could not explain, with the reason."""
+    return pd.read_parquet(results.folder("explanations") / "left_out.parquet")
 
 
 def judge(results: Results) -> list[dict]:
@@ -104,7 +114,7 @@ EXPERIMENT = Experiment(
     compute,
     after=("matching",),
     reads=("threshold", "evaluation_tokens", "explainer"),
-    tables={"explanations": by_band},
+    tables={"explanations": by_band, "not_explained": left_out},
     claims=judge,
     asked=is_main,
 )

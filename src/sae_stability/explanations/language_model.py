@@ -1,8 +1,9 @@
 """An engine behind any OpenAI-compatible endpoint (POST BASE_URL/chat/completions).
 
 Answers are cached by what was asked, so that nothing is paid for twice and a study that was interrupted goes on. Endpoints fail in
-many ways: what may pass is tried again with growing pauses; what won't ends in one line. Tokens are counted before a question
-is sent, by an upper bound, so that a budget is never exceeded.
+many ways: what may pass is tried again, after as long as the endpoint says or with growing pauses; what only one question meets
+leaves that feature out; what no question will get past ends in one line. Tokens are counted before a question is sent, by an upper
+bound, so that a budget is never exceeded.
 """
 
 import hashlib
@@ -11,12 +12,17 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+from urllib.request import proxy_bypass
 
 import httpx
-from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from sae_stability.errors import UserError
+from sae_stability.explanations.rules import Rules
+from sae_stability.explanations.scoring import LeftOut
 from sae_stability.explanations.windows import Window
 from sae_stability.files import read_json, write_json
 from sae_stability.study import Explainer
@@ -26,9 +32,19 @@ TIMEOUT = 60  # seconds for an answer
 LONGEST = {"explain": 120, "detect": 200}  # tokens of an answer
 ROOM = 16  # times as many, for models that think before they answer
 SAID = 200  # characters that are shown of an endpoint's reason
+LONGEST_WAIT = 120  # seconds that an endpoint may ask for
+HOPELESS = 5  # features in a row that were left out, without one that was explained, after which no other is tried
 SPENT = "spent.json"
 OVERHEAD = 16  # tokens a message that endpoints add to its text
-FAILED_FOR_GOOD = {400, 401, 403, 404, 422}
+ANSWERS = "/chat/completions"
+FAILED_FOR_GOOD = {400, 401, 402, 403, 404, 405, 413, 422}
+TOO_LONG = ("context length", "context_length", "context window", "too long", "too many tokens", "maximum context")
+"""What endpoints say of a question that is too long for their model."""
+TERMS: dict[str, str | None] = {"temperature": None, "max_tokens": "max_completion_tokens", "system": "user"}
+"""What some endpoints refuse, by the word of it in their reason, and what they take instead."""
+THOUGHTS = re.compile(r"^\s*<(think|thinking|reasoning)>.*?</\1>|^.*</think>", re.DOTALL)
+FINAL = "<|channel|>final<|message|>"
+YES, NO = {"1", "yes", "true", "active"}, {"0", "no", "false", "inactive"}
 
 EXPLAIN = (
     "You see pieces of text. In each, the tokens on which one feature of a language model is active stand between << and >>. Say "
@@ -45,7 +61,11 @@ class BudgetSpent(Exception):
 
 
 class _Passing(Exception):
-    """A failure that may pass."""
+    """A failure that may pass, and after how many seconds, where the endpoint says so."""
+
+    def __init__(self, reason: str, seconds: float | None = None, unreadable: bool = False):
+        super().__init__(reason)
+        self.seconds, self.unreadable = seconds, unreadable
 
 
 class _CutShort(Exception):
@@ -68,29 +88,69 @@ class LanguageModel:
     """Tokens that were used, or may have been, since the folder was made."""
     room: int = 1
     """Times the usual tokens that the model needs for an answer: more from the first one that was cut short."""
-    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=TIMEOUT))
+    dialect: dict[str, str | None] = field(default_factory=dict)
+    """What the endpoint calls a parameter of ours, or None for one that it does not take: learnt from what it refuses."""
+    failures: int = 0
+    """Features left out since the last that was explained."""
+    client: httpx.Client | None = None
+    """What asks; by default one that follows the proxies of the environment."""
 
     @property
     def name(self) -> str:
-        return self.settings.model
+        """As the endpoint calls the model; apart from the engine of rules."""
+        return f"{self.settings.model} (a language model)" if self.settings.model == Rules.name else self.settings.model
 
     def __post_init__(self):
         self.cache.mkdir(parents=True, exist_ok=True)
         if (self.cache / SPENT).is_file():
             self.spent = read_json(self.cache / SPENT)["tokens"]
 
+    @property
+    def url(self) -> str:
+        """Where questions go: the path of `base_url`, with its query."""
+        parts = urlsplit(self.settings.base_url)
+        path = parts.path.rstrip("/")
+        return urlunsplit(parts._replace(path=path if path.endswith(ANSWERS) else path + ANSWERS))
+
+    @cached_property
+    def _http(self) -> httpx.Client:
+        """Raises `UserError` for a proxy of the environment that can't be used."""
+        if self.client is not None:
+            return self.client
+        try:
+            return httpx.Client(timeout=TIMEOUT, follow_redirects=True)
+        except (ValueError, ImportError) as error:
+            if proxy_bypass(urlsplit(self.settings.base_url).hostname or ""):
+                return httpx.Client(timeout=TIMEOUT, follow_redirects=True, trust_env=False)
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"explainer: a proxy of the environment can't be used ({reason}); correct ALL_PROXY, or name the host in NO_PROXY"
+            ) from None
+
     def explain(self, shown: list[Window]) -> "Described | None":
-        text = self._ask("explain", explain_messages(shown), lambda answer: answer.strip() or None)
+        text = self._answered("explain", explain_messages(shown), lambda answer: answer.strip() or None)
         return Described(text, self) if text else None
 
     def detect(self, text: str, windows: list[list[str]]) -> list[bool]:
-        found = self._ask("detect", detect_messages(text, windows), lambda answer: _flags(answer, len(windows)))
+        found = self._answered("detect", detect_messages(text, windows), lambda answer: _flags(answer, len(windows)))
         return [False] * len(windows) if found is None else found
+
+    def _answered(self, kind: str, messages: list[dict], read: Callable):
+        """An answer, with a count of how many were not to be had: where all fail, the first few say enough."""
+        try:
+            answer = self._ask(kind, messages, read)
+        except LeftOut as reason:
+            self.failures += 1
+            if self.failures >= HOPELESS:
+                raise UserError(f"explainer: {HOPELESS} features in a row were left out ({reason}); name another model") from None
+            raise
+        self.failures = 0
+        return answer
 
     def _ask(self, kind: str, messages: list[dict], read: Callable):
         """The answer as `read` understands it; None for a refusal. An answer that can't be read is asked for again.
 
-        One that was cut short before it said anything is asked for once more, with more room, and is not kept.
+        One that was cut short is asked for once more, with more room, and is not kept.
         """
         request = {"model": self.settings.model, "messages": messages, "temperature": 0, "max_tokens": LONGEST[kind]}
         asked = {"base_url": self.settings.base_url, **request}
@@ -98,15 +158,15 @@ class LanguageModel:
         if kept.is_file():
             return read_json(kept)["answer"]
         retrying = Retrying(
-            retry=retry_if_exception_type(_Passing),
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_exponential(multiplier=self.pause),
+            retry=retry_if_exception_type(_Passing), stop=stop_after_attempt(ATTEMPTS), wait=self._wait, reraise=False
         )
         used: list[int] = []
         try:
             answer = self._with_room(request, lambda wider: retrying(self._once, wider, read, used))
         except RetryError as error:
             reason = error.last_attempt.exception()
+            if isinstance(reason, _Passing) and reason.unreadable:
+                raise LeftOut(f"{ATTEMPTS} times {reason}") from None
             where = f"{self.settings.base_url} did not answer {ATTEMPTS} times ({reason})"
             raise UserError(f"explainer: {where}; check base_url, or call again later: what was answered is kept") from None
         finally:
@@ -114,6 +174,12 @@ class LanguageModel:
             write_json(self.cache / SPENT, {"tokens": self.spent})
         write_json(kept, {"answer": answer})
         return answer
+
+    def _wait(self, state: RetryCallState) -> float:
+        """As long as the endpoint says, or each time twice as long as before."""
+        failed = state.outcome.exception() if state.outcome is not None else None
+        told = failed.seconds if isinstance(failed, _Passing) else None
+        return min(told, LONGEST_WAIT) if told is not None else wait_exponential(multiplier=self.pause)(state)
 
     def _with_room(self, request: dict, ask: Callable):
         """The answer to a request with the tokens that the model has needed so far, or else with `ROOM` times the usual ones."""
@@ -124,8 +190,7 @@ class LanguageModel:
                 continue
             self.room = room
             return answer
-        said_nothing = f"{self.settings.model} said nothing in {ROOM * request['max_tokens']:,} tokens"
-        raise UserError(f"explainer.model: {said_nothing}; name a model that thinks less before it answers")
+        raise LeftOut(f"{self.settings.model} came to no end in {ROOM * request['max_tokens']:,} tokens")
 
     def _once(self, request: dict, read: Callable, used: list[int]):
         """One try; what it used, or may have used, goes to `used`, and to disk before it is sent: a kill forgets nothing."""
@@ -133,38 +198,85 @@ class LanguageModel:
         if self.spent + sum(used) + bound > self.settings.budget:
             spent = f"{self.spent + sum(used):,} of {self.settings.budget:,} tokens"
             raise BudgetSpent(f"{spent} are spent, and the next question may take {bound:,}")
-        key = key_of(self.settings)
+        key, client = key_of(self.settings), self._http
         used.append(bound)  # until an answer says what it used; what fails on the way may have been answered all the same
         write_json(self.cache / SPENT, {"tokens": self.spent + sum(used)})
         try:
-            response = self.client.post(
-                f"{self.settings.base_url.rstrip('/')}/chat/completions", json=request, headers={"Authorization": f"Bearer {key}"}
-            )
+            response = client.post(self.url, json=self._spoken(request), headers={"Authorization": f"Bearer {key}"})
         except httpx.HTTPError as error:
-            if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.UnsupportedProtocol):
                 used[-1] = 0  # nothing was sent
             raise _Passing(type(error).__name__) from None
         if response.status_code != 200:
             used[-1] = 0
-        if response.status_code in FAILED_FOR_GOOD:
-            answers = f"{self.settings.base_url} answers {response.status_code}{_reason(response, key)}"
-            raise UserError(f"explainer: {answers}; check the model's name and the key in {self.settings.key}")
-        if response.status_code != 200:
-            raise _Passing(f"status {response.status_code}")
+            return self._refused(response, request, read, used, key)
+        body = _json(response)
+        choices = body.get("choices") if body is not None else None
+        if body is None or not isinstance(choices, list) or not choices:
+            return self._without_choices(response, body, key)
+        usage = body.get("usage")
+        used[-1] = _count(usage.get("total_tokens") if isinstance(usage, dict) else None) or bound
+        return self._read(choices[0], read)
+
+    def _read(self, choice, read: Callable):
+        """The answer of a choice: what stands before it, where a model thinks aloud, is no part of it."""
+        message = choice.get("message") if isinstance(choice, dict) else None
+        if not isinstance(message, dict):
+            raise _Passing("an answer that can't be read: no message", unreadable=True)
+        if message.get("refusal"):
+            return None
+        said = _said(message.get("content"))
+        cut_short = choice.get("finish_reason") == "length"
+        if cut_short:
+            raise _CutShort
+        if not said:
+            return None
         try:
-            body = response.json()
-            choice = body["choices"][0]
-            message = choice["message"]
-            used[-1] = int((body.get("usage") or {}).get("total_tokens") or bound)
-            if message.get("refusal"):
-                return None
-            if not message.get("content"):
-                if choice.get("finish_reason") == "length":
-                    raise _CutShort
-                return None
-            return read(message["content"])
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise _Passing(f"an answer that can't be read: {type(error).__name__}") from None
+            return read(said)
+        except (ValueError, TypeError) as error:
+            raise _Passing(f"an answer that can't be read: {error}", unreadable=True) from None
+
+    def _spoken(self, request: dict) -> dict:
+        """The request as this endpoint takes it."""
+        named = {self.dialect.get(name, name): value for name, value in request.items()}
+        spoken = {name: value for name, value in named.items() if name is not None}
+        if self.dialect.get("system") == "user":  # models without a role for instructions
+            text = "\n\n".join(message["content"] for message in request["messages"])
+            spoken["messages"] = [{"role": "user", "content": text}]
+        return spoken
+
+    def _refused(self, response: httpx.Response, request: dict, read: Callable, used: list[int], key: str):
+        """Ask again in the endpoint's own terms, if it says which; leave a feature out whose question is too long; or give up."""
+        status, reason = response.status_code, _reason(response, key)
+        if status not in FAILED_FOR_GOOD:
+            raise _Passing(f"status {status}{reason}", _count(response.headers.get("Retry-After")))
+        said = reason.lower()
+        if status in (400, 413, 422):
+            for term, instead in TERMS.items():
+                if term in said and term not in self.dialect:
+                    self.dialect[term] = instead
+                    return self._once(request, read, used)
+            if status == 413 or any(words in said for words in TOO_LONG):
+                raise LeftOut(f"its question is too long for {self.settings.model}{reason}")
+        mend = "check the model's name and the key in " + self.settings.key
+        if status in (404, 405):
+            mend = f"check the model's name and base_url: {ANSWERS} is added to it, and it often ends in /v1"
+        elif status == 402:
+            mend = "top the account up, and call again: what was answered is kept"
+        elif status in (400, 422):
+            mend = "check the model's name, or name another"
+        raise UserError(f"explainer: {self.settings.base_url} answers {status}{reason}; {mend}")
+
+    def _without_choices(self, response: httpx.Response, body: dict | None, key: str):
+        """What to make of a good status without an answer: some endpoints put their errors there."""
+        error = body.get("error") if body else None
+        code = _count(error.get("code")) if isinstance(error, dict) else None
+        reason = _reason(response, key)
+        if code in FAILED_FOR_GOOD:
+            raise UserError(f"explainer: {self.settings.base_url} answers {code}{reason}; what was answered is kept")
+        if response.text.lstrip().startswith("data:"):
+            raise UserError(f"explainer: {self.settings.base_url} answers with a stream of events; name an endpoint that does not")
+        raise _Passing(f"an answer without choices{reason}", unreadable=error is None)
 
 
 @dataclass(frozen=True)
@@ -197,13 +309,41 @@ def bound_on_tokens(request: dict) -> int:
 
 
 def key_of(settings: Explainer) -> str:
-    """The key, from the environment only. Raises `UserError` where it is missing."""
-    key = os.environ.get(settings.key, "")
+    """The key, from the environment only, without spaces around it. Raises `UserError` where it is missing, or no key can be so."""
+    key = os.environ.get(settings.key, "").strip()
     if not key:
         raise UserError(
             f"explainer.key: the environment has no {settings.key}; set it to the endpoint's key (any word where it needs none)"
         )
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(f"explainer.key: {settings.key} holds signs that no key has, such as an invisible one; copy the key again")
     return key
+
+
+def _json(response: httpx.Response) -> dict | None:
+    try:
+        body = response.json()
+    except ValueError:
+        return None
+    return body if isinstance(body, dict) else None
+
+
+def _count(value) -> int | None:
+    """A whole number that is written as one, or as text; None for anything else."""
+    try:
+        return int(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _said(content) -> str:
+    """The text of an answer, of one part or several, without the thoughts before it."""
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
+        content = "".join(part.get("text") or "" for part in parts)
+    if not isinstance(content, str):
+        return ""
+    return THOUGHTS.sub("", content.rpartition(FINAL)[2], count=1).strip()
 
 
 def _reason(response: httpx.Response, key: str) -> str:
@@ -227,9 +367,26 @@ def _numbered(pieces: list[str]) -> str:
 
 
 def _flags(answer: str, count: int) -> list[bool]:
-    """The list of 0 and 1 in an answer. Raises `ValueError` where there is none of that length."""
-    listed = re.search(r"\[[01,\s]*\]", answer)
-    flags = json.loads(listed.group()) if listed else None
-    if not flags or len(flags) != count:
+    """The flags in an answer: a JSON list, an object by number, numbered lines, or words between commas.
+
+    Raises `ValueError` where there are not as many.
+    """
+    found = _listed(answer)
+    words = [str(word).strip().strip('"').lower() for word in found]
+    if len(words) != count or not set(words) <= YES | NO:
         raise ValueError(f"no list of {count} flags")
-    return [bool(flag) for flag in flags]
+    return [word in YES for word in words]
+
+
+def _listed(answer: str) -> list:
+    """The items of a list in an answer, however it is written."""
+    for opening, closing in ("[]", "{}"):
+        start, end = answer.find(opening), answer.rfind(closing)
+        if 0 <= start < end:
+            try:
+                value = json.loads(answer[start : end + 1].lower())
+            except ValueError:
+                continue
+            return list(value.values()) if isinstance(value, dict) else value
+    lines = re.findall(r"^\s*\d+\s*[.):-]\s*(\w+)", answer, re.MULTILINE)
+    return lines or re.split(r"[\s,;]+", answer.strip().rstrip("."))

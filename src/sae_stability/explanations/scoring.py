@@ -10,6 +10,10 @@ from sae_stability.explanations.surface import says_surface
 from sae_stability.explanations.windows import Task, Window
 
 
+class LeftOut(Exception):
+    """Why an engine could not explain one feature; the next may go well."""
+
+
 class Said(Protocol):
     """An explanation in words that can be put to the test."""
 
@@ -49,13 +53,19 @@ class Explanation:
         return asdict(self)
 
 
-def explain(engine: Engine, given: Iterable[Task]) -> Iterator[Explanation]:
-    """Explain and score features one after another; what an engine has nothing to say of is left out."""
+def explain(engine: Engine, given: Iterable[Task], left_out: dict[int, str] | None = None) -> Iterator[Explanation]:
+    """Explain and score features one after another; what an engine has nothing to say of is left out, and what it could not explain
+    goes to `left_out`, with the reason."""
     for task in given:
-        said = engine.explain(task.shown) if task.shown else None
-        if said is None or not task.scored:
+        try:
+            said = engine.explain(task.shown) if task.shown else None
+            if said is None or not task.scored:
+                continue
+            found = said.detect([window.tokens for window in task.scored])
+        except LeftOut as reason:
+            if left_out is not None:
+                left_out[task.feature] = str(reason)
             continue
-        found = said.detect([window.tokens for window in task.scored])
         truth = [window.fires for window in task.scored]
         right = sum(one and other for one, other in zip(found, truth, strict=True))
         precision = right / sum(found) if any(found) else 0.0
