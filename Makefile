@@ -5,6 +5,11 @@ VENV := .venv
 READY := $(VENV)/ready
 PEERS := .venv-bench
 
+# What a user has set for other environments does not hold for this one.
+export PIP_USER := 0
+export PIP_REQUIRE_VIRTUALENV := 0
+unexport PYTHONPATH PYTHONHOME
+
 .PHONY: book test bench intervals worlds publish lint lock clean
 
 book: $(READY)  ## compute a study and build its book: make book, make book STUDY=quick

@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from torch import Tensor
 
 TEMPORARY = ".writing-"
 """How the folders begin that files are written in."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What file systems answer that have no locks."""
 
 
 @contextmanager
@@ -28,8 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path that takes the place of `path` once the block has ended well.
 
     It lies in a folder of its own beside `path`, so that what a library leaves beside the file that it writes is found too
-    (safetensors has temporary files of its own). Raises `OSError` with `errno.ENOSPC` where the disk is full, whichever library
-    was writing.
+    (safetensors has temporary files of its own). The file may be read by whom the user's mask lets read it. Raises `OSError` with
+    `errno.ENOSPC` where the disk is full, whichever library was writing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}-"))
@@ -39,7 +43,10 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        like = folder / "like"  # a file as any is made: some libraries make theirs for the user alone
+        like.touch()
+        with suppress(PermissionError):  # some mounts have no modes
+            temporary.chmod(stat.S_IMODE(like.stat().st_mode))
         temporary.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -67,6 +74,10 @@ def locked(path: Path, described: Path) -> Iterator[None]:
         except BlockingIOError:
             print(f"{described} is in use by another run; waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"{described}: this file system has no locks; run one study at a time on it", file=sys.stderr, flush=True)
         yield
 
 

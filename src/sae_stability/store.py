@@ -216,6 +216,9 @@ def git_commit() -> str:
     """The commit of the checkout, with `+changes` where the working tree differs from it."""
     root = places.root()
     try:
+        top = subprocess.run(["git", "rev-parse", "--show-toplevel"], cwd=root, capture_output=True, text=True, check=True).stdout
+        if Path(top.strip()).resolve() != root.resolve():
+            return "unknown"  # a copy of this project inside another repository
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

@@ -131,8 +131,12 @@ def staged(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def _papermill(notebook: Path, into: Path, store: Store) -> None:
     import papermill
 
-    # No progress widgets: pages would ask another host for their scripts.
+    # No progress widgets: pages would ask another host for their scripts. What a user's environment says of figures, kernels and
+    # warnings is for other notebooks.
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    for name in ("MPLBACKEND", "JUPYTER_PATH", "JUPYTER_PREFER_ENV_PATH"):
+        os.environ.pop(name, None)
+    os.environ["PYTHONWARNINGS"] = "ignore"
     os.environ["SAE_STABILITY_ROOT"] = str(places.root())
     try:
         papermill.execute_notebook(

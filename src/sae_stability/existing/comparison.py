@@ -1,6 +1,7 @@
 """What SAEs have in common, and what makes that doubtful."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -139,13 +140,16 @@ class Comparison:
         return self.found.latent_shares()
 
 
-def compare(given: Sequence[Path | str | Dictionary], threshold: float = 0.7, site: Site | None = None) -> Comparison:
+def compare(given: Iterable[Path | str | Dictionary], threshold: float = 0.7, site: Site | None = None) -> Comparison:
     """Compare the directions of SAEs, from files or in memory.
 
     With a `site`, features that never fire there are dead and take no part.
     Raises `UserError` for fewer than two SAEs, one given twice, different d_in, signed codes, and for files that `formats.load`
     refuses.
     """
+    if isinstance(given, str | Path):
+        raise UserError(f"PATH: {given} is one path; give a list of two or more")
+    given = list(given)
     if len(given) < 2 and not _holds_several(given):
         raise UserError("PATH: stability compares SAEs; give two or more, of the same training with other seeds")
     if not 0 < threshold <= 1:
@@ -256,7 +260,7 @@ def _elsewhere(about: About, given: About) -> bool:
 def _names(sources: Sequence[Path | Dictionary]) -> list[str]:
     """The last parts of the paths that tell them apart; dictionaries have their position."""
     parts = [
-        source.resolve().parts if isinstance(source, Path) else (f"dictionary {position}",)
+        Path(os.path.abspath(source)).parts if isinstance(source, Path) else (f"dictionary {position}",)
         for position, source in enumerate(sources)
     ]
     for depth in range(1, max(map(len, parts)) + 1):

@@ -6,7 +6,7 @@ threshold:
     p(s, i) = 1 / (S - 1) * sum over t != s of [ max_j cos(W_dec[s, i], W_dec[t, j]) >= threshold ].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -223,8 +223,21 @@ class Stability:
         return jackknife(estimate, seeds)
 
 
+def _stacked(W_dec: Tensor | np.ndarray | Sequence[Tensor | np.ndarray]) -> Tensor:
+    """What somebody has of several decoders, as one tensor. Raises `UserError` for decoders of several shapes."""
+    if isinstance(W_dec, Tensor):
+        return W_dec
+    if isinstance(W_dec, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(W_dec))
+    each = [_stacked(of_one) for of_one in W_dec]
+    if len({of_one.shape for of_one in each}) > 1:
+        shapes = ", ".join(str(list(of_one.shape)) for of_one in each[:3])
+        raise UserError(f"W_dec: decoders of several shapes ({shapes}); `existing.compare` takes SAEs of several widths")
+    return torch.stack(each) if each else torch.empty(0)
+
+
 def stability(
-    W_dec: Float[Tensor, "seed d_sae d_in"] | np.ndarray,
+    W_dec: Float[Tensor, "seed d_sae d_in"] | np.ndarray | Sequence[Tensor | np.ndarray],
     threshold: float = 0.7,
     alive: Bool[Tensor, "seed d_sae"] | np.ndarray | None = None,
 ) -> Stability:
@@ -234,7 +247,7 @@ def stability(
     directions and, for each thread, `pairs.CHUNK * d_sae` cosines. Raises `UserError` for one seed, a threshold outside (0, 1],
     weights that are not finite, a decoder of zeros, or shapes that don't fit.
     """
-    W_dec = torch.as_tensor(W_dec).detach().float()
+    W_dec = _stacked(W_dec).detach().float()
     if W_dec.ndim != 3 or len(W_dec) < 2:
         raise UserError(
             f"W_dec: stability compares seeds and wants [seed, d_sae, d_in] with two seeds or more, not {list(W_dec.shape)}"

@@ -5,6 +5,7 @@ penalty of variants that have one.
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +24,7 @@ __all__ = ["CURVE", "DIVERGED", "ENSEMBLE", "SNAPSHOTS", "Job", "prepare", "spar
 
 def train(
     recipe: Recipe,
-    activations: Activations | Float[Tensor, "token d_in"],
+    activations: Activations | Float[Tensor, "token d_in"] | np.ndarray,
     seeds: Sequence[int],
     folder: Path | None = None,
     described: str = "training",
@@ -36,15 +37,28 @@ def train(
     A variant with a sparsity penalty is steered to L0 = k first, unless the recipe names the coefficient. With a `folder`, the
     run can be killed at any moment and resumes to the same bits. Adam's rate rises linearly, stays, and falls linearly to zero.
 
-    Raises `UserError` where there are fewer activations than the recipe's tokens, or where every seed diverges.
+    Raises `UserError` where there are fewer activations than the recipe's tokens, for such as nothing can be trained on, or where
+    every seed diverges.
     """
-    if isinstance(activations, Tensor):
-        activations = Activations.of(activations)
+    if not isinstance(activations, Activations):
+        activations = Activations.of(_checked(activations))
     job = prepare(recipe, activations, seeds, folder, device)
     (ensemble,) = train_all([job], described, torch.device(device), at_once, checkpoint_seconds)
     if not ensemble.seeds:
         raise UserError(f"rate: every seed of {recipe.label} diverged; lower rate")
     return ensemble
+
+
+def _checked(activations: Tensor | np.ndarray) -> Float[Tensor, "token d_in"]:
+    """Activations from anywhere. Raises `UserError` for those of another shape, not finite, or all the same."""
+    x = torch.from_numpy(np.ascontiguousarray(activations)) if isinstance(activations, np.ndarray) else activations.detach()
+    if x.ndim != 2:
+        raise UserError(f"activations: their shape is {list(x.shape)} and should be [token, d_in]; flatten batches and positions")
+    if not x.isfinite().all():
+        raise UserError("activations: they hold NaN or infinite values; leave those tokens out")
+    if len(x) and (x == x[0]).all():
+        raise UserError("activations: all tokens are the same; there is nothing to learn")
+    return x
 
 
 def prepare(recipe: Recipe, blocks: Blocks, seeds: Sequence[int], folder: Path | None = None, device: str = "cpu") -> Job:
