@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from inspect import signature
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from helpers import drawn
 from sae_stability import cli
+from sae_stability.errors import UserError
 from sae_stability.loading import load_study
 
 
@@ -174,3 +176,16 @@ def test_whatever_the_system_refuses_is_one_line_with_its_file(call, monkeypatch
     status, _, error = call("stability", "a", "b", "--out", tmp_path / "rows.csv")
     assert (status, len(error)) == (1, 1)
     assert f"{tmp_path / 'x'}: Transport endpoint is not connected" in error[0]
+
+
+def test_our_warnings_are_one_line_and_those_of_libraries_stay_away(call, monkeypatch, tmp_path):
+    def warn(*_, **__):
+        warnings.warn_explicit("text\nof two lines", UserWarning, cli.__file__, 7)
+        warnings.warn_explicit("something internal", FutureWarning, "/usr/lib/other.py", 7)
+        raise UserError("that is all")
+
+    monkeypatch.setattr("sae_stability.existing.compare", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        _, _, error = call("stability", "a", "b", "--out", tmp_path / "x.csv")
+    assert error == ["sae-stability: text of two lines", "sae-stability: that is all"]

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -321,6 +322,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names that a console can't show are no reason to fail
+    warnings.showwarning = _warn
     try:
         outcome = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:
@@ -337,6 +339,12 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; what was computed is kept, call the same command again to go on", 130)
     sys.exit(outcome if isinstance(outcome, int) else 0)
+
+
+def _warn(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
+    """Ours in one line; those of libraries are for programmers, and stay away."""
+    if Path(filename).is_relative_to(Path(__file__).parent) and category is UserWarning:
+        print(f"sae-stability: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(message: str, status: int) -> None:

@@ -104,7 +104,9 @@ def read_text(cell: Cell, hook_names: list[str], work: Work) -> None:
     }
     check_ids(bridge, *(contexts.tokens for contexts in packed.values()))
     if not packed["evaluation"].is_text.any():
-        raise UserError(f"corpus: the held-out documents of {cell.corpus} fill no context of {context} tokens; give more text")
+        raise UserError(
+            f"corpus: the held-out documents of {cell.corpus} ({text.told}) fill no context of {context} tokens; give more text"
+        )
     for split, contexts in packed.items():
         arrays = {"tokens": contexts.tokens, "cluster": contexts.cluster, "is_text": contexts.is_text}
         save_arrays(work.folder / f"{split}.safetensors", arrays)

@@ -173,6 +173,8 @@ def forward(
         _, cache = bridge.run_with_cache(ids, names_filter=hook_names, stop_at_layer=stop)
     found = {}
     for hook in hook_names:
+        if hook not in cache:
+            raise UserError(f"hook_name: the model does not pass {hook} as it reads a text; name another site")
         x = cache[hook]
         if x.shape[:2] != ids.shape or x.ndim < 3:
             raise UserError(f"hook_name: {hook} gives {list(x.shape)}, no vector a token; name another site")
