@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import save_file
 
 from helpers import drawn
-from sae_stability import cli
+from sae_stability import cli, places
 from sae_stability.errors import UserError
 from sae_stability.loading import load_study
 
@@ -189,3 +189,16 @@ def test_our_warnings_are_one_line_and_those_of_libraries_stay_away(call, monkey
         warnings.simplefilter("always")
         _, _, error = call("stability", "a", "b", "--out", tmp_path / "x.csv")
     assert error == ["sae-stability: text of two lines", "sae-stability: that is all"]
+
+
+def test_outside_of_a_checkout_it_says_so_before_anything_is_computed(call, tmp_path, monkeypatch):
+    study = tmp_path / "study.yaml"
+    study.write_text((places.root() / "studies" / "quick.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(places, "root", lambda: tmp_path)
+    for arguments in (("run", "quick"), ("check", "quick")):
+        status, _, error = call(*arguments)
+        assert (status, len(error)) == (2, 1)
+        assert "call it from a checkout" in error[0]
+    status, _, error = call("run", study)
+    assert (status, len(error)) == (2, 1)
+    assert "there are no chapters" in error[0]

@@ -9,10 +9,11 @@ import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
+from sae_stability import places
 from sae_stability.errors import UserError
 from sae_stability.loading import load_study
 
@@ -78,6 +79,8 @@ def run(
     from sae_stability import pipeline
     from sae_stability.book import build
 
+    if chosen.experiments is None and not (places.root() / "_toc.yml").is_file():
+        raise UserError(f"run: there are no chapters in {places.root()}; call it from a checkout, or set SAE_STABILITY_ROOT to one")
     if dry_run:
         plan = pipeline.Plan(chosen)
         for stage in plan.stages:
@@ -341,7 +344,9 @@ def main() -> None:
     sys.exit(outcome if isinstance(outcome, int) else 0)
 
 
-def _warn(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
     """Ours in one line; those of libraries are for programmers, and stay away."""
     if Path(filename).is_relative_to(Path(__file__).parent) and category is UserWarning:
         print(f"sae-stability: {' '.join(str(message).split())}", file=sys.stderr)

@@ -45,6 +45,10 @@ def load_study(study: str, overrides: Sequence[str] = (), name: str | None = Non
     path = Path(study) if study.endswith((".yaml", ".yml")) else folder / f"{study}.yaml"
     if not path.is_file():
         known = sorted(file.stem for file in folder.glob("*.yaml"))
+        if not known:
+            raise UserError(
+                f"study: there is no {study}, and no studies/ in {places.root()}; call it from a checkout, or give a .yaml file"
+            )
         raise UserError(
             f"study: there is no {study}{nearest(study, known)}; studies/ holds {', '.join(known)}, or give a .yaml file"
         )
