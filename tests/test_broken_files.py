@@ -127,7 +127,6 @@ FIELDS = [  # the library, the field (None: the whole file), its value, and what
     ("dictionary_learning", "trainer", None, "no field trainer"),
     ("dictionary_learning", "trainer", ["null"], "trainer is null and should be a JSON object"),
     ("dictionary_learning", "trainer", "AutoEncoder", "trainer is .* and should be a JSON object"),
-    ("dictionary_learning", "trainer", {}, "no field dict_class"),
     ("dictionary_learning", "trainer", {"dict_class": 4}, "dict_class is 4 and should be a string"),
 ]
 ALONE = [  # the library, what is changed in its configuration, or which file is renamed, and why its directions stand alone
@@ -140,6 +139,7 @@ ALONE = [  # the library, what is changed in its configuration, or which file is
     ("standard", {"activation_fn_str": "tanh-relu"}, "activation function 'tanh-relu' is not known here"),
     ("sparsify", {"activation": "groupmax"}, "activation 'groupmax' is not known here"),
     ("dictionary_learning", {"trainer": {"dict_class": "CrossCoder"}}, "class 'CrossCoder' is not known here"),
+    ("dictionary_learning", {"trainer": {}}, "does not say of which class it is"),
     ("dictionary_learning", "config.json", "config.json is missing, so its class is not known"),
     ("saelens", "sae_weights.safetensors", "other.safetensors is of no library that is known here"),
 ]
@@ -275,6 +275,10 @@ def test_whatever_is_broken_loading_gives_an_sae_that_encodes_or_one_line(tmp_pa
         assert str(folder) in line
         return
     assert isinstance(sae, SAE)
+    if sae.variant is None:
+        with pytest.raises(UserError, match="its directions can be compared"):
+            sae.encode(torch.ones(2, sae.W_dec.shape[1]))
+        return
     z = sae.encode(torch.ones(2, sae.W_dec.shape[1]))
     assert z.shape == (2, len(sae.W_dec))
     assert sae.decode(z).shape == (2, sae.W_dec.shape[1])

@@ -46,6 +46,8 @@ def parquet(table: pd.DataFrame, path) -> bytes:
         ("rows.csv", TABLE.to_csv(index=False)),
         ("ROWS.CSV", TABLE.to_csv(index=False)),
         ("rows.tsv", TABLE.to_csv(index=False, sep="\t")),
+        ("rows.csv", TABLE.to_csv(index=False, sep=";")),
+        ("rows.json", json.dumps({"version": 1, "data": ROWS})),
         ("text.txt", "\n\n".join(TEXTS)),
         ("text.md", "\n \n".join(TEXTS)),
         ("text", "\n\t\n".join(TEXTS)),
@@ -115,6 +117,9 @@ def test_rows_without_text_are_left_out(tmp_path):
         ("latin.txt", "grün".encode("latin-1"), "not UTF-8"),
         ("cut.gz", gzip.compress(b"text " * 1000)[:-20], "can't be read"),
         ("text.zst", b"\x28\xb5\x2f\xfd0000", "packed with zstd"),
+        ("text.zip", b"PK\x03\x040000", "a zip archive"),
+        ("rows.csv", 'text\n"never closed', "can't be read as a table"),
+        ("rows.parquet", b"PAR1 and no more", "can't be read as a table"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path, name, content, said):
@@ -151,6 +156,14 @@ def test_a_folder_of_rows_is_read_whatever_its_files_are_called(tmp_path):
     written(tmp_path / "D" / "test.jsonl", LINES)
     written(tmp_path / "D" / "more" / "rows.csv.gz", gzip.compress(TABLE.to_csv(index=False).encode()))
     assert sorted(read(Name.of(str(tmp_path / "D"))).texts) == sorted(TEXTS * 2)
+
+
+def test_a_folder_of_other_text_is_read_and_what_describes_rows_is_not(tmp_path):
+    for number in range(3):
+        written(tmp_path / "notes" / f"{number}.md", f"note {number}")
+    assert len(read(Name.of(str(tmp_path / "notes"))).texts) == 3
+    written(tmp_path / "notes" / "rows.jsonl", LINES)
+    assert read(Name.of(str(tmp_path / "notes"))).texts == TEXTS
 
 
 def test_configurations_and_splits_of_a_dataset_are_named_behind_a_question_mark(tmp_path):

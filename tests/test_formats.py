@@ -319,6 +319,15 @@ def test_what_training_wraps_around_weights_is_taken_off(tmp_path, wrapped):
     torch.testing.assert_close(formats.load(folder).encode(X), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("trainer", "variant"), [("StandardTrainer", "relu"), ("TopKTrainer", "topk"), ("NewTrainer", None)])
+def test_dictionary_learning_files_of_before_there_was_a_class_say_their_trainer(tmp_path, trainer, variant):
+    state = linear_state()
+    if variant == "topk":
+        state["b_dec"] = state.pop("bias")
+    sae = formats.load(written(tmp_path, state, {"trainer": {"trainer_class": trainer, "k": K}}, "ae.pt", "config.json"))
+    assert sae.variant == variant
+
+
 def test_dictionary_learning_files_without_buffers_take_k_from_their_configuration(tmp_path):
     state = linear_state()
     state["b_dec"] = state.pop("bias")

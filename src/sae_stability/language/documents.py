@@ -9,7 +9,7 @@ import io
 import json
 import lzma
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -22,12 +22,14 @@ OPTIONS = ("column", "split", "config")
 COLUMN, SPLIT = "text", "train"
 COMPRESSED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\x00": lzma.decompress}
 """How the first bytes of a compressed file begin."""
-ZSTANDARD = b"\x28\xb5\x2f\xfd"
+ARCHIVES = {b"\x28\xb5\x2f\xfd": "packed with zstd", b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf": "a 7z archive"}
+"""How files begin that are not unpacked here."""
 PARQUET = b"PAR1"
 ENCODINGS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 PACKED = (".gz", ".bz2", ".xz")
 ROWS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-PLAIN = ".txt"
+PLAIN = (".txt", ".text", ".md", ".rst")
+DELIMITERS = ",;\t|"
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n")  # by its look: blanks and tabs in it are not seen
 
 
@@ -74,8 +76,11 @@ def is_dataset(name: Name) -> bool:
 def files(folder: Path) -> list[Path]:
     """The files of a folder that are read: its texts, or else its files of rows. Hidden ones are not."""
     there = [file for file in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    texts = [file for file in there if _suffix(file) == PLAIN and not file.is_dir()]
-    return texts or [file for file in there if _suffix(file) in ROWS and not file.is_dir()]
+    for suffixes in (PLAIN[:1], ROWS, PLAIN):  # beside files of rows, other text describes them
+        found = [file for file in there if _suffix(file) in suffixes and not file.is_dir()]
+        if found:
+            return found
+    return []
 
 
 def read(name: Name, characters: int | None = None) -> Documents:
@@ -91,11 +96,12 @@ def read(name: Name, characters: int | None = None) -> Documents:
 def _of_file(path: Path, column: str | None) -> Documents:
     content = _content(path)
     if content[:4] == PARQUET:
-        return _of_rows(path, pd.read_parquet(io.BytesIO(content)).to_dict("records"), column)
+        return _of_rows(path, _table(path, pd.read_parquet, io.BytesIO(content)), column)
     text, suffix = _decoded(path, content), _suffix(path)
     if suffix in (".csv", ".tsv"):
-        table = pd.read_csv(io.StringIO(text), sep="\t" if suffix == ".tsv" else ",", keep_default_na=False, on_bad_lines="error")
-        return _of_rows(path, table.to_dict("records"), column)
+        heading = text.lstrip().partition("\n")[0]
+        between = max(DELIMITERS, key=heading.count)  # some countries' tables have semicolons
+        return _of_rows(path, _table(path, pd.read_csv, io.StringIO(text), sep=between, keep_default_na=False), column)
     rows = _json_rows(path, text, must=suffix in (".json", ".jsonl", ".ndjson"))
     if rows is not None:
         return _of_rows(path, rows, column)
@@ -113,13 +119,21 @@ def _of_folder(name: Name) -> Documents:
         content = _content(file, may_be_empty=True)
         if not content.strip():
             empty.append(file)
-        elif _suffix(file) == PLAIN:
+        elif _suffix(file) in PLAIN:
             texts.append(_decoded(file, content))
         else:
             of_file = _of_file(file, name.column)
             texts, told = texts + of_file.texts, of_file.told.partition(", ")[2]
     kind = f"{len(found) - len(empty):,} files" if told == "" else f"{len(found) - len(empty):,} files, {told}"
     return Documents(texts, f"{name.path.name}, {kind}", empty)
+
+
+def _table(path: Path, read: Callable[..., pd.DataFrame], *arguments, **options) -> list[dict]:
+    try:
+        return read(*arguments, **options).to_dict("records")
+    except Exception as error:  # pandas and pyarrow raise their own kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"corpus: {path} can't be read as a table ({reason}); mend it, or save it again") from None
 
 
 def _of_rows(path: Path, rows: list, column: str | None) -> Documents:
@@ -161,7 +175,8 @@ def _json_rows(path: Path, text: str, must: bool) -> list | None:
         return None
     try:
         whole = json.loads(text)
-        rows = whole if isinstance(whole, list) else [whole]
+        inside = [value for value in whole.values() if isinstance(value, list)] if isinstance(whole, dict) else []
+        rows = inside[0] if len(inside) == 1 and "text" not in whole else whole if isinstance(whole, list) else [whole]
     except ValueError:
         rows = []
         for number, line in enumerate(text.splitlines(), 1):
@@ -187,8 +202,9 @@ def _content(path: Path, may_be_empty: bool = False) -> bytes:
     except (EOFError, lzma.LZMAError, OSError) as error:
         reason = getattr(error, "strerror", None) or "damaged"
         raise UserError(f"corpus: {path} can't be read ({reason}); get the file again") from None
-    if content.startswith(ZSTANDARD):
-        raise UserError(f"corpus: {path} is packed with zstd, which is not read; unpack it, with unzstd for example")
+    for begin, archive in ARCHIVES.items():
+        if content.startswith(begin):
+            raise UserError(f"corpus: {path} is {archive}, which is not read; unpack it first")
     if not content.strip() and not may_be_empty:
         raise UserError(f"corpus: {path} is empty; give a file that holds text")
     return content

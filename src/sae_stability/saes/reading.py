@@ -307,6 +307,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: missing; get the file again") from None
     except IsADirectoryError:
         raise UserError(f"{path}: can't be read (Is a directory); give the file of the weights") from None
+    except ValueError as error:
+        if "pickle" not in str(error).lower():  # what NumPy says of arrays of objects
+            raise UserError(f"{path}: damaged or truncated; get the file again") from None
+        raise UserError(f"{path}: holds pickled objects, not only arrays; it is not opened, since that could run code") from None
     except Exception:  # what PyTorch raises depends on where a file is broken
         raise UserError(f"{path}: damaged or truncated; get the file again") from None
     while isinstance(state, dict) and (inner := next((state[key] for key in INSIDE if isinstance(state.get(key), dict)), None)):

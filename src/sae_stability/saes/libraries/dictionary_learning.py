@@ -19,6 +19,13 @@ DICTIONARIES = {
     "MatryoshkaBatchTopKSAE": "b_dec",
 }
 """The classes that have an encoder of ours, and the name of the decoder's bias in each."""
+TRAINERS = {
+    **dict.fromkeys(("StandardTrainer", "StandardTrainerAprilUpdate", "PAnnealTrainer"), "AutoEncoder"),
+    **{"GatedSAETrainer": "GatedAutoEncoder", "GatedAnnealTrainer": "GatedAutoEncoder"},
+    **{"TopKTrainer": "AutoEncoderTopK", "BatchTopKTrainer": "BatchTopKSAE", "JumpReluTrainer": "JumpReluAutoEncoder"},
+    "MatryoshkaBatchTopKTrainer": "MatryoshkaBatchTopKSAE",
+}
+"""What older files say in place of a class."""
 
 
 def read(folder: Path) -> Loaded:
@@ -31,12 +38,14 @@ def read(folder: Path) -> Loaded:
     if not (folder / CONFIG).exists():
         return directions_only(weights.directions(), About(folder, encoder=f"{CONFIG} is missing, so its class is not known"))
     config = Config.read(folder / CONFIG).section("trainer")
-    kind = config.text("dict_class")
+    kind = config.text("dict_class", TRAINERS.get(config.hint("trainer_class") or "", "not said"))
     about = About(folder, config.hint("lm_name"), _site(config))
 
     def alone(reason: str) -> Loaded:
         return directions_only(weights.directions(), replace(about, encoder=reason))
 
+    if kind == "not said":
+        return alone("its file does not say of which class it is")
     if kind not in DICTIONARIES:
         return alone(f"dictionary_learning class {kind!r} is not known here")
     linear = "encoder.weight" in weights  # of nn.Linear, which has matrices the other way round
