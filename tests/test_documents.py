@@ -103,6 +103,39 @@ def test_what_is_no_text_is_said(tmp_path, value, said):
         read(Name.of(str(written(tmp_path / "bare.jsonl", '"only"\n"strings"'))))
 
 
+def test_a_list_in_a_document_is_no_corpus(tmp_path):
+    article = {"body": "A long article, of which there is one, and which says more than a name does.", "authors": [{"name": "A"}]}
+    path = written(tmp_path / "a.json", json.dumps(article))
+    assert read(Name.of(f"{path}?column=body")).texts == [article["body"]]
+    line = written(tmp_path / "b.jsonl", json.dumps({"content": "the text", "tags": ["x", "y"]}))
+    assert read(Name.of(str(line))).texts == ["the text"]
+
+
+def test_signs_that_end_a_line_elsewhere_end_none_here(tmp_path):
+    texts = ["one\u2028two", "three\u0085four"]
+    path = written(tmp_path / "u.jsonl", "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts))
+    assert read(Name.of(str(path))).texts == texts
+
+
+def test_half_a_sign_is_none(tmp_path):
+    path = written(tmp_path / "t.jsonl", "\n".join(json.dumps({"text": f"cut off \ud83d {n}"}) for n in range(30)))
+    assert all("\ufffd" in text for text in read(Name.of(str(path))).texts)
+    assert corpus.load(str(path)).train
+
+
+def test_tabs_alone_divide_a_table_of_tabs_and_rows_are_not_cut_off(tmp_path):
+    path = written(tmp_path / "t.tsv", "text\tlabel; one of, two\nleft, right\tx\n")
+    assert read(Name.of(str(path))).texts == ["left, right"]
+    longer = written(tmp_path / "t.csv", "text\nleft part, right part\n")
+    with pytest.raises(UserError, match="can't be read as a table"):
+        read(Name.of(str(longer)))
+
+
+def test_a_user_that_is_not_there_is_no_traceback():
+    with pytest.raises(UserError):
+        corpus.load("~nobody-of-this-name/x.txt")
+
+
 def test_rows_without_text_are_left_out(tmp_path):
     path = written(tmp_path / "rows.jsonl", "\n".join(json.dumps({"text": each}) for each in ("first", None, "", "last")))
     assert read(Name.of(str(path))).texts == ["first", "last"]
@@ -116,6 +149,9 @@ def test_rows_without_text_are_left_out(tmp_path):
         ("blank.txt", " \n\t\n", "is empty"),
         ("latin.txt", "grün".encode("latin-1"), "not UTF-8"),
         ("cut.gz", gzip.compress(b"text " * 1000)[:-20], "can't be read"),
+        ("cut.bz2", bz2.compress(b"text " * 1000)[:-20], "can't be read"),
+        ("broken.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + b"\xff" * 40, "can't be read"),
+        ("deep.json", "[" * 100_000, "nested too deeply|is no JSON"),
         ("text.zst", b"\x28\xb5\x2f\xfd0000", "packed with zstd"),
         ("text.zip", b"PK\x03\x040000", "a zip archive"),
         ("rows.csv", 'text\n"never closed', "can't be read as a table"),
@@ -150,6 +186,13 @@ def test_a_dangling_link_in_a_folder_is_named(tmp_path):
     (folder / "a.txt").symlink_to("/nowhere")
     with pytest.raises(UserError, match=r"a\.txt is a link to a file that is not there"):
         read(Name.of(str(folder)))
+
+
+def test_files_that_describe_rows_are_not_read_for_them(tmp_path):
+    for name in ("LICENSE.txt", "requirements.txt", "README.md"):
+        written(tmp_path / "D" / name, "no row")
+    written(tmp_path / "D" / "train.jsonl", LINES)
+    assert read(Name.of(str(tmp_path / "D"))).texts == TEXTS
 
 
 def test_a_folder_of_rows_is_read_whatever_its_files_are_called(tmp_path):

@@ -1,6 +1,7 @@
 """What `stability` says before and after it compares: doubtful input and doubtful results are named."""
 
 import json
+from dataclasses import replace
 
 import jsonschema
 import numpy as np
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from helpers import drawn, random_ensemble
 from sae_stability.errors import UserError
-from sae_stability.existing import Site, compare, report
+from sae_stability.existing import Site, centred, compare, report
 from sae_stability.existing.report import SCHEMA_FILE
 from sae_stability.files import read_json
 from sae_stability.matching import assign
@@ -56,6 +57,8 @@ def test_sites_and_models_that_files_name_are_told_where_they_differ(tmp_path, s
     assert "layer0 is of blocks.0.hook_resid_pre by its file" in compare(layers, site=site).notes["another site"]
     theirs = [folder(tmp_path / f"model{s}", s, hook_name=site.hook_name, model_name="gpt2") for s in range(2)]
     assert "of gpt2 by its file" in compare(theirs, site=site).notes["another site"]
+    gemma = [folder(tmp_path / f"gemma{s}", 7 + s, hook_name="model.layers.1.output") for s in range(2)]
+    assert "another site" not in compare(gemma, site=site).notes  # in another library's words
     local = [folder(tmp_path / f"local{s}", s, hook_name=site.hook_name, model_name="hub/Docstrings-2L") for s in range(2)]
     assert "another site" not in compare(local, site=site).notes
 
@@ -118,11 +121,15 @@ def test_files_of_a_model_with_centred_weights_are_asked_on_centred_activations(
     assert "centred" in compared.notes
     assert not compared.firings.counts[:, 0].any()
     assert compared.firings.counts[:, 1:].any()
-    with pytest.raises(UserError, match="others are not; compare them without --model"):
+    with pytest.raises(UserError, match="others are not; take them without --model"):
         compare([*paths, folder(tmp_path / "other", 5)], site=site)
+    assert centred([sae(0)]) is False
     x = torch.cat(list(site.activations([sae(0)], "raw")))
-    centred = torch.cat(list(site.activations([sae(0)], "centred", centred=True)))
-    torch.testing.assert_close(centred, x - x.mean(1, keepdim=True))
+    less = torch.cat(list(site.activations([sae(0)], "centred", centred=True)))
+    torch.testing.assert_close(less, x - x.mean(1, keepdim=True))
+    beyond = replace(site, hook_name="blocks.0.attn.hook_z")  # what heads give is not written to the stream yet
+    whole, same = (torch.cat(list(beyond.activations([sae(0)], "heads", which))) for which in (False, True))
+    assert torch.equal(whole, same)
 
 
 def test_seeds_of_an_ensemble_are_compared_by_its_path(tmp_path, call):

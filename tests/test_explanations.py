@@ -1,5 +1,6 @@
 """Windows, rules and scores against planted text; the language model against a local server that also misbehaves."""
 
+import contextlib
 import json
 import threading
 import time
@@ -551,6 +552,28 @@ def test_where_all_features_are_left_out_the_run_ends_in_one_line(tmp_path):
             engine.explain(shown("one more", fires="one"))
 
 
+def test_where_no_explanation_can_be_scored_the_run_ends_too(tmp_path):
+    def answer(path, body):
+        return says("Numbers.") if body["max_tokens"] == LONGEST["explain"] else says("no list")
+
+    with Endpoint(answer) as endpoint:
+        engine = model(endpoint.url, tmp_path)
+        with pytest.raises(UserError, match="5 features in a row were left out"):
+            for number in range(HOPELESS):
+                described = engine.explain(shown(f"word {number}", fires="word"))
+                with contextlib.suppress(LeftOut):
+                    described.detect([["a"], [f"{number}"]])
+
+
+def test_the_query_of_an_address_is_shown_nowhere(tmp_path):
+    with Endpoint((404, "no")) as endpoint, pytest.raises(UserError) as error:
+        model(endpoint.url + "?api-version=7", tmp_path).explain(WINDOWS)
+    assert "api-version" not in str(error.value)
+    for secret in ("https://user:word@host/v1", "https://host/v1?api_key=word", "https://host/v1?key=word"):
+        with pytest.raises(ValueError, match="it holds a secret"):
+            Explainer(base_url=secret, model="m", budget=5)
+
+
 def test_an_endpoint_is_waited_for_as_long_as_it_says(tmp_path):
     waited = []
     with Endpoint((429, "slow down", {"Retry-After": "0.05"}), (503, "", {"Retry-After": "soon"}), says("Numbers.")) as endpoint:
@@ -560,7 +583,7 @@ def test_an_endpoint_is_waited_for_as_long_as_it_says(tmp_path):
         waited.append(time.monotonic() - start)
     assert len(endpoint.requests) == 3
     state = RetryCallState(None, None, (), {})
-    for told, expected in ((30.0, 30.0), (1e6, LONGEST_WAIT)):
+    for told, expected in ((30.0, 30.0), (1e6, LONGEST_WAIT), (0.0, engine.pause), (-1.0, engine.pause)):
         state.set_exception((_Passing, _Passing("busy", told), None))
         assert engine._wait(state) == expected
 

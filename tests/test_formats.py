@@ -451,3 +451,10 @@ def test_paths_at_which_there_is_nothing_are_explained(tmp_path, monkeypatch, pa
     (tmp_path / "link").symlink_to("/nowhere/blob")
     with pytest.raises(UserError, match=said):
         formats.load(path)
+
+
+def test_a_file_that_holds_itself_is_no_loop(tmp_path):
+    state: dict = {"W_dec": drawn(D_SAE, D_IN)}
+    state["model"] = state
+    torch.save(state, tmp_path / "x.pt")
+    assert torch.equal(formats.load(tmp_path / "x.pt").W_dec, drawn(D_SAE, D_IN))

@@ -124,6 +124,15 @@ def test_many_pools_are_fine_tuned_on_tokens_that_are_there(monkeypatch):
     assert len(torch.cat(read).unique(dim=0)) == 1800  # three read different ones
 
 
+def test_all_partitions_have_as_many_groups():
+    seeds, recipe = small_seeds()
+    seeds = pools.Seeds.of(train(recipe, seeds.train, range(8)), seeds.train, 0.7)
+    assert len(seeds.groups) == 3
+    for partition in (1, 2):
+        for found in seeds.pools(partition, np.nan):
+            assert found["one"].max() == 2
+
+
 def test_sums_of_saes_rebuild_by_their_mean_or_one_after_another():
     seeds, recipe = small_seeds()
     x = seeds.train.data[:500]

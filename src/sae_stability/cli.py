@@ -243,7 +243,7 @@ def pool(
     _no_widgets()
     import torch
 
-    from sae_stability import pipeline, pooling
+    from sae_stability import existing, pipeline, pooling
     from sae_stability.files import save_tensors
     from sae_stability.saes import formats
 
@@ -258,7 +258,7 @@ def pool(
         pooling.check(saes, site is not None)  # before a language model reads a text
         if format == "sparsify" and saes[0].variant not in (None, "topk"):
             raise UserError(f"--format sparsify: it has topk only, and these SAEs are {saes[0].variant}; use saelens")
-        x = None if site is None else torch.cat(list(site.activations(saes, "activations")))
+        x = None if site is None else torch.cat(list(site.activations(saes, "activations", existing.centred(saes))))
     print(f"about {pooling.memory(saes, x) / 1e9:.1f} GB of memory for {len(saes)} SAEs", file=sys.stderr)
     pooled = pooling.pool(saes, x, kind, threshold, representative, quorum)
     if fine_tune != "none":

@@ -203,6 +203,8 @@ class Explainer(BaseModel):
             host = None
         if not host:
             raise ValueError("no address; give one such as https://HOST/v1")
+        if parts.username or parts.password or re.search(r"(?i)(^|[&_-])(key|token)=", parts.query):
+            raise ValueError("it holds a secret, which results would show; put it into the variable that explainer.key names")
         if parts.scheme != "https" and host not in LOCAL:
             raise ValueError("the key would be sent in the clear; give an https address, or one of this machine")
         return value

@@ -53,7 +53,7 @@ class Comparison:
                 "sae": name,
                 "feature": np.arange(len(sae.directions)),
                 "alive": found.alive[s, own].numpy(),
-                "norm": sae.directions.norm(dim=1).numpy(),
+                "norm": sae.directions.detach().norm(dim=1).cpu().numpy(),
                 "stability": found.probability[s, own].numpy(),
                 "stability_low": np.where(found.alive[s, own], low[s, own], np.nan),
                 "stability_high": np.where(found.alive[s, own], high[s, own], np.nan),
@@ -167,10 +167,10 @@ def compare(given: Iterable[Path | str | Dictionary], threshold: float = 0.7, si
     without = {name: about.encoder for name, about in abouts.items() if about.encoder is not None}
     W_dec = torch.zeros(len(saes), max(len(sae.directions) for sae in saes), saes[0].directions.shape[1])
     for s, sae in enumerate(saes):
-        W_dec[s, : len(sae.directions)] = sae.directions
+        W_dec[s, : len(sae.directions)] = sae.directions.detach()
     firings = None
     if site is not None and not without:
-        firings = site.count(saes, W_dec.shape[1], _centred(abouts))
+        firings = site.count(saes, W_dec.shape[1], centred(saes))
         for name, counts in zip(names, firings.counts, strict=True):
             if not counts.any():
                 raise UserError(
@@ -202,14 +202,16 @@ def _check(named: dict[str, Dictionary]) -> None:
         alike.append(name)
 
 
-def _centred(abouts: dict[str, About]) -> bool:
-    """Whether the SAEs are of a model whose weights were centred."""
-    told = {name: about.centred for name, about in abouts.items()}
+def centred(saes: Sequence[Dictionary]) -> bool:
+    """Whether SAEs are of a model whose weights were centred, by what their files say.
+
+    Raises `UserError` where some are and others are not.
+    """
+    told = {str(sae.about.path): sae.about.centred for sae in saes if isinstance(sae, Loaded) and sae.about is not None}
     if len(set(told.values())) > 1:
-        name = next(name for name, centred in told.items() if centred)
+        name = next(name for name, is_centred in told.items() if is_centred)
         raise UserError(
-            f"{name}: it is of a model with centred weights (center_writing_weights), and others are not; compare them without "
-            "--model"
+            f"{name}: it is of a model with centred weights (center_writing_weights), and others are not; take them without --model"
         )
     return any(told.values())
 
@@ -238,7 +240,7 @@ def _notes(
         name, reason = next(iter(without.items()))
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""
         notes["directions only"] = f"{name}{more}: {reason}{'; firings are not counted' if site is not None else ''}"
-    if firings is not None and _centred(abouts):
+    if firings is not None and centred(list(named.values())):
         notes["centred"] = "activations are read as of a model with centred weights, which the files ask for"
     if firings is not None and firings.tokens < FEW_TOKENS:
         notes["little text"] = f"{firings.tokens:,} tokens: features that fire rarely look dead; give a longer text"
@@ -251,8 +253,10 @@ def _place(about: About) -> str:
 
 
 def _elsewhere(about: About, given: About) -> bool:
-    """Whether a file names another site or model than what was given. Of a model the last part of its name counts."""
-    hooks = about.hook_name is not None and about.hook_name != given.hook_name
+    """Whether a file names another site or model than what was given. Of a model the last part of its name counts; sites that
+    another library names can't be compared."""
+    comparable = about.hook_name is not None and about.hook_name.startswith(("blocks.", "hook_", "ln_final"))
+    hooks = comparable and about.hook_name != given.hook_name
     models = about.model and given.model and Path(about.model).name.lower() != Path(given.model).name.lower()
     return bool(hooks or models)
 

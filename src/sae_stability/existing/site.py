@@ -17,6 +17,9 @@ from sae_stability.methods.dictionary import Dictionary
 if TYPE_CHECKING:
     from sae_stability.language.corpus import Contexts, Corpus
 
+STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+TO_THE_STREAM = (*STREAM, "hook_attn_out", "hook_mlp_out", "hook_embed", "hook_pos_embed")
+"""Last parts of the hook points at which the residual stream stands, or what is written to it."""
 LAYER_NORMS = ("LN", "LNPre")  # under which centring the weights that write changes nothing but the mean of what is written
 
 
@@ -62,7 +65,8 @@ class Site:
         """The activations of about `tokens` held-out tokens, batch by batch, in float32.
 
         With `centred`, as they are in a model whose weights that write to the residual stream were centred
-        (`center_writing_weights`): each activation less its mean over d_in, where the model has layer norms.
+        (`center_writing_weights`): what stands in the residual stream, or is written to it, less its mean over d_in, where the
+        model has layer norms. What is read from it elsewhere is the same.
 
         Raises `UserError` as `count` does: the SAEs say which d_in it must have.
         """
@@ -79,6 +83,7 @@ class Site:
             )
         contexts = self._contexts(bridge)
         check_ids(bridge, contexts.tokens)
+        centred = centred and self.hook_name.rpartition(".")[2] in TO_THE_STREAM
         count = contexts.holding(self.tokens)
         for start in tqdm(range(0, count, BATCH), described, unit="batch", disable=None):
             x = forward(bridge, contexts, slice(start, min(start + BATCH, count)), [self.hook_name])[self.hook_name].float()

@@ -98,7 +98,7 @@ class Seeds:
 
     def pools(self, partition: int, calibrated: float) -> Iterator[pd.DataFrame]:
         """How much pools of the groups of one partition have in common, by what stands for a star (`shares`)."""
-        groups = split(len(self.saes), partition, len(self.groups[0]))
+        groups = split(len(self.saes), partition, len(self.groups[0]))[: len(self.groups)]
         by = [self.stars(group) for group in groups]
         for name, representative in POOLED.items():
             of_groups = [of_group[representative] for of_group in by]

@@ -228,7 +228,8 @@ def _content(name: str) -> str | dict:
     """What a corpus holds now, file by file of those that are read; the name of a dataset stands for itself."""
     named = documents.Name.of(name)
     if documents.is_dataset(named) or not named.path.exists():
-        return fingerprint(named.place) if named.place == name else name
+        content = fingerprint(str(named.path)) if named.path.exists() else named.place
+        return content if named.place == name else {"named": name, "content": content}
     if named.path.is_file():
         return {"column": named.column, "file": fingerprint(str(named.path))}
     found = documents.files(named.path)

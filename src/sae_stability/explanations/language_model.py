@@ -106,6 +106,11 @@ class LanguageModel:
             self.spent = read_json(self.cache / SPENT)["tokens"]
 
     @property
+    def where(self) -> str:
+        """The address without its query, for messages."""
+        return self.settings.base_url.partition("?")[0]
+
+    @property
     def url(self) -> str:
         """Where questions go: the path of `base_url`, with its query."""
         parts = urlsplit(self.settings.base_url)
@@ -144,7 +149,8 @@ class LanguageModel:
             if self.failures >= HOPELESS:
                 raise UserError(f"explainer: {HOPELESS} features in a row were left out ({reason}); name another model") from None
             raise
-        self.failures = 0
+        if kind == "detect":
+            self.failures = 0
         return answer
 
     def _ask(self, kind: str, messages: list[dict], read: Callable):
@@ -167,7 +173,7 @@ class LanguageModel:
             reason = error.last_attempt.exception()
             if isinstance(reason, _Passing) and reason.unreadable:
                 raise LeftOut(f"{ATTEMPTS} times {reason}") from None
-            where = f"{self.settings.base_url} did not answer {ATTEMPTS} times ({reason})"
+            where = f"{self.where} did not answer {ATTEMPTS} times ({reason})"
             raise UserError(f"explainer: {where}; check base_url, or call again later: what was answered is kept") from None
         finally:
             self.spent += sum(used)
@@ -179,7 +185,8 @@ class LanguageModel:
         """As long as the endpoint says, or each time twice as long as before."""
         failed = state.outcome.exception() if state.outcome is not None else None
         told = failed.seconds if isinstance(failed, _Passing) else None
-        return min(told, LONGEST_WAIT) if told is not None else wait_exponential(multiplier=self.pause)(state)
+        growing = wait_exponential(multiplier=self.pause)(state)
+        return growing if told is None else max(growing, min(told, LONGEST_WAIT))
 
     def _with_room(self, request: dict, ask: Callable):
         """The answer to a request with the tokens that the model has needed so far, or else with `ROOM` times the usual ones."""
@@ -208,7 +215,8 @@ class LanguageModel:
                 used[-1] = 0  # nothing was sent
             raise _Passing(type(error).__name__) from None
         if response.status_code != 200:
-            used[-1] = 0
+            if response.status_code < 500:  # behind a gateway that gave up, a model may have answered
+                used[-1] = 0
             return self._refused(response, request, read, used, key)
         body = _json(response)
         choices = body.get("choices") if body is not None else None
@@ -249,7 +257,7 @@ class LanguageModel:
         """Ask again in the endpoint's own terms, if it says which; leave a feature out whose question is too long; or give up."""
         status, reason = response.status_code, _reason(response, key)
         if status not in FAILED_FOR_GOOD:
-            raise _Passing(f"status {status}{reason}", _count(response.headers.get("Retry-After")))
+            raise _Passing(f"status {status}{reason}", _seconds(response.headers.get("Retry-After")))
         said = reason.lower()
         if status in (400, 413, 422):
             for term, instead in TERMS.items():
@@ -265,7 +273,7 @@ class LanguageModel:
             mend = "top the account up, and call again: what was answered is kept"
         elif status in (400, 422):
             mend = "check the model's name, or name another"
-        raise UserError(f"explainer: {self.settings.base_url} answers {status}{reason}; {mend}")
+        raise UserError(f"explainer: {self.where} answers {status}{reason}; {mend}")
 
     def _without_choices(self, response: httpx.Response, body: dict | None, key: str):
         """What to make of a good status without an answer: some endpoints put their errors there."""
@@ -273,9 +281,9 @@ class LanguageModel:
         code = _count(error.get("code")) if isinstance(error, dict) else None
         reason = _reason(response, key)
         if code in FAILED_FOR_GOOD:
-            raise UserError(f"explainer: {self.settings.base_url} answers {code}{reason}; what was answered is kept")
+            raise UserError(f"explainer: {self.where} answers {code}{reason}; what was answered is kept")
         if response.text.lstrip().startswith("data:"):
-            raise UserError(f"explainer: {self.settings.base_url} answers with a stream of events; name an endpoint that does not")
+            raise UserError(f"explainer: {self.where} answers with a stream of events; name an endpoint that does not")
         raise _Passing(f"an answer without choices{reason}", unreadable=error is None)
 
 
@@ -333,6 +341,13 @@ def _count(value) -> int | None:
     try:
         return int(float(value))
     except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _seconds(value) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
         return None
 
 

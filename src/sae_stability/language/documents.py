@@ -9,6 +9,8 @@ import io
 import json
 import lzma
 import re
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,9 @@ PACKED = (".gz", ".bz2", ".xz")
 ROWS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 PLAIN = (".txt", ".text", ".md", ".rst")
 DELIMITERS = ",;\t|"
+NAME = 40  # characters: a longer string is text, and no name or version
+BESIDE = ("readme", "license", "licence", "requirements", "notice", "changelog", "citation")
+"""Names of files that stand beside data and describe it."""
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n")  # by its look: blanks and tabs in it are not seen
 
 
@@ -54,7 +59,10 @@ class Name:
 
     @property
     def path(self) -> Path:
-        return Path(self.place).expanduser()
+        try:
+            return Path(self.place).expanduser()
+        except RuntimeError:  # there is no such user
+            return Path(self.place)
 
 
 @dataclass
@@ -76,8 +84,11 @@ def is_dataset(name: Name) -> bool:
 def files(folder: Path) -> list[Path]:
     """The files of a folder that are read: its texts, or else its files of rows. Hidden ones are not."""
     there = [file for file in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    for suffixes in (PLAIN[:1], ROWS, PLAIN):  # beside files of rows, other text describes them
-        found = [file for file in there if _suffix(file) in suffixes and not file.is_dir()]
+    there = [file for file in there if not file.is_dir()]
+    if any(_suffix(file) in ROWS for file in there):  # what describes them is no text of theirs
+        there = [file for file in there if file.stem.lower() not in BESIDE]
+    for suffixes in (PLAIN[:1], ROWS, PLAIN):
+        found = [file for file in there if _suffix(file) in suffixes]
         if found:
             return found
     return []
@@ -100,14 +111,15 @@ def _of_file(path: Path, column: str | None) -> Documents:
     text, suffix = _decoded(path, content), _suffix(path)
     if suffix in (".csv", ".tsv"):
         heading = text.lstrip().partition("\n")[0]
-        between = max(DELIMITERS, key=heading.count)  # some countries' tables have semicolons
-        return _of_rows(path, _table(path, pd.read_csv, io.StringIO(text), sep=between, keep_default_na=False), column)
-    rows = _json_rows(path, text, must=suffix in (".json", ".jsonl", ".ndjson"))
+        between = "\t" if suffix == ".tsv" else max(DELIMITERS, key=heading.count)  # some countries' tables have semicolons
+        table = _table(path, pd.read_csv, io.StringIO(text), sep=between, keep_default_na=False, index_col=False)
+        return _of_rows(path, table, column)
+    rows = _json_rows(path, text, column, must=suffix in (".json", ".jsonl", ".ndjson"))
     if rows is not None:
         return _of_rows(path, rows, column)
     passages = BLANK_LINE.split(re.sub(r"\r\n?", "\n", text))
     between = "between blank lines" if len(passages) > 1 else "one a line"
-    return Documents(passages if len(passages) > 1 else text.splitlines(), f"{path.name}, {between}")
+    return Documents(passages if len(passages) > 1 else passages[0].split("\n"), f"{path.name}, {between}")
 
 
 def _of_folder(name: Name) -> Documents:
@@ -130,7 +142,9 @@ def _of_folder(name: Name) -> Documents:
 
 def _table(path: Path, read: Callable[..., pd.DataFrame], *arguments, **options) -> list[dict]:
     try:
-        return read(*arguments, **options).to_dict("records")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the heading would be cut off
+            return read(*arguments, **options).to_dict("records")
     except Exception as error:  # pandas and pyarrow raise their own kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"corpus: {path} can't be read as a table ({reason}); mend it, or save it again") from None
@@ -160,7 +174,7 @@ def _text(path: Path | str, row: object, column: str) -> str:
         raise UserError(
             f"corpus: column {column!r} of {path} holds {_kind(value)} and should hold text; name another: ?column=NAME"
         )
-    return value
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a sign is none
 
 
 def _kind(value: object) -> str:
@@ -168,18 +182,19 @@ def _kind(value: object) -> str:
     return named.get(type(value), "a number")
 
 
-def _json_rows(path: Path, text: str, must: bool) -> list | None:
+def _json_rows(path: Path, text: str, column: str | None, must: bool) -> list | None:
     """The rows of JSON, as a list or one a line; None for what is none. Where it `must` be JSON, a line that is not is said."""
     start = text.lstrip()[:1]
     if start not in ("{", "[") and not must:
         return None
     try:
         whole = json.loads(text)
-        inside = [value for value in whole.values() if isinstance(value, list)] if isinstance(whole, dict) else []
-        rows = inside[0] if len(inside) == 1 and "text" not in whole else whole if isinstance(whole, list) else [whole]
+        rows = whole if isinstance(whole, list) else _inside(whole, column or COLUMN) or [whole]
+    except RecursionError:
+        raise UserError(f"corpus: {path} is nested too deeply to be rows of text; save its text in a file of its own") from None
     except ValueError:
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # JSON may hold other signs that end a line
             if not line.strip():
                 continue
             try:
@@ -191,6 +206,14 @@ def _json_rows(path: Path, text: str, must: bool) -> list | None:
     return rows if must or (rows and isinstance(rows[0], dict)) else None
 
 
+def _inside(whole: object, column: str) -> list | None:
+    """The rows of an object that holds nothing but them: one list of objects with the column, and no text of its own."""
+    if not isinstance(whole, dict) or any(isinstance(value, str) and len(value) > NAME for value in whole.values()):
+        return None
+    lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    return lists[0] if len(lists) == 1 and column in lists[0][0] else None
+
+
 def _content(path: Path, may_be_empty: bool = False) -> bytes:
     """The bytes of a file, unpacked."""
     try:
@@ -199,7 +222,7 @@ def _content(path: Path, may_be_empty: bool = False) -> bytes:
             content = unpack(content) if content.startswith(begin) else content
     except PermissionError:
         raise UserError(f"corpus: {path} may not be read; check its permissions") from None
-    except (EOFError, lzma.LZMAError, OSError) as error:
+    except (EOFError, ValueError, lzma.LZMAError, zlib.error, OSError) as error:
         reason = getattr(error, "strerror", None) or "damaged"
         raise UserError(f"corpus: {path} can't be read ({reason}); get the file again") from None
     for begin, archive in ARCHIVES.items():
@@ -225,7 +248,8 @@ def _suffix(path: Path) -> str:
 
 def _is_of_library(name: Name) -> bool:
     """Whether a folder is one that the library of datasets wrote or describes itself to."""
-    return (name.path / "state.json").exists() or name.split is not None or name.config is not None
+    written = any((name.path / file).exists() for file in ("state.json", "dataset_dict.json"))
+    return written or name.split is not None or name.config is not None
 
 
 def _of_dataset(name: Name, characters: int | None) -> Documents:
@@ -233,8 +257,9 @@ def _of_dataset(name: Name, characters: int | None) -> Documents:
 
     split = name.split or SPLIT
     try:
-        if name.path.is_dir() and (name.path / "state.json").exists():
-            rows: Iterable = load_from_disk(str(name.path))
+        if name.path.is_dir() and any((name.path / file).exists() for file in ("state.json", "dataset_dict.json")):
+            found = load_from_disk(str(name.path))
+            rows: Iterable = found[split] if isinstance(found, dict) else found
         else:
             rows = load_dataset(name.place, name.config, split=split, streaming=True)
         iterator = iter(rows)

@@ -4,6 +4,7 @@ id."""
 import difflib
 import logging
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -14,6 +15,9 @@ from sae_stability.language import fetching
 
 OURS = dict.fromkeys(places.MODELS, "train-model") | dict.fromkeys(places.FETCHED, "fetch-model")
 """Names of ours, which mean a folder in models/, and the command that makes it."""
+BLOCK = re.compile(r"\.\d+\.")
+BUFFERS = (".bias", "masked_bias", "inv_freq")
+"""How the names of what older releases saved beside the weights end: masks, which look like a bias, and rotations."""
 LONGEST_CONTEXT = 256  # tokens; longer contexts cost more than they tell about features
 
 
@@ -91,20 +95,24 @@ def load(name: str, randomised: bool = False, device: str = "cpu", dtype: torch.
 
 
 def _check_weights(name: str, told: dict) -> None:
-    """Raise `UserError` where a model's files and its configuration are of different models: Transformers draws at random what is
-    missing."""
-    for kind, what in {
-        "missing_keys": "lack",
-        "mismatched_keys": "have in another shape",
-        "unexpected_keys": "have more than",
-    }.items():
-        keys = sorted(key if isinstance(key, str) else key[0] for key in told.get(kind) or ())
+    """Raise `UserError` where a model's files are of another model than its configuration.
+
+    What they lack Transformers draws at random, and blocks that it does not name are those of a deeper model. What else stands
+    beside the weights, such as buffers of older releases or the head of another task, plays no part in what is computed.
+    """
+    missing, mismatched = (_names(told.get(kind)) for kind in ("missing_keys", "mismatched_keys"))
+    blocks = [key for key in _names(told.get("unexpected_keys")) if BLOCK.search(key) and not key.endswith(BUFFERS)]
+    for keys, what in ((missing, "lack"), (mismatched, "have in another shape"), (blocks, "have more than")):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise UserError(
-                f"model: the weights of {name} {what} what its config.json asks for: {keys[0]}{more}; save it again with "
-                "save_pretrained, without a wrapper of compiled or distributed training"
+                f"model: the weights of {name} {what} what its config.json asks for: {keys[0]}{more}; get both of one "
+                "model, or save it again with save_pretrained"
             )
+
+
+def _names(keys) -> list[str]:
+    return sorted(key if isinstance(key, str) else key[0] for key in keys or ())
 
 
 @torch.no_grad()

@@ -313,8 +313,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: holds pickled objects, not only arrays; it is not opened, since that could run code") from None
     except Exception:  # what PyTorch raises depends on where a file is broken
         raise UserError(f"{path}: damaged or truncated; get the file again") from None
-    while isinstance(state, dict) and (inner := next((state[key] for key in INSIDE if isinstance(state.get(key), dict)), None)):
-        state = inner
+    for _ in INSIDE:  # a file may hold itself
+        inner = next((state[key] for key in INSIDE if isinstance(state.get(key), dict)), None) if isinstance(state, dict) else None
+        state = inner or state
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a dictionary of named tensors; save a state_dict")
     tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}

@@ -51,7 +51,7 @@ def train(
 
 def _checked(activations: Tensor | np.ndarray) -> Float[Tensor, "token d_in"]:
     """Activations from anywhere. Raises `UserError` for those of another shape, not finite, or all the same."""
-    x = torch.from_numpy(np.ascontiguousarray(activations)) if isinstance(activations, np.ndarray) else activations.detach()
+    x = torch.from_numpy(np.ascontiguousarray(activations)) if isinstance(activations, np.ndarray) else activations.detach().cpu()
     if x.ndim != 2:
         raise UserError(f"activations: their shape is {list(x.shape)} and should be [token, d_in]; flatten batches and positions")
     if not x.isfinite().all():
