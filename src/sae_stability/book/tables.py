@@ -76,7 +76,8 @@ class Tables(ABC):
         """Rows of some cells, with what tells these cells apart in the column `name`."""
         cells = {id: self.study.cells[id] for id in rows["cell"]}
         names = told_apart(cells.values()) if len(cells) > 1 else self.study.names
-        signs = ["" if hit else " †" for hit in rows["cell_on_target"]]
+        on_target = rows.get("cell_on_target", pd.Series(True, rows.index))  # a study that was not asked how good its SAEs are
+        signs = ["" if hit else " †" for hit in on_target]
         return rows.reset_index(drop=True).assign(name=[names[id] + sign for id, sign in zip(rows["cell"], signs, strict=True)])
 
 
