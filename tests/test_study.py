@@ -203,7 +203,9 @@ def test_one_stage_computes_nothing_else(house, small, call):
     first, second, *_ = plan.stages
     for stage in (first, second):
         status, out, _ = call("stage", "embedded", stage.name, *small)
-        assert (status, out.splitlines()) == (0, [f"embedded: {stage.name}"])
+        text = [line for line in out.splitlines() if line.startswith("corpus: ")]  # of the stage that reads it
+        assert (status, [line for line in out.splitlines() if line not in text]) == (0, [f"embedded: {stage.name}"])
+        assert len(text) == (stage is first)
     assert [plan.is_done(stage) for stage in plan.stages[:3]] == [True, True, False]
     status, out, _ = call("stage", "embedded", first.name, *small)
     assert (status, out) == (0, "")
@@ -295,7 +297,8 @@ def test_cells_are_compared_at_equal_l0_and_at_equal_quality(quick):
 
 def test_tables_read_anywhere(quick):
     for path in (quick.folder / "tables").glob("*.parquet"):
-        assert len(pd.read_parquet(path)) > 0 or path.stem == "outliers"  # no token of this model stands far out
+        # No token of this model stands far out, and the rules explain every feature.
+        assert len(pd.read_parquet(path)) > 0 or path.stem in ("outliers", "not_explained")
     provenance = json.loads((quick.folder / "tables" / "provenance.json").read_text())
     assert {"key", "study_sha256", "versions", "commit", "device", "seconds", "peak_memory_gb", "files"} <= set(provenance)
     assert provenance["study"]["seeds"] == quick.study.seeds

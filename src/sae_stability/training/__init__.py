@@ -40,7 +40,7 @@ def train(
     Raises `UserError` where there are fewer activations than the recipe's tokens, for such as nothing can be trained on, or where
     every seed diverges.
     """
-    if not isinstance(activations, Activations):
+    if isinstance(activations, Tensor | np.ndarray):
         activations = Activations.of(_checked(activations))
     job = prepare(recipe, activations, seeds, folder, device)
     (ensemble,) = train_all([job], described, torch.device(device), at_once, checkpoint_seconds)
