@@ -101,7 +101,7 @@ def test_means_are_shares_whatever_their_interval():
     half = SAE(None, None, Parameters(W, torch.zeros(D_SAE), W, torch.zeros(D_IN)))
     compared = compare([shared, half, sae(1)])
     assert 0 <= compared.found.mean().low <= compared.found.mean().high <= 1
-    for share in compared.found.shares.values() if isinstance(compared.found.shares, dict) else compared.found.shares().values():
+    for share in compared.found.shares().values():
         assert 0 <= share.low <= share.high <= 1
 
 

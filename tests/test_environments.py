@@ -71,6 +71,14 @@ def test_a_copy_inside_another_repository_is_of_no_commit(tmp_path):
     assert told[outer / "inner"] == "unknown"
 
 
+@pytest.mark.parametrize("writable", [True, False])
+def test_kernels_are_kept_in_a_folder_of_the_user_s_own_where_nothing_else_may_be_written(writable):
+    code = f"import os; os.access = lambda *_: {writable}; import sae_stability; print(os.environ.get('NUMBA_CACHE_DIR'))"
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith(f"-kernels-{os.getuid()}") != writable
+
+
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="only root can be nobody")
 def test_a_user_without_a_home_runs_a_checkout_that_can_not_be_written(tmp_path):
     for seed in range(2):

@@ -9,18 +9,16 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from joblib import Parallel, delayed
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_stability import threads
 from sae_stability.matching import BANDS, Stability, stability
 from sae_stability.subspaces.copies import group_cosines, spearman_brown
-from sae_stability.synthetic import HELD_OUT, THRESHOLD, World, of_blocks, trained
+from sae_stability.synthetic import HELD_OUT, THRESHOLD, World, each_world, of_blocks, trained
 
 NEIGHBOURS = 8
 """Unstable features of another seed whose span is asked how much of a feature it holds: those most like it either way round."""
@@ -90,10 +88,8 @@ def unstable_latents(world: World, seeds: int) -> pd.DataFrame:
 
 
 def all_unstable_latents(worlds: Sequence[World], seeds: int, described: str) -> pd.DataFrame:
-    """Those of several worlds, told apart by the column `world`: as many processes as PyTorch has threads, one world each."""
-    tasks = (delayed(unstable_latents)(world, seeds) for world in worlds)
-    found = Parallel(n_jobs=torch.get_num_threads(), return_as="generator")(tasks)
-    tables = tqdm(found, described, total=len(worlds), unit="world", disable=None)
+    """Those of several worlds, told apart by the column `world`."""
+    tables = each_world(unstable_latents, worlds, seeds, described)
     return pd.concat([table.assign(world=number) for number, table in enumerate(tables)], ignore_index=True)
 
 

@@ -9,14 +9,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from joblib import Parallel, delayed
 from torch import Tensor
-from tqdm import tqdm
 
 from sae_stability import threads
 from sae_stability.pooling import Kind, measure, pool
 from sae_stability.saes.sae import SAE
-from sae_stability.synthetic import FOUND, HELD_OUT, Truth, World, recovery, trained
+from sae_stability.synthetic import FOUND, HELD_OUT, Truth, World, each_world, recovery, trained
 
 SINGLE, BEST = "single", "best single"
 GROUPS = 2
@@ -61,8 +59,6 @@ def _found(directions: Float[Tensor, "sae d_sae d_in"], alive: Bool[Tensor, "sae
 
 
 def pooled_all(worlds: Sequence[World], seeds: int, described: str) -> pd.DataFrame:
-    """`pooled` of several worlds, told apart by the column `world`: as many processes as PyTorch has threads, one world each."""
-    tasks = (delayed(pooled)(world, seeds) for world in worlds)
-    found = Parallel(n_jobs=torch.get_num_threads(), return_as="generator")(tasks)
-    tables = tqdm(found, described, total=len(worlds), unit="world", disable=None)
+    """`pooled` of several worlds, told apart by the column `world`."""
+    tables = each_world(pooled, worlds, seeds, described)
     return pd.concat([table.assign(world=number) for number, table in enumerate(tables)], ignore_index=True)

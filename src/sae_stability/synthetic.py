@@ -9,10 +9,11 @@ Isolated features and blocks lie at right angles, block by block, unless a world
 block's space would mark directions in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -314,8 +315,13 @@ def measure(world: World, seeds: int) -> dict:
     return {**known, **asdict(found), "expected_p": expected, "explained_variance": float(np.mean(explained))}
 
 
+def each_world(work: Callable[[World, int], Any], worlds: Sequence[World], seeds: int, described: str) -> list:
+    """What `work` gives for each world and a number of seeds, in their order: as many processes as PyTorch has threads, one world
+    each at a time."""
+    found = Parallel(n_jobs=torch.get_num_threads(), return_as="generator")(delayed(work)(world, seeds) for world in worlds)
+    return list(tqdm(found, described, total=len(worlds), unit="world", disable=None))
+
+
 def measure_all(worlds: Sequence[World], seeds: int, described: str) -> pd.DataFrame:
-    """One row a world, in their order: as many processes as PyTorch has threads, one world each at a time."""
-    tasks = (delayed(measure)(world, seeds) for world in worlds)
-    found = Parallel(n_jobs=torch.get_num_threads(), return_as="generator")(tasks)
-    return pd.DataFrame(tqdm(found, described, total=len(worlds), unit="world", disable=None))
+    """One row a world, in their order."""
+    return pd.DataFrame(each_world(measure, worlds, seeds, described))

@@ -150,8 +150,9 @@ def compare(given: Iterable[Path | str | Dictionary], threshold: float = 0.7, si
     if isinstance(given, str | Path):
         raise UserError(f"PATH: {given} is one path; give a list of two or more")
     given = list(given)
-    if len(given) < 2 and not _holds_several(given):
-        raise UserError("PATH: stability compares SAEs; give two or more, of the same training with other seeds")
+    few = UserError("PATH: stability compares SAEs; give two or more, of the same training with other seeds")
+    if not given:
+        raise few
     if not 0 < threshold <= 1:
         raise UserError(f"threshold: {threshold:g} is no cosine in (0, 1]; the usual one is 0.7")
     sources = [Path(source) if isinstance(source, Path | str) else source for source in given]
@@ -161,6 +162,8 @@ def compare(given: Iterable[Path | str | Dictionary], threshold: float = 0.7, si
     for name, source in zip(_names(sources), sources, strict=True):
         found = formats.load_all(source) if isinstance(source, Path) else {"": source}
         named |= {f"{name} {which}".strip(): sae for which, sae in found.items()}
+    if len(named) < 2:
+        raise few
     names, saes = list(named), list(named.values())
     _check(named)
     abouts = {name: sae.about for name, sae in named.items() if isinstance(sae, Loaded) and sae.about is not None}
@@ -179,11 +182,6 @@ def compare(given: Iterable[Path | str | Dictionary], threshold: float = 0.7, si
                 )
     alive = None if firings is None else firings.counts > 0
     return Comparison(names, saes, stability(W_dec, threshold, alive), firings, _notes(named, abouts, without, site, firings))
-
-
-def _holds_several(given: Sequence[Path | str | Dictionary]) -> bool:
-    """Whether one path is that of an ensemble."""
-    return len(given) == 1 and isinstance(given[0], Path | str) and len(formats.load_all(given[0])) > 1
 
 
 def _check(named: dict[str, Dictionary]) -> None:

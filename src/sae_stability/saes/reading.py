@@ -204,7 +204,7 @@ class Weights:
 
     def bias(self, name: str, d_sae: int) -> Float[Tensor, "d_sae"]:
         """Offsets of features, of which minus infinity switches one off."""
-        return self._switches(name, d_sae, off=-torch.inf).clamp(min=-NEVER)
+        return self._switches(name, d_sae, -torch.inf).clamp(min=-NEVER)
 
     def thresholds(self, name: str, d_sae: int) -> Float[Tensor, "d_sae"]:
         """Thresholds of features, of which infinity switches one off, and minus infinity is none."""
@@ -226,10 +226,11 @@ class Weights:
         """The first names, for messages."""
         return shown(", ".join(sorted(self.tensors))) if self.tensors else "it has none"
 
-    def _switches(self, name: str, d_sae: int, *allowed: float, off: float | None = None) -> Tensor:
+    def _switches(self, name: str, d_sae: int, *infinite: float) -> Tensor:
+        """A number a feature, finite or one of those that are given."""
         tensor = self._dense(name)
         switched = torch.zeros_like(tensor, dtype=torch.bool)
-        for value in (*allowed, *(() if off is None else (off,))):
+        for value in infinite:
             switched |= tensor == value
         self._finite(name, torch.where(switched, 0.0, tensor))
         if tensor.shape != (d_sae,):
