@@ -141,23 +141,24 @@ def test_rows_without_text_are_left_out(tmp_path):
     assert read(Name.of(str(path))).texts == ["first", "last"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("broken.jsonl", '{"text": "a"}\n{"text": ', "line 2 of .* is no JSON"),
-        ("empty.txt", "", "is empty"),
-        ("blank.txt", " \n\t\n", "is empty"),
-        ("latin.txt", "grün".encode("latin-1"), "not UTF-8"),
-        ("cut.gz", gzip.compress(b"text " * 1000)[:-20], "can't be read"),
-        ("cut.bz2", bz2.compress(b"text " * 1000)[:-20], "can't be read"),
-        ("broken.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + b"\xff" * 40, "can't be read"),
-        ("deep.json", "[" * 100_000, "nested too deeply|is no JSON"),
-        ("text.zst", b"\x28\xb5\x2f\xfd0000", "packed with zstd"),
-        ("text.zip", b"PK\x03\x040000", "a zip archive"),
-        ("rows.csv", 'text\n"never closed', "can't be read as a table"),
-        ("rows.parquet", b"PAR1 and no more", "can't be read as a table"),
-    ],
-)
+UNREADABLE = [
+    ("broken.jsonl", '{"text": "a"}\n{"text": ', "line 2 of .* is no JSON"),
+    ("empty.txt", "", "is empty"),
+    ("blank.txt", " \n\t\n", "is empty"),
+    ("latin.txt", "grün".encode("latin-1"), "not UTF-8"),
+    ("cut.gz", gzip.compress(b"text " * 1000)[:-20], "can't be read"),
+    ("cut.bz2", bz2.compress(b"text " * 1000)[:-20], "can't be read"),
+    ("broken.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + b"\xff" * 40, "can't be read"),
+    ("deep.json", "[" * 100_000, "nested too deeply|is no JSON"),
+    ("text.zst", b"\x28\xb5\x2f\xfd0000", "packed with zstd"),
+    ("text.zip", b"PK\x03\x040000", "a zip archive"),
+    ("rows.csv", 'text\n"never closed', "can't be read as a table"),
+    ("rows.parquet", b"PAR1 and no more", "can't be read as a table"),
+]
+
+
+# Named by their files: a gzip header holds the time, and every process of a run has to give a test the same name.
+@pytest.mark.parametrize(("name", "content", "said"), UNREADABLE, ids=[name for name, _, _ in UNREADABLE])
 def test_what_cannot_be_read_is_one_line(tmp_path, name, content, said):
     with pytest.raises(UserError, match=said) as error:
         read(Name.of(str(written(tmp_path / name, content))))
