@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -95,6 +95,7 @@ def uniform(low: float, high: float, count: int) -> np.ndarray:
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), share=st.floats(0.02, 0.8))
+@example(seed=4662, share=1 / 3)  # the rates are as 1 to 3 to the last digit, and equal ones are allowed
 def test_the_calibrated_threshold_is_the_smallest_at_which_the_surrogate_matches_rarely_enough(seed, share):
     common, own = drawn(15, 8, seed=seed), drawn(3, 15, 8, seed=seed + 1)
     alive = torch.rand(3, 15, generator=torch.Generator().manual_seed(seed)) > 0.4  # seeds have unequal numbers of live features
@@ -102,7 +103,7 @@ def test_the_calibrated_threshold_is_the_smallest_at_which_the_surrogate_matches
 
     def allowed(threshold: float) -> bool:
         rates, null = (np.nanmean(each.at(threshold).match_rates()) for each in (real, surrogate))
-        return null <= share * rates
+        return null - share * rates <= 1e-9
 
     found = calibrated_threshold(real, surrogate, share)
     observed = np.unique(torch.cat([each.best_cosine[~each.best_cosine.isnan()] for each in (real, surrogate)]))

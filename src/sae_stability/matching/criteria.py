@@ -29,6 +29,7 @@ CRITERIA = {
     "whitened": "best cosine of decoder directions once the activations' covariance is made the identity",
     "without top component": "best cosine of decoder directions once the activations' first principal component is removed",
 }
+SAME_RATE = 1e-9  # match rates are shares of counts; two that are equal can be told apart by how they were added up only
 SMALLEST_VARIANCE = 1e-4  # of the mean one: smaller ones are raised to it before whitening, which would blow up their noise
 
 
@@ -122,7 +123,7 @@ def calibrated_threshold(real: Stability, surrogate: Stability, share: float) ->
     ours, theirs = _weighted_cosines(real), _weighted_cosines(surrogate)
     observed = np.unique(np.concatenate([ours[0], theirs[0]]))
     thresholds = observed[observed > 0]
-    allowed = _match_rates(*theirs, thresholds) <= share * _match_rates(*ours, thresholds)
+    allowed = _match_rates(*theirs, thresholds) - share * _match_rates(*ours, thresholds) <= SAME_RATE
     return float(thresholds[allowed.argmax()]) if allowed.any() else float("nan")
 
 
@@ -139,5 +140,5 @@ def _match_rates(
 def _weighted_cosines(matched: Stability) -> tuple[Float[np.ndarray, "match"], Float[np.ndarray, "match"]]:
     """The best cosines of live features, and weights of sum 1 in which every pair of seeds counts as much as any other."""
     pairs = matched.alive[:, None] & ~torch.eye(len(matched.alive), dtype=torch.bool)[:, :, None]
-    weights = (pairs / pairs.sum(2, keepdim=True))[pairs].double().numpy()
+    weights = (pairs.double() / pairs.sum(2, keepdim=True))[pairs].numpy()
     return matched.best_cosine[pairs].numpy(), weights / weights.sum()
