@@ -160,7 +160,13 @@ def small(model_folders, text_file) -> list[str]:
         "nulls": "[surrogate]",
         "grid": "{}",
     }
-    return [f"--set={key}={value}" for key, value in values.items()]
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+@pytest.fixture
+def small_options(small) -> list[str]:
+    """The same on the command line."""
+    return [f"--set={override}" for override in small]
 
 
 @pytest.fixture

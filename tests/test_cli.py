@@ -87,37 +87,37 @@ def test_an_unreadable_study_file_is_said(call, tmp_path, content, named):
         ("corpus=/no/such/text.txt", "corpus: there is no /no/such/text.txt"),
     ],
 )
-def test_what_only_the_model_and_corpus_can_tell_is_checked_before_anything_is_computed(call, small, override, named, house):
-    status, _, error = call("run", "embedded", *small, "--set", override, "--name", "other")
+def test_what_only_model_and_corpus_can_tell_is_checked_before_anything_is_computed(call, small_options, override, named, house):
+    status, _, error = call("run", "embedded", *small_options, "--set", override, "--name", "other")
     assert (status, len(error)) == (2, 1)
     assert named in error[0]
     assert not list(house.rglob("*.bin"))
     assert not list(house.rglob("ensemble.safetensors"))
 
 
-def test_a_dry_run_lists_what_is_missing_and_computes_nothing(call, small, house):
-    status, out, _ = call("run", "embedded", *small, "--name", "other", "--dry-run")
+def test_a_dry_run_lists_what_is_missing_and_computes_nothing(call, small_options, house):
+    status, out, _ = call("run", "embedded", *small_options, "--name", "other", "--dry-run")
     assert status == 0
     assert all(line.startswith("missing") for line in out.splitlines())
     assert any("-surrogate-" in line and "ensembles" in line for line in out.splitlines())
     assert not house.exists()
 
 
-def test_a_stage_alone_says_what_it_needs(call, small, house):
-    status, _, error = call("stage", "embedded", "tables", *small, "--name", "other")
+def test_a_stage_alone_says_what_it_needs(call, small_options, house):
+    status, _, error = call("stage", "embedded", "tables", *small_options, "--name", "other")
     assert (status, len(error)) == (2, 1)
     assert "/quality/report" in error[0]
-    status, _, error = call("stage", "embedded", "tabels", *small, "--name", "other")
+    status, _, error = call("stage", "embedded", "tabels", *small_options, "--name", "other")
     assert (status, len(error)) == (2, 1)
     assert "it has shared/texts/" in error[0]
 
 
-def test_what_may_not_be_written_is_said_in_one_line(call, small, monkeypatch, house):
+def test_what_may_not_be_written_is_said_in_one_line(call, small_options, monkeypatch, house):
     def refused(self, *_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(self))
 
     monkeypatch.setattr(Path, "mkdir", refused)
-    status, _, error = call("run", "embedded", *small, "--name", "other")
+    status, _, error = call("run", "embedded", *small_options, "--name", "other")
     assert (status, len(error)) == (2, 1)
     assert str(house) in error[0]
     assert "SAE_STABILITY_RESULTS" in error[0]
@@ -202,3 +202,17 @@ def test_outside_of_a_checkout_it_says_so_before_anything_is_computed(call, tmp_
     status, _, error = call("run", study)
     assert (status, len(error)) == (2, 1)
     assert "there are no chapters" in error[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "helps"),
+    [
+        (("pool", "quick"), "sae-stability pool --help"),
+        (("run", "--nope"), "sae-stability run --help"),
+        (("frob",), "sae-stability --help"),
+    ],
+)
+def test_what_is_misused_names_its_own_help(call, arguments, helps):
+    status, _, error = call(*arguments)
+    assert (status, len(error)) == (2, 1)
+    assert error[0].endswith(f"; {helps} lists what there is")

@@ -303,8 +303,8 @@ def test_random_features_are_those_of_the_seeds_and_not_of_the_stars():
     assert (drawn == 3).mean() == pytest.approx(0.75, abs=0.03)
 
 
-def test_a_study_judges_c9(house):
-    study = load_study("quick", ["grid={}", "seeds=6", "experiments=[pooling]", "tokens=50_000"], name="pools")
+def test_a_study_judges_c9(house, small):
+    study = load_study("embedded", [*small, "seeds=6", "experiments=[pooling]"], name="pools")
     pipeline.compute(study)
     found = page.open_study(study.name)
     table = found.table("pools").set_index("product")
@@ -337,9 +337,9 @@ def test_what_costs_as_much_is_trained_for_each_group(variant):
     assert torch.equal(pruned.W_dec[0], wide.W_dec[0][energy.topk(32).indices.sort().values])
 
 
-def test_a_study_judges_what_costs_as_much_too(house):
-    overrides = ["grid={}", "seeds=6", "pool_size=2", "pool_controls=true", "experiments=[pooling]", "tokens=20_000"]
-    study = load_study("quick", overrides, name="pool-controls")
+def test_a_study_judges_what_costs_as_much_too(house, small):
+    overrides = [*small, "seeds=6", "pool_size=2", "pool_controls=true", "experiments=[pooling]"]
+    study = load_study("embedded", overrides, name="pool-controls")
     pipeline.compute(study)
     found = page.open_study(study.name)
     table = found.table("pools").set_index("product")

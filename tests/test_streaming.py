@@ -106,8 +106,9 @@ def test_training_on_blocks_resumes_to_the_same_bits(cell, bridge, contexts, tmp
 
 
 def test_a_streamed_study_trains_all_cells_from_one_pass_over_the_text(house, small, monkeypatch):
-    keys = [override.removeprefix("--set=") for override in small]
-    study = load_study("embedded", [*keys, "stream=true", "nulls=[surrogate,randomised]", "grid={d_sae: [32], k: [3]}"], "streamed")
+    study = load_study(
+        "embedded", [*small, "stream=true", "nulls=[surrogate,randomised]", "grid={d_sae: [32], k: [3]}"], "streamed"
+    )
     passes = []
     compute = Stream._compute
 

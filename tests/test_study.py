@@ -32,17 +32,13 @@ pipeline.compute(load_study("embedded", sys.argv[2:], name=sys.argv[1]))
 """
 
 
-def keys(small: list[str]) -> list[str]:
-    return [override.removeprefix("--set=") for override in small]
-
-
 def read(results: Path, name: str) -> bytes:
     return (results / name / "claims.json").read_bytes()
 
 
 @pytest.mark.parametrize("architecture", ["neox", "llama"])
 def test_other_architectures_reach_their_claims(house, small, model_folders, architecture):
-    overrides = [*keys(small), f"model={model_folders[architecture]}", "seeds=3", "threads=2"]
+    overrides = [*small, f"model={model_folders[architecture]}", "seeds=3", "threads=2"]
     study = load_study("embedded", overrides, name=architecture)
     store = pipeline.compute(study)
     assert list(dict.fromkeys(claim["id"] for claim in store.claims())) == list(CLAIMS)
@@ -60,7 +56,7 @@ def test_another_model_and_corpus_become_a_book_that_follows_the_study(house, sm
     )
     # What chapters must not take for granted: two seeds, one variant that is not TopK, a grid over widths.
     overrides = ["seeds=2", "variant=gated", "coefficient=1.0", "grid={d_sae: [32]}"]
-    arguments = [sys.executable, "-c", script, str(other), "other", *keys(small), *overrides]
+    arguments = [sys.executable, "-c", script, str(other), "other", *small, *overrides]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     pages = {path.stem: path.read_text(encoding="utf-8") for path in other.glob("*.html")}
@@ -78,7 +74,7 @@ def test_another_model_and_corpus_become_a_book_that_follows_the_study(house, sm
 
 def test_killed_at_any_moment_the_claims_are_those_of_an_undisturbed_run(tmp_path, small):
     # More passes than the other tests take, so that kills fall into training too.
-    overrides = [*keys(small), "passes=8"]
+    overrides = [*small, "passes=8"]
 
     def start(name: str) -> subprocess.Popen:
         environment = os.environ | {"SAE_STABILITY_RESULTS": str(tmp_path / name)}
@@ -110,7 +106,7 @@ def trained(house: Path) -> dict[Path, int]:
 
 
 def test_what_is_asked_trains_nothing_and_seeds_serve_every_study(house, small, monkeypatch):
-    few = load_study("embedded", [*keys(small), "seeds=3", "grid={threshold: [0.5, 0.9]}"], name="few")
+    few = load_study("embedded", [*small, "seeds=3", "grid={threshold: [0.5, 0.9]}"], name="few")
     store = pipeline.compute(few)
     before = trained(house)
     assert len(before) == 3 + 3  # the model's and the surrogate's
@@ -119,10 +115,10 @@ def test_what_is_asked_trains_nothing_and_seeds_serve_every_study(house, small, 
 
     with monkeypatch.context() as patched:
         patched.setattr("sae_stability.training.train", lambda *_: pytest.fail("trained"))
-        pipeline.compute(load_study("embedded", [*keys(small), "seeds=3", "threshold=0.6"], name="asked"))
+        pipeline.compute(load_study("embedded", [*small, "seeds=3", "threshold=0.6"], name="asked"))
     assert trained(house) == before
 
-    many = load_study("embedded", [*keys(small), "seeds=5", "surrogate_seeds=3"], name="many")
+    many = load_study("embedded", [*small, "seeds=5", "surrogate_seeds=3"], name="many")
     pipeline.compute(many)
     assert len(trained(house)) == 5 + 3
     assert {path: trained(house)[path] for path in before} == before
@@ -133,7 +129,7 @@ def test_what_is_asked_trains_nothing_and_seeds_serve_every_study(house, small, 
 
 
 def test_a_kill_and_another_threshold_go_on(house, small):
-    overrides = [*keys(small), "passes=30"]
+    overrides = [*small, "passes=30"]
     process = subprocess.Popen([sys.executable, "-c", COMPUTE, "study", *overrides], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(house.rglob(".scratch/*/shards/*")) and time.monotonic() < deadline:
@@ -152,7 +148,7 @@ def test_a_kill_and_another_threshold_go_on(house, small):
 
 
 def test_two_studies_at_once_share_what_they_have_in_common(house, small):
-    commands = [[sys.executable, "-c", COMPUTE, f"study-{seeds}", *keys(small), f"seeds={seeds}"] for seeds in (2, 3)]
+    commands = [[sys.executable, "-c", COMPUTE, f"study-{seeds}", *small, f"seeds={seeds}"] for seeds in (2, 3)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
     said = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0], said
@@ -162,7 +158,7 @@ def test_two_studies_at_once_share_what_they_have_in_common(house, small):
 
 
 def test_an_altered_result_is_named_and_computed_again_to_the_same_bytes(house, small, capfd):
-    study = load_study("embedded", [*keys(small), "seeds=2", "surrogate_seeds=2"], name="study")
+    study = load_study("embedded", [*small, "seeds=2", "surrogate_seeds=2"], name="study")
     store = pipeline.compute(study)
     claims = read(house, "study")
     files = [path for path in sorted(house.rglob("*")) if path.is_file() and "_locks" not in path.parts and path.stat().st_size]
@@ -182,7 +178,7 @@ def test_an_altered_result_is_named_and_computed_again_to_the_same_bytes(house, 
 
 def test_a_grid_gives_a_row_for_each_cell_and_each_has_its_own_claims(house, small):
     sites = "grid.hook_name=[blocks.0.hook_resid_post, blocks.1.hook_mlp_out]"
-    study = load_study("embedded", [*keys(small), sites, "seeds=2", "surrogate_seeds=2"], name="grid")
+    study = load_study("embedded", [*small, sites, "seeds=2", "surrogate_seeds=2"], name="grid")
     store = pipeline.compute(study)
     table = store.table("cells")
     assert table["cell"].tolist() == list(study.cells)
@@ -197,23 +193,23 @@ def test_a_grid_gives_a_row_for_each_cell_and_each_has_its_own_claims(house, sma
     assert book.claims("C2", list(study.cells)[1]) == [line for line in by_cell[list(study.cells)[1]] if line["id"] == "C2"]
 
 
-def test_one_stage_computes_nothing_else(house, small, call):
-    study = load_study("embedded", keys(small), name="embedded")
+def test_one_stage_computes_nothing_else(house, small, small_options, call):
+    study = load_study("embedded", small, name="embedded")
     plan = Plan(study)
     first, second, *_ = plan.stages
     for stage in (first, second):
-        status, out, _ = call("stage", "embedded", stage.name, *small)
+        status, out, _ = call("stage", "embedded", stage.name, *small_options)
         text = [line for line in out.splitlines() if line.startswith("corpus: ")]  # of the stage that reads it
         assert (status, [line for line in out.splitlines() if line not in text]) == (0, [f"embedded: {stage.name}"])
         assert len(text) == (stage is first)
     assert [plan.is_done(stage) for stage in plan.stages[:3]] == [True, True, False]
-    status, out, _ = call("stage", "embedded", first.name, *small)
+    status, out, _ = call("stage", "embedded", first.name, *small_options)
     assert (status, out) == (0, "")
 
 
 @pytest.mark.parametrize("null", ["randomised", "whitened", "token-conditional"])
 def test_every_null_reaches_the_tables(house, small, null):
-    study = load_study("embedded", [*keys(small), "seeds=2", "surrogate_seeds=2", f"nulls=[surrogate, {null}]"], name="nulls")
+    study = load_study("embedded", [*small, "seeds=2", "surrogate_seeds=2", f"nulls=[surrogate, {null}]"], name="nulls")
     store = pipeline.compute(study)
     assert set(store.table("features")["kind"]) == {"real", "surrogate", null}
     (c1,) = [line for line in store.claims() if (line["id"], line["line"]) == ("C1", "as stated")]
@@ -223,7 +219,7 @@ def test_every_null_reaches_the_tables(house, small, null):
 def test_tokens_that_stand_far_out_are_left_out_everywhere(house, small):
     from sae_stability.experiments import texts
 
-    study = load_study("embedded", [*keys(small), "seeds=2", "surrogate_seeds=2", "norm_cutoff=1.05", "tokens=2000"], name="cut")
+    study = load_study("embedded", [*small, "seeds=2", "surrogate_seeds=2", "norm_cutoff=1.05", "tokens=2000"], name="cut")
     pipeline.compute(study)
     results = Plan(study).results(study.main)
     for split in ("train", "evaluation"):
@@ -231,7 +227,7 @@ def test_tokens_that_stand_far_out_are_left_out_everywhere(house, small):
         assert contexts.is_text.sum() >= len(activations)
         norms = activations.data.float().norm(dim=1)
         assert norms.max() <= 1.05 * norms.median() * 1.5
-    whole = load_study("embedded", [*keys(small), "seeds=2", "surrogate_seeds=2", "tokens=2000"], name="whole")
+    whole = load_study("embedded", [*small, "seeds=2", "surrogate_seeds=2", "tokens=2000"], name="whole")
     plan = Plan(whole)
     plan.compute(stage for stage in plan.stages if "texts" in stage.name or stage.name.startswith("activations"))
     uncut = texts.activations(plan.results(whole.main), "train").data.float().norm(dim=1)

@@ -327,11 +327,12 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # names that a console can't show are no reason to fail
     warnings.showwarning = _warn
     try:
-        outcome = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        outcome = app(sys.argv[1:] or ["--help"], prog_name="sae-stability", standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2)
     except USAGE_ERROR as error:
-        _fail(f"{error.format_message().rstrip('.')}; sae-stability --help lists what there is", 2)
+        asked = error.ctx.command_path if error.ctx is not None else "sae-stability"
+        _fail(f"{error.format_message().rstrip('.')}; {asked} --help lists what there is", 2)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _fail("the disk is full; what was computed is kept: free some space and call the same command again", 1)
