@@ -260,13 +260,36 @@ def test_saelens_files_of_before_there_was_an_architecture_are_known_by_their_te
     assert formats.load(written(tmp_path, state, {"activation_fn": "relu", "normalize_activations": False})).variant == kind
 
 
-def test_a_scaling_factor_of_fine_tuning_scales_what_is_decoded(tmp_path):
-    state = standard() | {"scaling_factor": drawn(D_SAE, seed=6).abs()}
-    sae = formats.load(written(tmp_path, state, {"architecture": "standard", "finetuning_scaling_factor": True}))
+@pytest.mark.parametrize(
+    ("tensor", "told"),
+    [
+        ("finetuning_scaling_factor", {"finetuning_scaling_factor": True}),
+        ("scaling_factor", {"finetuning_scaling_factor": True}),
+        ("scaling_factor", {}),
+    ],
+)
+def test_a_scaling_factor_of_fine_tuning_scales_what_is_decoded(tmp_path, tensor, told):
+    scale = drawn(D_SAE, seed=6).abs()
+    state = standard() | {tensor: scale}
+    sae = formats.load(written(tmp_path, state, {"architecture": "standard", **told}))
     z = pre(state).relu()
     torch.testing.assert_close(sae.encode(X), z, atol=1e-4, rtol=1e-4)
-    expected = (z * state["scaling_factor"]) @ state["W_dec"] + state["b_dec"]
+    expected = (z * scale) @ state["W_dec"] + state["b_dec"]
     torch.testing.assert_close(sae.decode(sae.encode(X)), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_scaling_factor_that_the_file_denies_is_refused_unless_it_does_nothing(tmp_path):
+    denied = {"architecture": "standard", "finetuning_scaling_factor": False}
+    plain, ones = standard(), standard() | {"scaling_factor": torch.ones(D_SAE)}
+    found = [
+        formats.load(written(tmp_path / name, state, denied)).decode(X[:, :1] * 0 + torch.ones(1, D_SAE))
+        for name, state in (("plain", plain), ("ones", ones))
+    ]
+    assert torch.equal(*found)
+    with pytest.raises(UserError, match="finetuning_scaling_factor is false, and the weights hold a scaling_factor"):
+        formats.load(written(tmp_path / "denied", standard() | {"scaling_factor": 2 * torch.ones(D_SAE)}, denied))
+    with pytest.raises(UserError, match="no tensor finetuning_scaling_factor"):
+        formats.load(written(tmp_path / "missing", standard(), denied | {"finetuning_scaling_factor": True}))
 
 
 @pytest.mark.parametrize(("name", "value"), [("threshold", torch.inf), ("b_enc", -torch.inf)])

@@ -3,6 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+from jaxtyping import Float
+from torch import Tensor
+
 from sae_stability.errors import UserError
 from sae_stability.saes.batchtopk import BatchTopKParameters
 from sae_stability.saes.gated import GatedParameters
@@ -12,6 +15,10 @@ from sae_stability.saes.parameters import Parameters
 from sae_stability.saes.reading import About, Config, Loaded, Weights, directions_only, scaled_by, shown
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
+SCALES = (
+    "finetuning_scaling_factor",
+    "scaling_factor",
+)  # tensors; the configuration names the first, and old releases wrote the second
 NOT_NORMALISED = (None, False, "none")
 ARCHITECTURES = ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk", "matryoshka", "matryoshka_jumprelu")
 
@@ -32,8 +39,9 @@ def read(folder: Path) -> Loaded:
     about = _about(folder, config)
     W_dec = weights.decoder("W_dec")
     d_sae, d_in = W_dec.shape
-    if config.flag("finetuning_scaling_factor", False):  # of codes, as they are decoded
-        W_dec = W_dec * weights.fitting("scaling_factor", d_sae)[:, None]
+    scale = _scale(config, weights, d_sae)
+    if scale is not None:
+        W_dec = W_dec * scale[:, None]
     reason = _not_understood(config, architecture)
     if reason is not None:
         return directions_only(W_dec, replace(about, encoder=reason))
@@ -47,6 +55,21 @@ def read(folder: Path) -> Loaded:
         sae = scaled_by(W_dec.norm(dim=1), sae)
     variant, k, parameters = _variant(architecture, config, weights, sae, shift)
     return Loaded(variant, k, parameters, about=about)
+
+
+def _scale(config: Config, weights: Weights, d_sae: int) -> Float[Tensor, "d_sae"] | None:
+    """What fine-tuning multiplies codes by as they are decoded. The first releases always have it, and say nothing of it.
+
+    Raises `UserError` where the file says that there is none and has one that does something.
+    """
+    told = config.flag(SCALES[0], False)
+    name = next((name for name in SCALES if name in weights), None)
+    if name is None:
+        return weights.fitting(SCALES[0], d_sae) if told else None  # which says that it is missing
+    scale = weights.fitting(name, d_sae)
+    if SCALES[0] in config and not told and not bool((scale == 1).all()):
+        raise UserError(f"{config.path}: {SCALES[0]} is false, and the weights hold a {name}; correct one of them")
+    return scale
 
 
 def _variant(
