@@ -1,9 +1,12 @@
 """What null sources keep of the activations and what they leave out."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 
+from sae_stability import threads
 from sae_stability.language.activations import Activations
 from sae_stability.sources import Site, Source, Surrogate, TokenConditional, Whitened, source, write_drawn
 from sae_stability.study import Nulls
@@ -83,3 +86,21 @@ def test_every_null_of_a_study_is_a_class_and_only_those_drawn_can_be_fitted():
     assert source("real") is Site
     with pytest.raises(TypeError):
         Site.fit(*planted())
+
+
+def test_items_are_made_ahead_in_their_order_and_what_fails_is_raised():
+    made = []
+
+    def items():
+        for number in range(4):
+            made.append((number, threading.get_ident()))
+            yield number
+        raise ValueError("no more")
+
+    taken = []
+    with pytest.raises(ValueError, match="no more"):
+        for number in threads.ahead(items()):
+            taken.append(number)
+    assert taken == [0, 1, 2, 3]
+    assert [number for number, _ in made] == [0, 1, 2, 3]
+    assert threading.get_ident() not in {thread for _, thread in made}

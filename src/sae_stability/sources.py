@@ -6,7 +6,7 @@ is drawn in `figures/style.py`.
 """
 
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -129,8 +129,13 @@ class TokenConditional(Source):
 def write_drawn(draw: Draw, real: Activations, tokens: Int[Tensor, "token"], path: Path, seed: int, described: str) -> None:
     """Write as many tokens of a null source as `real` has; rows of `real` have the ids `tokens`."""
     generator = torch.Generator().manual_seed(seed)
-    with Writer(path, real.d_in, real.data.dtype) as writer:
-        for start in tqdm(range(0, len(real), CHUNK), described, unit="chunk", disable=None):
-            rows = slice(start, start + CHUNK)
-            x = real.data[rows]
-            writer.write(draw(x, tokens[start : start + len(x)], generator))
+
+    def drawn() -> Iterator[Float[Tensor, "token d_in"]]:
+        for rows, ids in zip(real.data.split(CHUNK), tokens[: len(real)].split(CHUNK), strict=True):
+            yield draw(rows, ids, generator)
+
+    chunks = -(-len(real) // CHUNK)
+    # One thread for each of both, throughout: who draws must not give threads back to who writes.
+    with threads.single(), Writer(path, real.d_in, real.data.dtype) as writer:
+        for x in tqdm(threads.ahead(drawn()), described, total=chunks, unit="chunk", disable=None):
+            writer.write(x)

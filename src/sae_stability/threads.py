@@ -38,6 +38,16 @@ def each_group(work: Callable[[tuple[int, ...]], Any], groups: Sequence[tuple[in
         yield from tqdm(shared.map(work, groups), described, total=len(groups), unit="group", disable=None)
 
 
+def ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items, each of which is made in another thread while the one before it is worked on."""
+    end = object()
+    with pool(1) as other:
+        coming = other.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = other.submit(next, items, end)
+            yield item
+
+
 def workers(seeds: int) -> int:
     """How many seeds, or pairs of them, to work on at a time: one a thread, which beats sharing each product among threads."""
     return max(1, min(seeds, torch.get_num_threads())) if _concurrent() else 1
