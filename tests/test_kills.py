@@ -23,20 +23,20 @@ KILLS = 50
 CELL = Cell(
     model="none",
     hook_name="blocks.0.hook_resid_post",
-    tokens=3000,
+    tokens=1500,
     passes=2,
     d_sae=64,
     k=4,
     seeds=3,
     batch=64,
-    dead_after=2000,
+    dead_after=1000,
 )
 
 
 def run(variant: str, folder: Path) -> None:
     """Train into a folder, with a checkpoint as often as the loop comes by."""
     torch.set_num_threads(2)
-    x = torch.from_numpy(np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32) ** 3)
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(1500, 16)).astype(np.float32) ** 3)
     cell = CELL.model_copy(update={"variant": variant, "coefficient": 1.0})
     train(cell, x, [0, 1, 2], folder, at_once=2, checkpoint_seconds=0.0)
 

@@ -8,7 +8,7 @@ without it; so is each part of the documents, with bands held.
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations, combinations_with_replacement, permutations
 from typing import NamedTuple
 
 import numpy as np
@@ -175,10 +175,7 @@ class _Group:
     ):
         self.seeds, self.principal, self.group = seeds, principal, group
         self.sets = {seed: chosen(seed, frozenset(group) - {seed}) for seed in group}
-        self.written = {
-            seed: {of: seeds[seed].on_sample(members) for of, members in sets.items() if seeds[seed].together}
-            for seed, sets in self.sets.items()
-        }
+        self.products = self._products()
         moments = {
             seed: {of: seeds[seed].moments(members) for of, members in sets.items() if len(members)}
             for seed, sets in self.sets.items()
@@ -209,13 +206,22 @@ class _Group:
                     yield ("energy", of), s, t, float(self.seeds[s].energy[members].mean())
                     yield ("frequency", of), s, t, float(self.seeds[s].firings[members].mean() / self.seeds[s].tokens.sum())
 
+    def _products(self) -> dict[tuple[str, int, int], Float[np.ndarray, "part"]]:
+        """Inner products of what a set of two seeds writes, or of one, over the sampled tokens of each part of the documents."""
+        found = {}
+        for of in self.sets[self.group[0]]:
+            written = {seed: self.seeds[seed].on_sample(self.sets[seed][of]) for seed in self.group if self.seeds[seed].together}
+            for s, t in combinations_with_replacement(written, 2):
+                by_token = np.einsum("td,td->t", written[s], written[t])
+                found[of, s, t] = found[of, t, s] = np.bincount(self.seeds[s].sampled_part, by_token)
+        return found
+
     def _correlations(self, part: int | None) -> Iterator[Found]:
-        for s, t in permutations(self.group, 2):
-            kept = self.seeds[s].sampled_part != part
-            for of in self.written[s]:
-                one, other = (self.written[seed][of][kept] for seed in (s, t))
-                size = np.linalg.norm(one) * np.linalg.norm(other)
-                yield ("correlation", of), s, t, np.vdot(one, other) / size if size > 0 else np.nan
+        kept = np.arange(len(self.seeds[self.group[0]].parts)) != part
+        for of, s, t in self.products:
+            if s != t:
+                across, one, other = (self.products[of, *pair][kept].sum() for pair in ((s, t), (s, s), (t, t)))
+                yield ("correlation", of), s, t, across / (one * other) ** 0.5 if one * other > 0 else np.nan
 
 
 def _of_pair(
