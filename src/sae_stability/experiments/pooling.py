@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Float
 from safetensors.numpy import load_file
 from torch import Tensor
-from tqdm import tqdm
 
-from sae_stability import evaluation
+from sae_stability import evaluation, threads
 from sae_stability.ablation import impact_on_prediction
 from sae_stability.evaluation import sparse_codes
 from sae_stability.experiments import ensembles, rivals, texts, triggers
@@ -103,8 +102,11 @@ def compute(results: Results, folder: Path) -> None:
     of_noise = Seeds.of(noise, texts.activations(results, "train", "surrogate"), threshold, noise_size)
     calibrated = calibrated_threshold(seeds.alone, of_noise.alone, NULL_SHARE)
     pairs = [shares(of_noise.alone, of_noise.energy, calibrated).assign(product=NOISE_SINGLE, partition=0)]
-    for partition in tqdm(range(1, PARTITIONS), "pools", unit="partition", disable=None):  # pools of the first are judged
-        pairs += [each.assign(partition=partition) for each in seeds.pools(partition, calibrated)]
+
+    def pooled_in(partition: int) -> pd.DataFrame:
+        return pd.concat(seeds.pools(partition, calibrated)).assign(partition=partition)
+
+    pairs += threads.each_seed(lambda number: pooled_in(number + 1), PARTITIONS - 1, "pools")  # pools of the first are judged
     if len(of_noise.saes) >= NOISE_SEEDS:
         for partition in range(PARTITIONS):
             pools = pd.concat(of_noise.pools(partition, calibrated))

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
+from sae_stability import threads
 from sae_stability.language.activations import Activations
 from sae_stability.matching import Stability, stability
 from sae_stability.matching.pairs import reaches
@@ -164,12 +164,13 @@ def fine_tuned(start: Ensemble, recipe: Recipe, seeds: Seeds, device: str, decod
     train, x = seeds.train, seeds.train.data[:CALIBRATION].float()
     tokens, count = round(TUNING * recipe.tokens), len(start.seeds)
     short = recipe.model_copy(update={"tokens": tokens, "passes": 1, "rate": RATE * recipe.rate, "variant": start.variant})
-    parts = []
-    for position in tqdm(range(count), "fine-tuning", unit="SAE", disable=None):
+
+    def tuned(position: int) -> SAE:
         begin = position * (len(train) - tokens) // max(1, count - 1)
-        tuned = finetune(start.of(position), short, train.with_data(train.data[begin : begin + tokens]), device, decoder_alone)
-        parts.append(calibrated(tuned.dictionary(0), x, seeds.l0))
-    return joined(parts, start)
+        own = train.with_data(train.data[begin : begin + tokens])
+        return calibrated(finetune(start.of(position), short, own, device, decoder_alone).dictionary(0), x, seeds.l0)
+
+    return joined(threads.each_seed(tuned, count, "fine-tuning"), start)
 
 
 def shares(alike: Stability, energy: Float[Tensor, "sae d_sae"], calibrated: float) -> pd.DataFrame:
