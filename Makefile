@@ -8,7 +8,7 @@ PEERS := .venv-bench
 # What a user has set for other environments does not hold for this one.
 export PIP_USER := 0
 export PIP_REQUIRE_VIRTUALENV := 0
-unexport PYTHONPATH PYTHONHOME
+unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
 .PHONY: book test bench intervals worlds publish lint lock clean
 
@@ -50,7 +50,7 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("sae-stability needs Python 3.11 or newer; call make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	rm -rf $(VENV)  # an install that was killed, or of another lock, leaves pieces
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv --quiet $(VENV); }
-	$(VENV)/bin/python -m pip install --quiet --requirement requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --no-compile --requirement requirements.lock  # most modules are never imported
 	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

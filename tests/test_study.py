@@ -73,8 +73,8 @@ def test_another_model_and_corpus_become_a_book_that_follows_the_study(house, sm
 
 
 def test_killed_at_any_moment_the_claims_are_those_of_an_undisturbed_run(tmp_path, small):
-    # More passes than the other tests take, so that kills fall into training too.
-    overrides = [*small, "passes=8"]
+    # More passes than the other tests take, so that kills fall into training too; few experiments, since one store keeps all.
+    overrides = [*small, "passes=8", "experiments=[function, triggers]"]
 
     def start(name: str) -> subprocess.Popen:
         environment = os.environ | {"SAE_STABILITY_RESULTS": str(tmp_path / name)}
@@ -106,6 +106,7 @@ def trained(house: Path) -> dict[Path, int]:
 
 
 def test_what_is_asked_trains_nothing_and_seeds_serve_every_study(house, small, monkeypatch):
+    small = [*small, "experiments=[stability, function]"]
     few = load_study("embedded", [*small, "seeds=3", "grid={threshold: [0.5, 0.9]}"], name="few")
     store = pipeline.compute(few)
     before = trained(house)

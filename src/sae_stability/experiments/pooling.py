@@ -53,7 +53,7 @@ NOISE_SEEDS = 4
 """Of the surrogate, from which there are two groups of two."""
 PARTITIONS = 20
 """Ways to split the seeds, over which stability is averaged."""
-JUDGED = 200_000
+JUDGED = 100_000
 """Held-out tokens on which all are judged."""
 CALIPER = 0.05
 LOSS = -0.01

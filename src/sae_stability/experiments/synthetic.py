@@ -28,6 +28,7 @@ EQUAL = 0.005
 SEEDS = {ISOLATED: 8, INVARIANT: 8, TIGHT: 2, INVARIANT_TIGHT: 2, SLACK: 2}
 """Of each world: more where stability is asked. What is found differs more between worlds than between seeds."""
 DIAGRAM_SEEDS = 4
+COARSE_SEEDS = 2
 MIXED_SEEDS = 8
 """Of each world of the reverse test: the fewer seeds, the fewer latents look unstable for certain."""
 POOLED_SEEDS = 8
@@ -130,7 +131,7 @@ def compute(results: Results, folder: Path) -> None:
     tokens = results.study.world_tokens
     found = [measure_all(worlds, SEEDS[kind], kind).assign(kind=kind) for kind, worlds in judged_worlds(tokens).items()]
     write_table(folder / "judged.parquet", pd.concat(found, ignore_index=True))
-    write_table(folder / "diagram.parquet", measure_all(coarse_diagram(tokens), DIAGRAM_SEEDS, "phase diagram"))
+    write_table(folder / "diagram.parquet", measure_all(coarse_diagram(tokens), COARSE_SEEDS, "phase diagram"))
 
 
 def worlds_table(results: Results) -> pd.DataFrame:

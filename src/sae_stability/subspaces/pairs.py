@@ -154,9 +154,8 @@ class _Span:
         """On every other part of the documents from `half` on, without one of them."""
         parts = tuple(number for number in range(half, len(self.moments.tokens), 2) if number != part)
         if parts not in self.found:
-            chosen = np.array(parts)
-            axes, energies = self.moments.strongest_axes(chosen)
-            self.found[parts] = _Half(self.moments.covariance(chosen), axes[:, : max(ranks(len(axes)))], energies)
+            covariance, axes, energies = self.moments.spectrum(np.array(parts))
+            self.found[parts] = _Half(covariance, axes[:, : max(ranks(len(axes)))], energies)
         return self.found[parts]
 
 

@@ -3,6 +3,7 @@ them, and whether a logistic regression on the rows of one seed tells the bands 
 
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import combinations, permutations
 
 import numpy as np
@@ -44,17 +45,20 @@ def _of_group(directions: Float[np.ndarray, "seed d_sae d_in"], stability: Stabi
     d_in = directions.shape[2]
     band = {seed: band_among(stability, seed, frozenset(group) - {seed}) for seed in group}
     rows = {seed: _as_many(directions[seed], band[seed], seed) for seed in group}
-    spans = {seed: {of: strongest_axes(each.T @ each) for of, each in sets.items()} for seed, sets in rows.items()}
+    squares = {seed: {of: each.T @ each for of, each in sets.items()} for seed, sets in rows.items()}
+    axes = {seed: {of: strongest_axes(each)[0] for of, each in sets.items()} for seed, sets in squares.items()}
+    own = {seed: {of: captured(each, axes[seed][of]) for of, each in sets.items()} for seed, sets in squares.items()}
+    dimensions = {seed: {of: effective_rank(torch.from_numpy(each)) for of, each in sets.items()} for seed, sets in rows.items()}
     regressions = {seed: _fitted(directions[seed], band[seed]) for seed in group}
     for s, t in permutations(group, 2):
         for of, each in rows[s].items():
             if not len(each):
                 continue
-            yield ("effective rank over d", of), s, t, effective_rank(torch.from_numpy(each)) / d_in
-            inside, own = (captured(each.T @ each, spans[seed][of][0]) for seed in (t, s))
+            yield ("effective rank over d", of), s, t, dimensions[s][of] / d_in
+            inside = captured(squares[s][of], axes[t][of])
             for r in (r for r in ranks(d_in) if r <= min(len(each), len(rows[t][of]))):
                 yield ("captured", of, of, str(r)), s, t, inside[r - 1]
-                yield ("ceiling", of, of, str(r)), s, t, own[r - 1]
+                yield ("ceiling", of, of, str(r)), s, t, own[s][of][r - 1]
         judged, regression = np.isin(band[t], (0, 2)), regressions[s]
         unstable, there = band[t][judged] == 2, directions[t][judged]
         if regression is None or min(unstable.sum(), (~unstable).sum()) < FEWEST:
@@ -82,6 +86,7 @@ def _fitted(directions: Float[np.ndarray, "d_sae d_in"], band: np.ndarray) -> Lo
     return LogisticRegression(class_weight="balanced", max_iter=1000).fit(directions[known], unstable)
 
 
+@lru_cache(maxsize=1024)
 def _rotation(d_in: int, s: int, t: int) -> Float[np.ndarray, "d_in d_in"]:
     """Uniform, by the QR decomposition of a Gaussian matrix."""
     q, r = np.linalg.qr(np.random.default_rng([s, t]).standard_normal((d_in, d_in)))

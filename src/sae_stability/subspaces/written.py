@@ -54,12 +54,20 @@ class Moments:
 
     def strongest_axes(self, parts: Int[np.ndarray, "chosen"]) -> tuple[Float[np.ndarray, "d_in axis"], Float[np.ndarray, "axis"]]:
         """Of that covariance: as many as it can have. Those of a small set are found in the few dimensions of its directions."""
+        return self.spectrum(parts)[1:]
+
+    def spectrum(
+        self, parts: Int[np.ndarray, "chosen"]
+    ) -> tuple[Float[np.ndarray, "d_in d_in"], Float[np.ndarray, "d_in axis"], Float[np.ndarray, "axis"]]:
+        """The covariance, its `strongest_axes` and the energy along each."""
         members, d_in = self.directions.shape
+        of_activations = self._of_activations(parts)
+        covariance = self.directions.T @ of_activations @ self.directions
         if members > d_in / 2:
-            return strongest_axes(self.covariance(parts))
+            return covariance, *strongest_axes(covariance)
         basis, inside = np.linalg.qr(self.directions.T)
-        axes, energies = strongest_axes(inside @ self._of_activations(parts) @ inside.T)
-        return basis @ axes, energies
+        axes, energies = strongest_axes(inside @ of_activations @ inside.T)
+        return covariance, basis @ axes, energies
 
     def _of_activations(self, parts: Int[np.ndarray, "chosen"]) -> Float[np.ndarray, "member member"]:
         tokens = self.tokens[parts].sum()
