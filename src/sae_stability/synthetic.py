@@ -216,7 +216,8 @@ def coding_error(v: Float[np.ndarray, "vector r"], directions: Float[np.ndarray,
 
 @dataclass(frozen=True)
 class Recovery:
-    """What seeds of SAEs found of a world. Shares are means over seeds; NaN where there is nothing of the kind."""
+    """What seeds of SAEs found of a world. Shares are means over seeds; NaN where there is nothing of the kind, and stabilities of
+    one seed alone."""
 
     isolated: float
     """Share of isolated features with a latent at a cosine of `FOUND`."""
@@ -240,7 +241,7 @@ class Recovery:
 def recovery(truth: Truth, W_dec: Float[Tensor, "seed d_sae d_in"], alive: Bool[Tensor, "seed d_sae"]) -> Recovery:
     """Measure the live latents of an ensemble against a world's truth."""
     directions = F.normalize(W_dec.float(), dim=2) * alive[:, :, None]
-    p = stability(W_dec, THRESHOLD, alive).probability
+    p = stability(W_dec, THRESHOLD, alive).probability if len(W_dec) > 1 else torch.full(alive.shape, torch.nan)
     features = truth.features
     nearest = (directions @ features.T).amax(2)
     of_block = of_blocks(directions, truth)
