@@ -204,6 +204,12 @@ def test_outside_of_a_checkout_it_says_so_before_anything_is_computed(call, tmp_
     assert "there are no chapters" in error[0]
 
 
+def test_a_name_that_is_too_long_is_a_mistake(call, tmp_path):
+    status, _, error = call("stability", "one", "other", "--out", f"{'a' * 300}.csv")
+    assert (status, len(error)) == (2, 1)
+    assert error[0].endswith("the name is too long; choose a shorter one")
+
+
 @pytest.mark.parametrize(
     ("arguments", "helps"),
     [

@@ -152,6 +152,8 @@ UNREADABLE = [
     ("deep.json", "[" * 100_000, "nested too deeply|is no JSON"),
     ("text.zst", b"\x28\xb5\x2f\xfd0000", "packed with zstd"),
     ("text.zip", b"PK\x03\x040000", "a zip archive"),
+    ("paper.pdf", b"%PDF-1.4\n%\xe2\xe3\xcf\xd3", "is a PDF, which is not read"),
+    ("bare.csv", "\n".join(f'"document {number} of a table that has no header at all",1' for number in range(3)), "add a header"),
     ("rows.csv", 'text\n"never closed', "can't be read as a table"),
     ("rows.parquet", b"PAR1 and no more", "can't be read as a table"),
 ]
@@ -248,3 +250,9 @@ def test_a_misspelt_name_is_corrected_before_any_network_is_asked(monkeypatch):
     for name in ("docstring", "doctsrings"):
         with pytest.raises(UserError, match="did you mean docstrings"):
             corpus.load(name)
+
+
+def test_a_folder_without_a_text_says_so(tmp_path):
+    written(tmp_path / "pictures" / "one.png", b"\x89PNG\r\n")
+    with pytest.raises(UserError, match="pictures holds no text"):
+        read(Name.of(str(tmp_path / "pictures")))

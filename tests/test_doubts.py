@@ -49,6 +49,25 @@ def test_an_sae_and_its_copy_are_said_to_be_the_same(tmp_path):
     assert len(compare([one, other]).saes) == 2
 
 
+def test_an_sae_in_another_order_or_of_another_length_is_asked_about(tmp_path):
+    one, other = folder(tmp_path / "one", 0), folder(tmp_path / "two", 1)
+    order = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(0))
+    W = sae(0).directions
+    turned = SAE("relu", None, Parameters(W[order], torch.zeros(D_SAE), 3 * W[order], torch.zeros(D_IN)))
+    formats.save(turned, tmp_path / "turned")
+    assert "one and turned have the same ones" in compare([one, other, tmp_path / "turned"]).notes["same directions"]
+    assert "same directions" not in compare([one, other]).notes
+    fewer = SAE("relu", None, Parameters(W[:50], torch.zeros(50), W[:50], torch.zeros(D_IN)))
+    assert "same directions" not in compare([sae(0), fewer]).notes  # one has more
+
+
+def test_sizes_that_a_configuration_gives_otherwise_are_told(tmp_path):
+    alike = [folder(tmp_path / f"alike{s}", s) for s in range(2)]
+    assert "sizes differ" not in compare(alike).notes
+    other = folder(tmp_path / "other", 2, d_sae=99)
+    assert f"other: cfg.json says d_sae 99, and its weights have {D_SAE}" in compare([*alike, other]).notes["sizes differ"]
+
+
 def test_sites_and_models_that_files_name_are_told_where_they_differ(tmp_path, site):
     alike = [folder(tmp_path / f"alike{s}", s, hook_name="blocks.1.hook_resid_pre", model_name="docstrings-2l") for s in range(2)]
     assert not {"sites differ", "another site"} & set(compare(alike, site=site).notes)

@@ -243,7 +243,7 @@ def test_code_is_followed_through_modules_packages_and_what_is_asked_of_classes(
 def test_a_script_depends_on_what_it_names(copy):
     script = "from sae_stability.book import page\nfrom sae_stability import figures\nfigures.growth\npage.say"
     before = keys.key_of_script(script, {})
-    edit(copy / "experiments" / "triggers.py", "TRIGGER_TOKENS = 400_000", "TRIGGER_TOKENS = 300_000")
+    edit(copy / "experiments" / "triggers.py", "TRIGGER_TOKENS = 300_000", "TRIGGER_TOKENS = 400_000")
     assert keys.key_of_script(script, {}) == before
     edit(copy / "book" / "page.py", "display(Markdown(markdown))", "display(Markdown(markdown + ' '))")
     assert keys.key_of_script(script, {}) != before

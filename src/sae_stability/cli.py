@@ -336,6 +336,8 @@ def main() -> None:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _fail("the disk is full; what was computed is kept: free some space and call the same command again", 1)
+        if error.errno == errno.ENAMETOOLONG:
+            _fail(f"{str(error.filename)[:50]}…: the name is too long; choose a shorter one", 2)
         if error.errno in UNWRITABLE and error.filename is not None:
             _fail(f"{error.filename} may not be written; make it writable, or set SAE_STABILITY_RESULTS to a folder that is", 2)
         told = f"{error.filename}: " if error.filename is not None else ""

@@ -17,6 +17,7 @@ from sae_stability import threads
 from sae_stability.errors import UserError
 from sae_stability.existing.site import Firings, Site
 from sae_stability.matching import BANDS, STABLE, UNSTABLE, Stability, assign, stability
+from sae_stability.matching.pairs import reaches
 from sae_stability.methods.dictionary import Dictionary
 from sae_stability.saes import formats
 from sae_stability.saes.reading import About, Loaded
@@ -181,7 +182,9 @@ def compare(given: Iterable[Path | str | Dictionary], threshold: float = 0.7, si
                     "and text that it is of, or leave --model out"
                 )
     alive = None if firings is None else firings.counts > 0
-    return Comparison(names, saes, stability(W_dec, threshold, alive), firings, _notes(named, abouts, without, site, firings))
+    matched = stability(W_dec, threshold, alive)
+    notes = _notes(named, abouts, without, site, firings) | _same(names, matched)
+    return Comparison(names, saes, matched, firings, notes)
 
 
 def _check(named: dict[str, Dictionary]) -> None:
@@ -198,6 +201,17 @@ def _check(named: dict[str, Dictionary]) -> None:
             if torch.equal(named[other].directions, sae.directions):
                 raise UserError(f"{other} and {name} have the same directions bit for bit; an SAE matches itself, so give it once")
         alike.append(name)
+
+
+def _same(names: list[str], matched: Stability) -> dict[str, str]:
+    """A note on two SAEs of which each has all directions of the other: one SAE with its features in another order, or rescaled."""
+    for pair in combinations(range(len(names)), 2):
+        if all(reaches(matched.best_cosine[s, t, matched.alive[s]], 1.0).all() for s, t in (pair, pair[::-1])):
+            one, other = (names[each] for each in pair)
+            return {
+                "same directions": f"{one} and {other} have the same ones, in another order or of another length: is it one SAE?"
+            }
+    return {}
 
 
 def centred(saes: Sequence[Dictionary]) -> bool:
@@ -225,6 +239,10 @@ def _notes(
     narrow = [name for name, sae in named.items() if len(sae.directions) < sae.directions.shape[1]]
     if narrow:
         notes["few features"] = f"{narrow[0]} has fewer than d_in; if its decoder lies on its side, save it as [d_sae, d_in]"
+    differing = {name: about.sizes for name, about in abouts.items() if about.sizes}
+    if differing:
+        name, told = next(iter(differing.items()))
+        notes["sizes differ"] = f"{name}: {told}; what is compared are the weights"
     places = {_place(about): name for name, about in abouts.items() if about.model or about.hook_name}
     if len(places) > 1:
         told = "; ".join(f"{name}: {place}" for place, name in list(places.items())[:3])

@@ -21,7 +21,7 @@ from sae_stability.ledger import MOST, NOWHERE, OTHERWISE, Condition, Rule, judg
 from sae_stability.matching import BANDS, Banding
 from sae_stability.statistics import Interval
 
-TRIGGER_TOKENS = 400_000
+TRIGGER_TOKENS = 300_000
 """Held-out tokens on which it is asked what features fire on."""
 DEFINITIONS = {"strict": triggers.SURFACE, "with bundles": triggers.WITH_BUNDLES}
 """Two readings of surface form: whether a bundle of tokens that have no form in common is one."""

@@ -25,6 +25,8 @@ COLUMN, SPLIT = "text", "train"
 COMPRESSED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\x00": lzma.decompress}
 """How the first bytes of a compressed file begin."""
 ARCHIVES = {b"\x28\xb5\x2f\xfd": "packed with zstd", b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf": "a 7z archive"}
+PDF = b"%PDF"
+WORDS = 8  # in the name of a column: one of more is a text, and the table has no header
 """How files begin that are not unpacked here."""
 PARQUET = b"PAR1"
 ENCODINGS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -163,6 +165,8 @@ def _column(path: Path | str, row: object, column: str | None) -> str:
     wanted = column or (COLUMN if COLUMN in row or len(strings) != 1 else strings[0])
     if wanted not in row:
         raise UserError(f"corpus: {path} has no column {wanted!r} but {', '.join(map(str, row))}; name one: {path}?column=NAME")
+    if column is None and len(wanted.split()) > WORDS:
+        raise UserError(f"corpus: {path} has a text where columns have their names; add a header, such as {COLUMN}")
     return wanted
 
 
@@ -228,6 +232,8 @@ def _content(path: Path, may_be_empty: bool = False) -> bytes:
     for begin, archive in ARCHIVES.items():
         if content.startswith(begin):
             raise UserError(f"corpus: {path} is {archive}, which is not read; unpack it first")
+    if content.startswith(PDF):
+        raise UserError(f"corpus: {path} is a PDF, which is not read; save its text as a .txt file")
     if not content.strip() and not may_be_empty:
         raise UserError(f"corpus: {path} is empty; give a file that holds text")
     return content
@@ -272,7 +278,10 @@ def _of_dataset(name: Name, characters: int | None) -> Documents:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         mend = {"Bad split": f"; name one: {name.place}?split=NAME", "Config name": f"; name one: {name.place}?config=NAME"}
         hint = next((told for begin, told in mend.items() if reason.startswith(begin)), "")
-        raise UserError(f"corpus: {name.place} can't be read as a text file, a folder or a dataset: {reason}{hint}") from None
+        can_not = "can't be read as a text file, a folder or a dataset"
+        if name.path.is_dir():
+            can_not = "holds no text, and can't be read as a dataset"
+        raise UserError(f"corpus: {name.place} {can_not}: {reason}{hint}") from None
     return Documents([text for text in texts if text], f"{name.place}, split {split}, column {column}")
 
 

@@ -48,6 +48,8 @@ class About:
     """Whether the language model's weights were centred before its activations were read (`center_writing_weights`)."""
     encoder: str | None = None
     """Why the encoder is not taken; None where it is, or where the file has none."""
+    sizes: str | None = None
+    """Where its configuration gives another size than its weights have."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,12 @@ class Config:
         if not isinstance(value, bool):
             raise UserError(f"{self.path}: {key} is {shown(value)} and should be true or false; correct it")
         return value
+
+    def differing(self, **sizes: int) -> str | None:
+        """Which of some sizes stand here otherwise than in the weights; 0 stands for a size that follows from others."""
+        told = {key: self.fields.get(key) for key in sizes}
+        wrong = [key for key, size in told.items() if type(size) is int and size not in (0, sizes[key])]
+        return "; ".join(f"{self.path.name} says {key} {told[key]}, and its weights have {sizes[key]}" for key in wrong) or None
 
     def k(self, d_sae: int) -> int:
         """The number of features that fire."""

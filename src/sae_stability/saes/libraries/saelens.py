@@ -36,9 +36,9 @@ def read(folder: Path) -> Loaded:
     architecture = _architecture(config, weights)
     if architecture.endswith("transcoder") or _writes_elsewhere(config):
         raise UserError(f"{config.path}: {TRANSCODER}")
-    about = _about(folder, config)
     W_dec = weights.decoder("W_dec")
     d_sae, d_in = W_dec.shape
+    about = replace(_about(folder, config), sizes=config.differing(d_in=d_in, d_sae=d_sae))
     scale = _scale(config, weights, d_sae)
     if scale is not None:
         W_dec = W_dec * scale[:, None]

@@ -29,9 +29,10 @@ def read(folder: Path) -> Loaded:
         reason = "its tensors have other names than sparsify's, so its encoder is not known"
         return directions_only(weights.directions(), replace(about, encoder=reason))
     W_dec = weights.decoder("W_dec")
+    d_sae, d_in = W_dec.shape
+    about = replace(about, sizes=config.differing(d_in=d_in, num_latents=d_sae))
     activation = config.text("activation", "topk")
     if activation != "topk":
         return directions_only(W_dec, replace(about, encoder=f"sparsify activation {activation!r} is not known here"))
-    d_sae, d_in = W_dec.shape
     encoder = weights.fitting("encoder.weight", d_sae, d_in), weights.bias("encoder.bias", d_sae)
     return Loaded("topk", config.k(d_sae), Parameters(*encoder, W_dec, weights.fitting("b_dec", d_in)), about=about)
