@@ -41,6 +41,7 @@ import torch  # noqa: E402
 from sae_stability import cli, pipeline  # noqa: E402
 from sae_stability.book import build, page  # noqa: E402
 from sae_stability.book.tables import Book  # noqa: E402
+from sae_stability.experiments import experiments  # noqa: E402
 from sae_stability.language import pretraining  # noqa: E402
 from sae_stability.loading import load_study  # noqa: E402
 from sae_stability.study import Cell  # noqa: E402
@@ -154,6 +155,7 @@ def small(model_folders, text_file) -> list[str]:
         "evaluation_tokens": 1000,
         "loss_tokens": 500,
         "ablation_tokens": 200,
+        "experiments": f"[{', '.join(name for name in experiments() if name != 'synthetic')}]",  # which does not depend on a model
         "world_tokens": 512,
         "batch": 64,
         "dead_after": 1000,

@@ -19,25 +19,27 @@ from sae_stability import files
 from sae_stability.study import Cell
 from sae_stability.training import train
 
-KILLS = 50
+KILLS = 20  # while SAEs train: a run is killed once it has compiled what it needs
 CELL = Cell(
     model="none",
     hook_name="blocks.0.hook_resid_post",
-    tokens=1500,
+    tokens=3000,
     passes=2,
     d_sae=64,
     k=4,
     seeds=3,
     batch=64,
-    dead_after=1000,
+    dead_after=2000,
 )
 
 
-def run(variant: str, folder: Path) -> None:
-    """Train into a folder, with a checkpoint as often as the loop comes by."""
+def run(variant: str, folder: Path, ready) -> None:
+    """Train into a folder, with a checkpoint as often as the loop comes by. `ready`: what the run needs is compiled."""
     torch.set_num_threads(2)
-    x = torch.from_numpy(np.random.default_rng(0).normal(size=(1500, 16)).astype(np.float32) ** 3)
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32) ** 3)
     cell = CELL.model_copy(update={"variant": variant, "coefficient": 1.0})
+    train(cell.model_copy(update={"tokens": 640}), x[:640], [0])
+    ready.set()
     train(cell, x, [0, 1, 2], folder, at_once=2, checkpoint_seconds=0.0)
 
 
@@ -46,25 +48,33 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in whole}
 
 
-def kill_again_and_again(variant: str, folder: Path, kills: int) -> int:
-    """SIGKILL runs of a variant `kills` times or a few more, and compare what they leave with an undisturbed run's."""
-    context = multiprocessing.get_context("forkserver")  # children start at once: imports are done before they are forked
-    context.set_forkserver_preload(["sae_stability.training", __name__])
-    calm = context.Process(target=run, args=(variant, folder / "calm"))
-    started = time.monotonic()
-    calm.start()
+def ready(context, variant: str, folder: Path):
+    """A process that begins to train now."""
+    event = context.Event()
+    process = context.Process(target=run, args=(variant, folder, event))
+    process.start()
+    assert event.wait(300)
+    return process
+
+
+def undisturbed(context, variant: str, folder: Path) -> float:
+    """How many seconds a run trains that nobody kills."""
+    calm, started = ready(context, variant, folder / "calm"), time.monotonic()
     calm.join()
     assert calm.exitcode == 0
-    seconds = time.monotonic() - started
+    return time.monotonic() - started
+
+
+def kill_again_and_again(context, variant: str, folder: Path, kills: int, seconds: float) -> int:
+    """SIGKILL runs of a variant `kills` times or a few more, and compare what they leave with an undisturbed run's."""
     moments = random.Random(variant)
     done, attempt = 0, 0
     while done < kills:
         attempt += 1
         process = None
         while process is None or process.exitcode != 0:
-            process = context.Process(target=run, args=(variant, folder / str(attempt)))
-            process.start()
-            process.join(moments.uniform(0.1, 0.8) * seconds)
+            process = ready(context, variant, folder / str(attempt))
+            process.join(moments.uniform(0, 0.8) * seconds)
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
                 process.join()
@@ -75,10 +85,15 @@ def kill_again_and_again(variant: str, folder: Path, kills: int) -> int:
 
 
 def test_runs_killed_at_random_moments_end_in_the_same_bits(tmp_path):
-    variants = ("topk", "matryoshka")
+    context = multiprocessing.get_context("forkserver")  # children start at once: imports are done before they are forked
+    context.set_forkserver_preload(["sae_stability.training", __name__])
+    seconds = {variant: undisturbed(context, variant, tmp_path / variant) for variant in ("topk", "matryoshka")}
+
+    def killed(variant: str) -> int:
+        return kill_again_and_again(context, variant, tmp_path / variant, KILLS // 2, seconds[variant])
+
     with ThreadPoolExecutor(2) as pool:
-        done = pool.map(lambda variant: kill_again_and_again(variant, tmp_path / variant, KILLS // 2), variants)
-    assert sum(done) >= KILLS
+        assert sum(pool.map(killed, seconds)) >= KILLS
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from sae_stability.errors import UserError
 from sae_stability.experiments import texts
 from sae_stability.language import models, pretraining
+from sae_stability.language.corpus import EMBEDDED_SHA256
 from sae_stability.language.pretraining import BATCH, CONTEXT, RECIPES, Recipe
 
 TINY = Recipe(layers=1, d_model=16, heads=2, epochs=2, rate=1e-3)
@@ -84,6 +85,8 @@ def test_shipped_models_are_as_good_as_their_cards_say(quick, name, most):
     assert Recipe(**recipe) == RECIPES[name]
     assert f"| model | {nats['model']:.3f} |" in (folder / "README.md").read_text()
 
+    if texts.facts(quick.main)["corpus_sha256"] != EMBEDDED_SHA256:
+        pytest.skip("the docstrings installed here are not those that the models were trained on")
     held_out = texts.contexts(quick.main, "evaluation").tokens[::40]  # both have the same tokenizer
     tokens = torch.from_numpy(held_out).long()
     bridge = models.load(name)

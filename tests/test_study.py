@@ -55,7 +55,7 @@ def test_another_model_and_corpus_become_a_book_that_follows_the_study(house, sm
         "pipeline.compute(study); build.execute(study); print(build.build(study, Path(sys.argv[1])))"
     )
     # What chapters must not take for granted: two seeds, one variant that is not TopK, a grid over widths.
-    overrides = ["seeds=2", "variant=gated", "coefficient=1.0", "grid={d_sae: [32]}"]
+    overrides = ["seeds=2", "variant=gated", "coefficient=1.0", "grid={d_sae: [32]}", "experiments=null"]
     arguments = [sys.executable, "-c", script, str(other), "other", *small, *overrides]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
