@@ -67,6 +67,13 @@ def test_every_page_opens_without_a_fault(site, address, width):
     assert not faults
 
 
+def test_keys_of_chapters_are_made_in_one_thread(quick, site, monkeypatch):
+    made, key_of_chapter = [], build.chapter_key
+    monkeypatch.setattr(build, "chapter_key", lambda *about: made.append(threading.get_ident()) or key_of_chapter(*about))
+    build.execute(quick.study)
+    assert made == [threading.get_ident()] * len(build.chapters())
+
+
 def test_building_again_changes_nothing(quick, site):
     before = {path: path.stat().st_mtime_ns for path in site.rglob("*")}
     build.build(quick.study, site)

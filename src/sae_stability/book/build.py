@@ -42,9 +42,11 @@ def execute(study: Study) -> None:
     """Execute the chapters that are not up to date into `results/STUDY/chapters/`."""
     plan = Plan(study)
     results = [key for stage in plan.stages for key in stage.entries.values()]
+    # Before there are threads: in Python 3.11 two that parse code at a time can fail (python/cpython#106905).
+    keys = {name: chapter_key(study, name, results) for name in chapters()}
 
     def run(name: str) -> None:
-        key, entry = chapter_key(study, name, results), f"chapters/{name}.ipynb"
+        key, entry = keys[name], f"chapters/{name}.ipynb"
         if not plan.store.is_done(entry, key):
             with plan.store.locked(entry):
                 if not plan.store.is_done(entry, key):
@@ -53,7 +55,7 @@ def execute(study: Study) -> None:
                         _papermill(notebook(name), path, plan.store)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(run, chapters()))
+        list(pool.map(run, keys))
 
 
 def chapter_key(study: Study, name: str, results: list[str]) -> str:
