@@ -1,7 +1,7 @@
 """Writes SAEs with an old release of a library, and what it encodes and rebuilds.
 
-`python old_writer.py LIBRARY FOLDER`, with the release first on PYTHONPATH. Some releases ask at import for what logs and plots,
-and need none of it to write an SAE: such modules are empty. The package's own `__init__`, which imports everything, is left out.
+`python old_writer.py LIBRARY FOLDER`, with the release first on PYTHONPATH. The package's own `__init__`, which imports everything,
+is left out, and so is wandb, which the first releases import and which writes no SAE.
 """
 
 import importlib
@@ -19,27 +19,6 @@ from safetensors.torch import save_file
 D_IN, D_SAE, K = 24, 96, 8
 SITE = {"model_name": "gpt2", "hook_name": "blocks.1.hook_resid_pre", "hook_layer": 1, "hook_head_index": None, "context_size": 64}
 DATA = {"prepend_bos": True, "dataset_path": "text", "dataset_trust_remote_code": False, "dtype": "float32", "device": "cpu"}
-
-
-UNUSED = ("wandb", "automated_interpretability", "plotly", "babe", "nltk", "dotenv", "plotly_express", "matplotlib_inline")
-
-
-class Unused:
-    """Finds, after everybody else, an empty module."""
-
-    @staticmethod
-    def find_spec(name: str, path=None, target=None) -> ModuleSpec | None:
-        return ModuleSpec(name, Unused, is_package=True) if name.partition(".")[0] in UNUSED else None
-
-    @staticmethod
-    def create_module(spec: ModuleSpec):
-        module = MagicMock(name=spec.name)
-        module.__path__, module.__spec__ = [], spec
-        return module
-
-    @staticmethod
-    def exec_module(module) -> None:
-        pass
 
 
 def inside(package: str) -> None:
@@ -121,5 +100,5 @@ def saelens(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.meta_path.append(Unused)
+    sys.modules["wandb"] = MagicMock(__spec__=ModuleSpec("wandb", None), __path__=[])
     {"sae-lens": saelens, "eai-sparsify": sparsify}[sys.argv[1]](Path(sys.argv[2]))

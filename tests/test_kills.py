@@ -87,10 +87,8 @@ def test_runs_killed_at_random_moments_end_in_the_same_bits(tmp_path):
     context = multiprocessing.get_context("forkserver")  # children start at once: imports are done before they are forked
     context.set_forkserver_preload(["sae_stability.training", __name__])
     done = 0
-    for variant in (
-        "topk",
-        "matryoshka",
-    ):  # not in threads: to start a process polls all others, and only one may read how it ended
+    # Not in threads: to start a process polls all others, and only one may read how one ended.
+    for variant in ("topk", "matryoshka"):
         seconds = undisturbed(context, variant, tmp_path / variant)
         done += kill_again_and_again(context, variant, tmp_path / variant, KILLS // 2, seconds)
     assert done >= KILLS

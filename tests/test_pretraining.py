@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -85,8 +86,9 @@ def test_shipped_models_are_as_good_as_their_cards_say(quick, name, most):
     assert Recipe(**recipe) == RECIPES[name]
     assert f"| model | {nats['model']:.3f} |" in (folder / "README.md").read_text()
 
-    if texts.facts(quick.main)["corpus_sha256"] != EMBEDDED_SHA256:
-        pytest.skip("the docstrings installed here are not those that the models were trained on")
+    if sys.version_info >= (3, 12):
+        pytest.skip("numpy comes without some of the documents that the models were trained on")
+    assert texts.facts(quick.main)["corpus_sha256"] == EMBEDDED_SHA256
     held_out = texts.contexts(quick.main, "evaluation").tokens[::40]  # both have the same tokenizer
     tokens = torch.from_numpy(held_out).long()
     bridge = models.load(name)

@@ -3,7 +3,6 @@ them, and whether a logistic regression on the rows of one seed tells the bands 
 
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import combinations, permutations
 
 import numpy as np
@@ -86,7 +85,6 @@ def _fitted(directions: Float[np.ndarray, "d_sae d_in"], band: np.ndarray) -> Lo
     return LogisticRegression(class_weight="balanced", max_iter=1000).fit(directions[known], unstable)
 
 
-@lru_cache(maxsize=1024)
 def _rotation(d_in: int, s: int, t: int) -> Float[np.ndarray, "d_in d_in"]:
     """Uniform, by the QR decomposition of a Gaussian matrix."""
     q, r = np.linalg.qr(np.random.default_rng([s, t]).standard_normal((d_in, d_in)))

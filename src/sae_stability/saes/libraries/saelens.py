@@ -15,10 +15,8 @@ from sae_stability.saes.parameters import Parameters
 from sae_stability.saes.reading import About, Config, Loaded, Weights, directions_only, scaled_by, shown
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
-SCALES = (
-    "finetuning_scaling_factor",
-    "scaling_factor",
-)  # tensors; the configuration names the first, and old releases wrote the second
+# Tensors of one purpose: the configuration names the first, and old releases wrote the second.
+SCALES = ("finetuning_scaling_factor", "scaling_factor")
 NOT_NORMALISED = (None, False, "none")
 ARCHITECTURES = ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk", "matryoshka", "matryoshka_jumprelu")
 
