@@ -504,6 +504,36 @@ def test_of_planted_planes_one_is_drawn_whole():
     assert groups.planar_group([rows[:3] for rows in directions], [np.arange(3)] * 4).empty
 
 
+def in_plane(angles):
+    return np.cos(angles), np.sin(angles), np.repeat(np.arange(len(angles) // 4), 4)
+
+
+def test_axes_that_only_a_turn_tells_apart_are_turned_onto_one_another():
+    # Four directions at uneven angles, in four seeds: only their own turn lays all of them on those of the first seed.
+    shape, turns = np.radians([0, 70, 170, 250]), np.radians([0, 33, 118, 290])
+    x, y, owner = in_plane(np.concatenate([shape + turn for turn in turns]))
+    found = groups.turned_onto(2 * x, 2 * y, owner)
+    assert found.loc[:3].isna().all(axis=None)  # nothing to be turned onto
+    assert found["after"][4:].to_numpy() == pytest.approx(1)
+    assert np.hypot(found["turned_x"], found["turned_y"])[4:].to_numpy() == pytest.approx(2)
+    assert found["turned_x"][4:].to_numpy() == pytest.approx(np.tile(2 * np.cos(shape), 3))
+    before = [np.cos(angle + turn - shape).max() for turn in turns[1:] for angle in shape]
+    assert found["before"][4:].to_numpy() == pytest.approx(before)
+    assert found["by_chance"][4:].max() < 0.9
+
+
+def test_directions_at_random_come_as_near_as_chance_brings_them():
+    # A direction has no part in the angle by which it is turned, so that angle can't be learned where there is none.
+    draw = np.random.default_rng(5)
+    after, by_chance = np.transpose(
+        [groups.turned_onto(*in_plane(draw.uniform(0, 2 * np.pi, 8)))[["after", "by_chance"]].mean() for _ in range(30)]
+    )
+    assert after.mean() == pytest.approx(by_chance.mean(), abs=0.06)
+    alone = groups.turned_onto(np.ones(5), np.ones(5), np.array([0, 0, 0, 1, 1]))
+    assert alone.isna().all(axis=None)  # one other fits anywhere
+    assert groups.turned_onto(np.zeros(0), np.zeros(0), np.zeros(0, dtype=int)).empty
+
+
 def test_groups_of_each_seeds_own_do_not_come_back():
     seeds = written_in([random_axes(4, seed) for seed in range(6)], features=16)
     errors = [np.zeros((len(sampled_rows(part())), D_IN))] * 6

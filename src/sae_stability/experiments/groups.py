@@ -15,7 +15,7 @@ from sae_stability.files import write_table
 from sae_stability.matching import BANDS
 from sae_stability.statistics import jackknifed_mean
 from sae_stability.study import Cell, Study
-from sae_stability.subspaces.groups import CLUSTERED, REAPPEARS, Ensemble, beyond_random, judge_groups, planar_group
+from sae_stability.subspaces.groups import CLUSTERED, REAPPEARS, Ensemble, beyond_random, judge_groups, planar_group, turned_onto
 from sae_stability.subspaces.written import sampled_rows
 
 SMALLEST_RANK, LARGEST_RANK = 2, 1 / 8
@@ -67,11 +67,12 @@ def _planar(results: Results) -> pd.DataFrame:
     band = first(matching.stability(results), len(directions)).band
     members = [np.flatnonzero(of_seed == BANDS.index("intermediate")) for of_seed in band]
     found = planar_group([rows[of_seed] for rows, of_seed in zip(directions, members, strict=True)], members)
+    found = found.reset_index(drop=True).join(turned_onto(*found[["x", "y"]].to_numpy(float).T, found["seed"].to_numpy(int)))
     return found.assign(seed=[results.cell.seed_list[position] for position in found["seed"]])
 
 
 def planar_table(results: Results) -> pd.DataFrame:
-    """One row per feature of a group of two dimensions: where its direction lies in the group's plane."""
+    """One row per feature of a group of two dimensions: where its direction lies in the group's plane, and where once turned."""
     return pd.read_parquet(results.folder("groups") / "planar.parquet")
 
 

@@ -96,18 +96,24 @@ def reappearance(curves: pd.DataFrame, ranks: Sequence[int], title: str) -> Figu
 
 
 def planar_group(group: pd.DataFrame, title: str) -> Figure:
-    """Directions of the features of a group in its first two dimensions, an arrow each; the circle is unit length.
+    """Directions of the features of a group in its first two dimensions, an arrow each, as they are and turned onto one seed.
 
-    Columns: seed, x, y.
+    The circle is unit length. Columns: seed, x, y, turned_x, turned_y; where a feature is not turned it stands as it is, in grey.
     """
-    figure, (axis,) = new_axes(title, height=5.6)
+    figure, axes = new_axes(title, height=4.2, columns=2, sharey=True)
     angles = np.linspace(0, 2 * np.pi, 200)
-    axis.plot(np.cos(angles), np.sin(angles), color="#8C8C8C", linewidth=0.8)
-    for position, (seed, arrows) in enumerate(group.groupby("seed")):
-        colour, line = series_style(position)
-        for number, (x, y) in enumerate(zip(arrows["x"], arrows["y"], strict=True)):
-            axis.plot([0, x], [0, y], color=colour, linestyle=line, linewidth=2, label=None if number else f"seed {seed}")
-            axis.plot(x, y, color=colour, marker=MARKERS[position], markersize=8)
-    axis.set(xlabel="first dimension of the group", ylabel="second dimension", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal")
-    legend_below(figure, axis, columns=3)
+    panels = {"as they are": ("x", "y"), "turned onto the grey": ("turned_x", "turned_y")}
+    for axis, (name, columns) in zip(axes, panels.items(), strict=True):
+        axis.plot(np.cos(angles), np.sin(angles), color="#8C8C8C", linewidth=0.8)
+        for position, (seed, arrows) in enumerate(group.groupby("seed")):
+            colour, line = series_style(position)
+            still = arrows[list(columns)].isna().all(axis=None)
+            for number, (x, y) in enumerate(arrows[["x", "y"] if still else list(columns)].to_numpy()):
+                shown = "#8C8C8C" if still else colour
+                axis.plot([0, x], [0, y], color=shown, linestyle=line, linewidth=2, label=None if number else f"seed {seed}")
+                axis.plot(x, y, color=shown, marker=MARKERS[position], markersize=7)
+        axis.set_title(name, fontsize="medium")
+        axis.set(xlabel="first dimension", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal")
+    axes[0].set_ylabel("second dimension of the group")
+    legend_below(figure, axes[0], columns=3)
     return figure

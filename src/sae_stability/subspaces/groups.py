@@ -25,6 +25,10 @@ REAPPEARS = 0.5
 """Share of its ceiling that a held-out seed's features must capture of a group: the square of a cosine of 0.7."""
 FEW = 4
 """Features of a seed in a group that is to be drawn."""
+FEWEST_TURNED = 3
+"""Features of a seed in a plane of which each can be turned as the others say: one other fits anywhere."""
+RANDOM_PLANES = 100
+"""Draws of random directions in a plane, for what turning brings by chance."""
 COLUMNS = ["partition", "group", "like", "seed", "features", "rank", "share", "swapped", "ambiguity_rank"]
 CLUSTERED, RANDOM = "clustered", "random"
 
@@ -143,6 +147,55 @@ def planar_group(directions: Sequence[Float[np.ndarray, "feature d_in"]], featur
             best = order
             chosen = pd.DataFrame({"seed": owner[inside], "feature": feature[inside], "x": x, "y": y, "rank": rank})
     return chosen
+
+
+def turned_onto(
+    x: Float[np.ndarray, "feature"], y: Float[np.ndarray, "feature"], owner: Int[np.ndarray, "feature"]
+) -> pd.DataFrame:
+    """Turn the features of each seed in a plane onto those of one seed, each by an angle that was learned on the others.
+
+    A row a feature, in their order. Columns: `turned_x` and `turned_y`, its direction after the turn; `before` and `after`, its
+    largest cosine in the plane with a feature of that seed; `by_chance`, the mean of `after` where the directions of each seed were
+    drawn at random. That seed is the one with most features, of equals the first. Nan for its own features, and for seeds with
+    fewer than `FEWEST_TURNED`.
+    """
+    angles, (seeds, sizes) = np.arctan2(y, x), np.unique(owner, return_counts=True)
+    found = pd.DataFrame(np.nan, index=range(len(angles)), columns=["turned_x", "turned_y", "before", "after", "by_chance"])
+    if not len(seeds):
+        return found
+    onto = seeds[sizes.argmax()]
+    fixed = angles[owner == onto]
+    draw = np.random.default_rng(0)
+    for seed in seeds:
+        place = np.flatnonzero(owner == seed)
+        if seed == onto or len(place) < FEWEST_TURNED:
+            continue
+        turned = angles[place] + _turns(angles[place], fixed)
+        length = np.hypot(x[place], y[place])
+        found.loc[place, "turned_x"], found.loc[place, "turned_y"] = length * np.cos(turned), length * np.sin(turned)
+        found.loc[place, "before"], found.loc[place, "after"] = _nearest(angles[place], fixed), _nearest(turned, fixed)
+        drawn = draw.uniform(0, 2 * np.pi, (RANDOM_PLANES, len(place) + len(fixed)))
+        by_chance = [
+            _nearest(each[: len(place)] + _turns(each[: len(place)], each[len(place) :]), each[len(place) :]) for each in drawn
+        ]
+        found.loc[place, "by_chance"] = np.mean(by_chance)
+    return found
+
+
+def _nearest(angles: Float[np.ndarray, "feature"], fixed: Float[np.ndarray, "other"]) -> Float[np.ndarray, "feature"]:
+    """The largest cosine of each direction of a plane with one of the others."""
+    return np.cos(angles[:, None] - fixed).max(1)
+
+
+def _turns(angles: Float[np.ndarray, "feature"], fixed: Float[np.ndarray, "other"]) -> Float[np.ndarray, "feature"]:
+    """For each direction the turn that brings the *others* nearest to fixed ones, of those that lay one of them on one of these."""
+    found = np.zeros(len(angles))
+    for left_out in range(len(angles)):
+        others = np.delete(angles, left_out)
+        turns = (fixed[:, None] - others).ravel()
+        cosines = np.cos((others + turns[:, None])[:, :, None] - fixed)
+        found[left_out] = turns[cosines.max(2).sum(1).argmax()]
+    return found
 
 
 def _owners(features: Sequence[Members]) -> Int[np.ndarray, "feature"]:
