@@ -276,6 +276,20 @@ def test_features_with_a_twin_are_missed_with_fixed_codes_and_not_once_codes_are
     np.testing.assert_allclose(again.removed["all", ""].sum(), again.total.sum(), rtol=0.01)
 
 
+def test_decoders_are_judged_on_so_many_tokens_and_fitted_on_all_others(monkeypatch):
+    ensemble, activations, cluster, _ = planted(twins=False)
+    member = torch.zeros(1, 16, dtype=torch.bool)
+    member[0, :3] = True
+    name = ("band", "stable")
+    whole = ablation.reselected(ensemble, activations, cluster, member | True, {name: member})
+    monkeypatch.setattr(removal, "JUDGED", 500)
+    few = ablation.reselected(ensemble, activations, cluster, member | True, {name: member})
+    assert len(whole.total) == 200
+    assert len(few.total) == 50  # the first of the clusters that judge, with ten tokens each
+    for part, of_whole in ((few.total, whole.total), (few.removed[name][0], whole.removed[name][0])):
+        np.testing.assert_allclose(part, of_whole[:50], rtol=1e-5)
+
+
 def test_a_decoder_of_many_features_is_fitted_as_well_as_one_that_is_solved_for(monkeypatch):
     rng = np.random.default_rng(0)
     codes = (rng.random((3000, 120)) * (rng.random((3000, 120)) < rng.uniform(0.001, 0.2, 120))).astype(np.float32)

@@ -18,7 +18,7 @@ from sae_stability.matching import BANDS, Stability
 
 MEASURES = ("reconstruction", "reselected", "prediction", "divergence")
 """Squared error; the same once codes are chosen again; cross-entropy; KL divergence from the clean prediction."""
-REFITTED = 40  # tokens a feature on which decoders are fitted again, and as many on which they are judged
+REFITTED = 40  # tokens a feature on which decoders are fitted again
 CHOSEN_AGAIN: tuple[Name, ...] = (
     *(ALL, ("random", "stable"), ("paired", "stable"), ("matched", "stable")),
     *(("band", band) for band in BANDS),

@@ -29,6 +29,9 @@ from sae_stability.methods.pursuit import matching_pursuit
 from sae_stability.saes.ensemble import Ensemble
 
 RIDGE = 1e-6  # of a feature's mean energy: refitted directions of features that hardly fire stay finite
+JUDGED = (
+    100_000  # tokens at most on which refitted decoders are judged: what they are fitted on grows with the width, this need not
+)
 EXACT = 16_384  # features, up to which the refitted decoder is solved for directly
 TOLERANCE = 1e-6  # of the residual of the normal equations, above that
 STEPS = 1000  # of conjugate gradients at most
@@ -91,12 +94,14 @@ def reselected(
 
     Codes are chosen by one encoder for all variants, matching pursuit with k atoms among the live features that are left, since
     an SAE's own encoder was trained with the others in place. The decoder is fitted on every other cluster and judged on the
-    rest, with nothing removed (`intact`) as well as without each set. Memory beside the codes is that of
+    rest, at most `JUDGED` tokens, with nothing removed (`intact`) as well as without each set. Memory beside the codes is that of
     `matching_pursuit`, and then of `_least_squares`, for each thread.
     """
     kinds, cluster = np.unique(cluster[: len(activations)], return_inverse=True)
     judged = cluster % 2 == 1
-    x = ensemble.normalise(activations.data)
+    read = ~judged | (judged.cumsum() <= JUDGED)
+    cluster, judged = cluster[read], judged[read]
+    x = ensemble.normalise(activations.data[torch.from_numpy(read)])
     target = x.numpy()
     total = np.bincount(cluster[judged], np.square(target[judged] - target[~judged].mean(0)).sum(1), len(kinds))
     without = {None: torch.zeros(len(ensemble.seeds), ensemble.d_sae, dtype=torch.bool), **members}
