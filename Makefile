@@ -4,13 +4,14 @@ STUDY ?= embedded
 VENV := .venv
 READY := $(VENV)/ready
 PEERS := .venv-bench
+JOBS := .venv-jobs
 
 # What a user has set for other environments does not hold for this one.
 export PIP_USER := 0
 export PIP_REQUIRE_VIRTUALENV := 0
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
-.PHONY: book test bench intervals worlds publish lint lock clean
+.PHONY: book test bench intervals worlds jobs publish lint lock clean
 
 book: $(READY)  ## compute a study and build its book: make book, make book STUDY=quick
 	$(VENV)/bin/sae-stability run $(STUDY)
@@ -59,6 +60,15 @@ intervals: $(READY)  ## simulate studies: how often do the intervals of the book
 
 worlds: $(READY)  ## train SAEs on the worlds of the phase diagram, and publish what they found
 	$(VENV)/bin/python benchmarks/worlds.py
+
+jobs: $(READY) $(JOBS)/ready  ## does a study end in the same bytes in one process, as jobs, and on Slurm?
+	workflow/same-bytes.sh
+
+$(JOBS)/ready:
+	rm -rf $(JOBS)
+	$(PYTHON) -m venv $(JOBS) || { $(PYTHON) -m pip install --quiet virtualenv && $(PYTHON) -m virtualenv --quiet $(JOBS); }
+	$(JOBS)/bin/python -m pip install --quiet 'snakemake>=9,<10' snakemake-executor-plugin-slurm
+	touch $@
 
 lint: $(READY)  ## mend what ruff can
 	$(VENV)/bin/ruff check --fix .

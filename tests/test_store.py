@@ -186,19 +186,19 @@ def test_a_second_run_waits_for_the_first_and_readers_for_nobody(store, capsys):
     held, release = threading.Event(), threading.Event()
 
     def first():
-        with store.locked("stage"):
+        with store.locked(["stage"]):
             held.set()
             release.wait()
 
     thread = threading.Thread(target=first)
     thread.start()
     held.wait()
-    with store.locked("another"):  # only what is computed is locked
+    with store.locked(["another"]):  # only what is computed is locked
         pass
     assert not store.is_done("stage", "key")
     assert "waiting" not in capsys.readouterr().out
     threading.Timer(0.2, release.set).start()
-    with store.locked("stage"):
+    with store.locked(["stage"]):
         assert release.is_set()
     assert "waiting" in capsys.readouterr().out
     thread.join()

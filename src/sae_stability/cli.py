@@ -64,7 +64,15 @@ def run(
     study: STUDY,
     overrides: SET = None,
     name: NAME = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be computed, and compute nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be computed and about what it takes, and compute nothing.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Run so many stages at a time, by Snakemake; without it, one process does all.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Where Snakemake runs them: slurm, or a folder with a config.yaml of your cluster.")
+    ] = None,
 ) -> None:
     """Compute what is missing of a study, execute its chapters and build its book.
 
@@ -73,19 +81,26 @@ def run(
       sae-stability run embedded --set seeds=4 --name four-seeds
 
       sae-stability run embedded --set model=PATH --set hook_name=blocks.1.hook_resid_post --name other
+
+      sae-stability run variants --jobs 4
+
+      sae-stability run variants --profile slurm
     """
     chosen = load_study(study, overrides or (), name)
     _no_widgets()
-    from sae_stability import pipeline
+    from sae_stability import pipeline, workflow
     from sae_stability.book import build
 
     if chosen.experiments is None and not (places.root() / "_toc.yml").is_file():
         raise UserError(f"run: there are no chapters in {places.root()}; call it from a checkout, or set SAE_STABILITY_ROOT to one")
     if dry_run:
-        plan = pipeline.Plan(chosen)
-        for stage in plan.stages:
-            print("done   " if plan.is_done(stage) else "missing", stage.name)
+        for line in workflow.foreseen(pipeline.Plan(chosen)):
+            print(line)
         return
+    if jobs is not None or profile is not None:
+        pipeline.check(chosen)  # before a queue is filled with jobs that can't succeed
+        arguments = [study, *(f"--set={override}" for override in overrides or ()), *([f"--name={name}"] if name else [])]
+        workflow.run(pipeline.Plan(chosen), arguments, jobs, profile)
     store = pipeline.compute(chosen)
     if chosen.experiments is not None:  # pages show all questions
         print(f"{store.folder / 'claims.json'}; a study of some experiments has tables and verdicts, and no book")
@@ -100,6 +115,7 @@ def stage(
     stage: Annotated[str, typer.Argument(metavar="NAME", help="As run --dry-run lists it.")],
     overrides: SET = None,
     name: NAME = None,
+    part: Annotated[str, typer.Option(metavar="I/N", help="Of a training, the I-th of N parts of its seeds.")] = "1/1",
 ) -> None:
     """Compute one stage of a study, if what it needs is there. Examples:
 
@@ -107,11 +123,14 @@ def stage(
 
     sae-stability stage quick tables
     """
+    number, _, parts = part.partition("/")
+    if not (number.isdecimal() and parts.isdecimal()):
+        raise UserError(f"--part {part}: no part; give one such as 1/4")
     chosen = load_study(study, overrides or (), name)
     _no_widgets()
     from sae_stability import pipeline
 
-    pipeline.compute_stage(chosen, stage)
+    pipeline.compute_stage(chosen, stage, int(number), int(parts))
 
 
 @app.command()

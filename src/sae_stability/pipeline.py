@@ -5,7 +5,7 @@ then the tables and the ledger of the study, put together from the reports.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ class Plan:
     def stages(self) -> list[Stage]:
         """In the order in which they run: what a user can get wrong is checked by the first ones."""
         shared = [*texts.stages(self.study), *ensembles.stages(self.study)]
-        asked = [stage for cell in self.study.cells.values() for stage in self._cell_stages(cell)]
+        makers = {entry: stage.name for stage in shared for entry in stage.entries}
+        asked = [stage for cell in self.study.cells.values() for stage in self._cell_stages(cell, makers)]
         return [*shared, *asked, *self._whole_stages]
 
     def results(self, cell: Cell) -> Results:
@@ -124,21 +125,25 @@ class Plan:
         own = (*experiment.reads, *(experiment.report_reads if reports else ()))
         return frozenset(own).union(*(self._readable(experiments()[name], reports) for name in behind))
 
-    def _cell_stages(self, cell: Cell) -> Iterator[Stage]:
+    def _cell_stages(self, cell: Cell, makers: dict[str, str]) -> Iterator[Stage]:
+        """`makers` are the stages that make what studies share, by the entry."""
         results = self.results(cell)
+        shared = (entry for entries in self._entries[cell.id].values() for entry in entries if entry in makers)
+        behind = tuple(dict.fromkeys(makers[entry] for entry in shared))
         for experiment in self._asked(cell):
             name = f"{cell.id}/{experiment.name}"
-            before = tuple(f"{cell.id}/{other}" for other in experiment.after)
+            before = (*(() if experiment.trains else behind), *(f"{cell.id}/{other}" for other in experiment.after))
             if experiment.compute is not None:
                 reading = results.reading(self._readable(experiment, reports=False))
                 entry, key = self._entry(cell, experiment, ""), self._keys[cell.id, experiment.name]
-                yield Stage(name, {entry: key}, partial(_compute, experiment.compute, reading), entry, before)
+                compute = partial(_compute, experiment.compute, reading)
+                yield Stage(name, {entry: key}, compute, entry, before, experiment.name, cell)
                 before = (name,)
             if experiment.tables or experiment.claims:
                 reading = results.reading(self._readable(experiment, reports=True))
                 entry, key = self._entry(cell, experiment, "report/"), self._keys[cell.id, f"report/{experiment.name}"]
-                after = (*before, *(f"{cell.id}/{other}" for other in experiment.report_after))
-                yield Stage(f"{name}/report", {entry: key}, partial(report, experiment, reading), entry, after)
+                after = tuple(dict.fromkeys((*before, *(f"{cell.id}/{other}" for other in experiment.report_after))))
+                yield Stage(f"{name}/report", {entry: key}, partial(report, experiment, reading), entry, after, "report", cell)
 
     @property
     def _whole_stages(self) -> Iterator[Stage]:
@@ -154,7 +159,7 @@ class Plan:
         for name, put_together, roots in (("tables", write_tables, across), ("claims.json", write_ledger, [])):
             key = key_of({"reports": entries}, [put_together, *roots])
             compute = partial(put_together, self.store, entries)
-            yield Stage(name, {name: key}, compute, name, after)
+            yield Stage(name, {name: key}, compute, name, after, name)
 
     def stage(self, name: str) -> Stage:
         """Raises `UserError` where the study has no such stage."""
@@ -170,7 +175,7 @@ class Plan:
         """Compute what is missing of some stages, in their order."""
         for stage in stages:
             if not self.is_done(stage):
-                with self.store.locked(stage.group):  # somebody else may have computed it in the meantime
+                with self.store.locked(stage.entries):  # somebody else may have computed it in the meantime
                     missing = {entry: key for entry, key in stage.entries.items() if not self.store.is_done(entry, key)}
                     if missing:
                         print(f"{self.study.name}: {stage.name}{_some(missing, stage)}", flush=True)
@@ -187,10 +192,27 @@ def compute(study: Study) -> Store:
     return plan.store
 
 
-def compute_stage(study: Study, name: str) -> None:
-    """Compute one stage. Raises `UserError` that names what it needs, where that is not there."""
+def most_parts(stage: Stage) -> int:
+    """Into how many parts a stage can be cut that know nothing of one another: the seeds of an ensemble."""
+    return len(stage.entries) if stage.kind == ensembles.TRAINING and not stage.name.startswith(f"{SHARED}/streams/") else 1
+
+
+def part_of(stage: Stage, number: int, parts: int) -> Stage:
+    """One of several parts of a stage, counted from 1, with as many seeds as the others, or one more."""
+    if parts == 1:
+        return stage
+    entries = dict(list(stage.entries.items())[number - 1 :: parts])
+    return replace(stage, entries=entries, group=f"{stage.group}/.part-{number}-of-{parts}")
+
+
+def compute_stage(study: Study, name: str, number: int = 1, parts: int = 1) -> None:
+    """Compute one stage, or a part of it. Raises `UserError` that names what it needs, where that is not there."""
     plan = Plan(study)
     stage = plan.stage(name)
+    most = most_parts(stage)
+    if not 1 <= number <= parts <= most:
+        raise UserError(f"--part {number}/{parts}: {name} can be cut into {most} at most; give one such as 1/{most}")
+    stage = part_of(stage, number, parts)
     missing = [before for before in stage.after if not plan.is_done(plan.stage(before))]
     if missing:
         raise UserError(f"stage: {name} needs {', '.join(missing)}; compute that first, or call sae-stability run {study.name}")
@@ -224,8 +246,7 @@ def prompts(study: Study) -> Iterator[str]:
     """What the language model would be asked to explain, without asking it; what must be computed for that is kept."""
     plan = Plan(study)
     _use_threads(study)
-    before = [*plan.stage(f"{study.main.id}/explanations").after, *_training(plan, study.main, study.main.kinds)]
-    wanted = _behind(plan, before)
+    wanted = _behind(plan, plan.stage(f"{study.main.id}/explanations").after)
     plan.compute(stage for stage in plan.stages if stage.name in wanted)
     yield from explanations.prompts(plan.results(study.main))
 
@@ -241,7 +262,7 @@ def trained(study: Study, cell: str | None) -> tuple[list[SAE], Activations]:
     _use_threads(study)
     plan.store.write_study()
     text = set(plan.results(chosen).entries["activations/real"])  # a stream trains without it
-    names = [*_training(plan, chosen, ["real"]), *(stage.name for stage in plan.stages if text & set(stage.entries))]
+    names = [*_training(plan, chosen), *(stage.name for stage in plan.stages if text & set(stage.entries))]
     wanted = _behind(plan, names)
     plan.compute(stage for stage in plan.stages if stage.name in wanted)
     results = plan.results(chosen)
@@ -263,9 +284,9 @@ def fine_tuned(study: Study, cell: str | None, pooled: SAE, decoder_alone: bool)
     return pools.fine_tuned(start, results.cell.recipe, seeds, study.device, decoder_alone).dictionary(0)
 
 
-def _training(plan: Plan, cell: Cell, kinds: Iterable[str]) -> list[str]:
-    """The names of the stages that train ensembles of a cell."""
-    entries = {entry for kind in kinds for entry in plan.results(cell).entries[f"ensembles/{kind}"]}
+def _training(plan: Plan, cell: Cell) -> list[str]:
+    """The names of the stages that train the ensemble of a cell, without its nulls."""
+    entries = set(plan.results(cell).entries["ensembles/real"])
     return [stage.name for stage in plan.stages if entries & set(stage.entries)]
 
 

@@ -36,7 +36,8 @@ def _named(study: Study) -> set[Path]:
     plan = Plan(study)
     entries = {plan.store.path(entry) for stage in plan.stages for entry in stage.entries}
     marks = {path.with_suffix(".provenance.json") for path in entries if path.suffix}
-    return entries | marks | {plan.store.path(stage.group) / SCRATCH for stage in plan.stages if not plan.is_done(stage)}
+    unfinished = (plan.store.path(stage.group) for stage in plan.stages if not plan.is_done(stage))
+    return entries | marks | {scratch for group in unfinished for scratch in group.rglob(SCRATCH)}
 
 
 def _others(study: Study) -> Iterator[Study]:

@@ -4,7 +4,7 @@ Results of a study stand in `results/STUDY/`, one folder an entry. What several 
 stands in `results/_shared/`, under names that hold their keys. An entry is done when the provenance beside it holds its key, and
 its files are, byte for byte, those that the provenance names. Anything else is computed again.
 
-Readers take no lock. Whoever computes holds that of the entry's group, and looks again once it has it.
+Readers take no lock. Whoever computes an entry holds its lock, and looks again once it has it.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -117,6 +117,8 @@ class Store:
             self._record(entry, key, seconds, files)
             (folder / BEGUN).unlink(missing_ok=True)  # last: a run that is killed while files are hashed keeps them
         shutil.rmtree(scratch.parent, ignore_errors=True)
+        with suppress(OSError):
+            self.path(group).rmdir()  # that of a part of a stage holds nothing else
 
     def _begun(self, entry: str, key: str) -> Path:
         folder = self.path(entry)
@@ -161,11 +163,12 @@ class Store:
         write_json(path, provenance)
 
     @contextmanager
-    def locked(self, group: str) -> Iterator[None]:
-        """Hold the lock of a group of entries, so that two runs never compute one of them; wait where another run holds it."""
-        path = self.path(group)
-        name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
-        with locked(places.results() / "_locks" / name, path):
+    def locked(self, entries: Iterable[str]) -> Iterator[None]:
+        """Hold the locks of some entries, so that two runs never compute one of them; wait where another run holds one."""
+        with ExitStack() as held:
+            for path in sorted(map(self.path, entries)):  # all in one order, so that nobody waits for who waits for him
+                name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+                held.enter_context(locked(places.results() / "_locks" / name, path))
             yield
 
     def table(self, name: str) -> pd.DataFrame:

@@ -48,7 +48,7 @@ def execute(study: Study) -> None:
     def run(name: str) -> None:
         key, entry = keys[name], f"chapters/{name}.ipynb"
         if not plan.store.is_done(entry, key):
-            with plan.store.locked(entry):
+            with plan.store.locked([entry]):
                 if not plan.store.is_done(entry, key):
                     print(f"{study.name}: {entry}", flush=True)
                     with plan.store.computing_file(entry, key) as path:
@@ -147,7 +147,7 @@ def _papermill(notebook: Path, into: Path, store: Store) -> None:
             parameters={"study": store.study.name},
             kernel_name="python3",
             progress_bar=False,
-            extra_arguments=["--log-level=40"],
+            extra_arguments=["--log-level=50"],
             cwd=str(places.root()),
         )
     except papermill.PapermillExecutionError as error:

@@ -27,6 +27,8 @@ from sae_stability.store import SHARED, Store, Work
 from sae_stability.study import Cell, Recipe, Study
 from sae_stability.training import CURVE, DIVERGED, ENSEMBLE, SNAPSHOTS
 
+TRAINING = "training"
+
 
 def entries(study: Study, cell: Cell, kind: str) -> dict[str, str]:
     """The entries of the seeds of an ensemble, or of one of its nulls, with their key: it is that of the recipe, on its source."""
@@ -55,7 +57,7 @@ def stages(study: Study) -> Iterable[Stage]:
         for group, (cell, kind, of_seeds) in wanted.items():
             data = texts.activations_entry(study, cell, kind)[0]
             behind = data if sources.source(kind).drawn else texts.pass_name(study, cell, kind)
-            yield Stage(group, of_seeds, partial(train_cached, study, cell, kind), group, (behind,))
+            yield Stage(group, of_seeds, partial(train_cached, study, cell, kind), group, (behind,), TRAINING, cell)
         return
     streams: dict[str, dict[str, tuple[Cell, str, dict[str, str]]]] = {}
     for group, (cell, kind, of_seeds) in wanted.items():
@@ -63,7 +65,7 @@ def stages(study: Study) -> Iterable[Stage]:
     for text, ensembles in streams.items():
         every = {entry: key for _, _, of_seeds in ensembles.values() for entry, key in of_seeds.items()}
         name = f"{SHARED}/streams/{text.rpartition('/')[2]}"
-        yield Stage(name, every, partial(train_streamed, study, ensembles), name, (text,))
+        yield Stage(name, every, partial(train_streamed, study, ensembles), name, (text,), TRAINING, study.main)
 
 
 def train_cached(study: Study, cell: Cell, kind: str, work: Work) -> None:

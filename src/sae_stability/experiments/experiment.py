@@ -37,9 +37,13 @@ class Stage:
     """The keys of what it computes, by the entries of the store: the seeds of an ensemble, the sites of a model; usually one."""
     compute: Callable[[Work], None]
     group: str
-    """What is locked while it computes: nobody else computes one of its entries then."""
+    """The folder that its entries share, with what outlives a kill."""
     after: tuple[str, ...] = ()
     """Names of the stages that it reads."""
+    kind: str = ""
+    """What costs alike: `text`, `activations`, `training`, or the name of an experiment."""
+    cell: Cell | None = None
+    """Whose sizes say what it costs; none where it only puts together what others computed."""
 
 
 class Undeclared(AttributeError):

@@ -67,7 +67,8 @@ def _planar(results: Results) -> pd.DataFrame:
     band = first(matching.stability(results), len(directions)).band
     members = [np.flatnonzero(of_seed == BANDS.index("intermediate")) for of_seed in band]
     found = planar_group([rows[of_seed] for rows, of_seed in zip(directions, members, strict=True)], members)
-    found = found.reset_index(drop=True).join(turned_onto(*found[["x", "y"]].to_numpy(float).T, found["seed"].to_numpy(int)))
+    turned = turned_onto(found["x"].to_numpy(float), found["y"].to_numpy(float), found["seed"].to_numpy(int))
+    found = found.reset_index(drop=True).join(turned)
     return found.assign(seed=[results.cell.seed_list[position] for position in found["seed"]])
 
 

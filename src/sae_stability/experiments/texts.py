@@ -63,14 +63,16 @@ def stages(study: Study) -> Iterable[Stage]:
     for group in _grouped(study, _text):
         entry, key = text_entry(group[0].recipe)
         hooks = sorted({cell.hook_name for cell in group})
-        yield Stage(entry, {entry: key}, partial(read_text, _widest(group), hooks), entry)
+        widest = _widest(group)
+        yield Stage(entry, {entry: key}, partial(read_text, widest, hooks), entry, kind="text", cell=widest)
     for kind in _kinds(study, drawn=False):
         cells = [cell for cell in study.cells.values() if kind in cell.kinds]
         for group in _grouped(study, partial(_pass, study), cells):
             entries = dict(activations_entry(study, cell, kind) for cell in group)
             cells_of = {activations_entry(study, cell, kind)[0]: cell for cell in group}
             name, text = pass_name(study, group[0], kind), text_entry(group[0].recipe)[0]
-            yield Stage(name, entries, partial(run_model, study, kind, cells_of), f"{SHARED}/{name}", (text,))
+            compute = partial(run_model, study, kind, cells_of)
+            yield Stage(name, entries, compute, f"{SHARED}/{name}", (text,), "activations", _widest(group))
     for kind in _kinds(study, drawn=True):
         done = set()
         for cell in study.cells.values():
@@ -78,7 +80,7 @@ def stages(study: Study) -> Iterable[Stage]:
             if entry and entry not in done:
                 done.add(entry)
                 behind = (pass_name(study, cell, "real"),)
-                yield Stage(entry, {entry: key}, partial(draw_null, study, kind, cell), entry, behind)
+                yield Stage(entry, {entry: key}, partial(draw_null, study, kind, cell), entry, behind, "null source", cell)
 
 
 def pass_name(study: Study, cell: Cell, kind: str) -> str:

@@ -1,0 +1,158 @@
+"""What the stages of a study cost before they run: seconds and memory (B1).
+
+The *work* of a stage follows from the study: multiply-adds of a model that reads, of SAEs that train, of cosines. Seconds are work
+over a rate, the median rate of stages of its kind that were measured (`published/costs`), beside what starting a process takes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pandas as pd
+
+from sae_stability import places
+from sae_stability.ablation.effects import CHOSEN_AGAIN, REFITTED
+from sae_stability.ablation.removal import JUDGED
+from sae_stability.experiments import Stage, texts
+from sae_stability.experiments.ensembles import TRAINING
+from sae_stability.experiments.matching import CODE_TOKENS
+from sae_stability.pipeline import Plan
+
+START_SECONDS = 15.0
+"""To start a process that reads the package, and to see what is done."""
+START_GB = 1.0
+"""What such a process holds before it computes."""
+RATE = 1e9
+"""Multiply-adds a second where no stage of the kind was measured."""
+FLOAT, DOUBLE = 4, 8
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the costs of a stage follow from."""
+
+    tokens: int
+    """Training tokens that a seed reads, passes counted."""
+    held_out: int
+    """Tokens to measure on."""
+    seeds: int
+    """Of the ensemble that is trained, or of the cell and all its nulls together."""
+    d_in: int
+    d_sae: int
+    k: int
+    batch: int
+    parameters: int
+    """Weights of the language model up to its last layer, without its vocabulary."""
+    loss_tokens: int
+    """Tokens on which the model is read with something removed."""
+
+
+def is_known(plan: Plan, stage: Stage) -> bool:
+    """Whether the text is there, of which the sizes of its model are known."""
+    return stage.cell is None or (plan.results(stage.cell).folder("text") / "facts.json").is_file()
+
+
+def size(plan: Plan, stage: Stage) -> Size | None:
+    """None for a stage that puts together what others computed. The text of the study has to be there, for the model's sizes."""
+    cell, study = stage.cell, plan.study
+    if cell is None or stage.kind in ("report", "text"):
+        return None
+    facts = texts.facts(plan.results(cell))
+    every = sum(len(cell.seeds_of(kind)) for kind in cell.kinds)
+    return Size(
+        tokens=cell.tokens * cell.passes,
+        held_out=min(cell.evaluation_tokens, facts["evaluation_tokens"]),
+        seeds=len(stage.entries) if stage.kind == TRAINING else every,
+        d_in=facts["d_model"],
+        d_sae=cell.d_sae,
+        k=cell.k,
+        batch=cell.batch,
+        parameters=12 * facts["layers"] * facts["d_model"] ** 2,
+        loss_tokens=study.loss_tokens + study.ablation_tokens,
+    )
+
+
+def work(kind: str, of: Size) -> float:
+    """Multiply-adds of a stage, up to a factor of its kind."""
+    reads, encodes = of.parameters * (of.tokens + of.held_out), of.d_in * of.d_sae
+    if kind == "activations":
+        return reads
+    if kind == "null source":
+        return (of.tokens + of.held_out) * of.d_in**2
+    if kind == TRAINING:  # the encoder's product, and six of the rows that fire
+        return of.seeds * of.tokens * of.d_in * (of.d_sae + 6 * of.k)
+    if kind == "matching":
+        return of.seeds**2 / 2 * of.d_sae**2 * of.d_in + of.seeds * CODE_TOKENS * encodes
+    if kind == "function":
+        again = REFITTED * of.d_sae + min(JUDGED, REFITTED * of.d_sae)
+        pursued = len(CHOSEN_AGAIN) * again * of.k * of.d_sae
+        return of.seeds * (pursued + of.parameters * of.loss_tokens)
+    return of.seeds * (min(CODE_TOKENS, of.held_out) * encodes + of.parameters * of.loss_tokens)
+
+
+def memory_gb(kind: str, of: Size | None) -> float:
+    """What the process of a stage holds at most, about."""
+    if of is None:
+        return 2 * START_GB
+    weights = of.d_in * of.d_sae
+    if kind == TRAINING:  # both weights and Adam's two moments of each, a batch, and gradients
+        held = of.seeds * FLOAT * (8 * weights + of.batch * of.d_in)
+    elif kind == "function":  # cosines of all features with one another, and the normal equations of two decoders
+        held = of.d_sae**2 * (2 * FLOAT + 4 * DOUBLE) + of.seeds * CODE_TOKENS * of.k * 3 * FLOAT
+    else:
+        held = of.seeds * (FLOAT * 2 * weights + CODE_TOKENS * of.k * 3 * FLOAT)
+    return START_GB + (FLOAT * of.parameters + CODE_TOKENS * of.d_in * FLOAT + held) / 1e9
+
+
+def seconds(kind: str, of: Size | None, rates: Mapping[str, float] | None = None) -> float:
+    """What a stage takes, about; `rates` are those of `published` where none are given."""
+    if of is None:
+        return START_SECONDS
+    rates = published() if rates is None else rates
+    return START_SECONDS + work(kind, of) / rates.get(kind, min(rates.values(), default=RATE))
+
+
+def fitted(jobs: pd.DataFrame) -> dict[str, float]:
+    """The rate of each kind: the median of work over seconds. Columns: kind, work, seconds."""
+    rate = jobs["work"] / jobs["seconds"].clip(lower=0.1)
+    return rate.groupby(jobs["kind"]).median().to_dict()
+
+
+@cache
+def published() -> dict[str, float]:
+    """The rates of the stages that were measured; none where there is no such table."""
+    path = places.published() / "costs" / "jobs.parquet"
+    return fitted(pd.read_parquet(path)) if path.is_file() else {}
+
+
+def measured(plan: Plan) -> pd.DataFrame:
+    """One row a finished stage of a study: its kind, sizes and work, and the seconds and memory that it took.
+
+    The memory is that of a process, which may have computed other stages before.
+    """
+    rows = []
+    for stage in plan.stages:
+        of = size(plan, stage)
+        provenances = [plan.store.provenance(entry) for entry in stage.entries]
+        if of is None or not all(provenances):
+            continue
+        found = [provenance for provenance in provenances if provenance]
+        row = {"stage": stage.name, "kind": stage.kind, **vars(of), "work": work(stage.kind, of)}
+        row |= {"seconds": sum(each["seconds"] for each in found), "memory_gb": max(each["peak_memory_gb"] for each in found)}
+        rows.append(row | {name: found[0][name] for name in ("processor", "threads", "device", "commit")})
+    return pd.DataFrame(rows)
+
+
+def error(jobs: pd.DataFrame) -> pd.DataFrame:
+    """How far estimates of jobs lie from what they took, each from the other jobs of its kind: `ratio` of estimate to truth.
+
+    A kind with one job has nothing to be estimated from: nan.
+    """
+    rate = jobs["work"] / jobs["seconds"].clip(lower=0.1)
+
+    def left_out(of_kind: pd.Series) -> pd.Series:
+        others = [of_kind.drop(index).median() for index in of_kind.index]
+        return pd.Series(np.divide(of_kind, others), index=of_kind.index)
+
+    return jobs.assign(ratio=rate.groupby(jobs["kind"], group_keys=False).apply(left_out))

@@ -1,0 +1,179 @@
+"""Studies as jobs, and what jobs are expected to cost."""
+
+import json
+import random
+import shlex
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae_stability import costs, pipeline, workflow
+from sae_stability.loading import load_study
+
+FEW = "experiments=[stability, function, triggers]"
+SIZE = costs.Size(4000, 1000, 4, 32, 48, 4, 64, 36_864, 700)
+
+
+@pytest.fixture
+def single_seeds(monkeypatch):
+    """Every training is too long for one job."""
+    monkeypatch.setattr(workflow, "SECONDS_A_JOB", 1e-9)
+
+
+def as_jobs(study, order: random.Random) -> list[workflow.Job]:
+    """Compute a study by its jobs, each as the command line would, in an order drawn from those that their needs allow."""
+    pipeline.check(study)
+    waiting, done = workflow.jobs(pipeline.Plan(study)), list[workflow.Job]()
+    while waiting:
+        names = {job.name for job in done}
+        ready = [job for job in waiting if set(job.after) <= names]
+        job = order.choice(ready)
+        number, _, parts = (job.part or "1/1").partition("/")
+        pipeline.compute_stage(study, job.stage.name, int(number), int(parts))
+        waiting.remove(job)
+        done.append(job)
+    return done
+
+
+def test_jobs_in_any_order_that_they_allow_end_in_the_bytes_of_one_process(small, house, monkeypatch, single_seeds):
+    # Of a variant with a penalty: the first seed finds its coefficient for the others.
+    few = ["variant=gated", "seeds=3", "surrogate_seeds=2", "tokens=2000", "experiments=[stability]"]
+    study = load_study("embedded", [*small, *few], "study")
+    alone = pipeline.compute(study)
+    ledger = (alone.folder / "claims.json").read_bytes()
+    trained = {path.relative_to(house): path.read_bytes() for path in house.rglob("ensemble.safetensors")}
+    monkeypatch.setenv("SAE_STABILITY_RESULTS", str(house.parent / "jobs"))
+    done = as_jobs(study, random.Random(1))
+    assert [job.part for job in done if job.part].count("1/3") == 1
+    assert sum(job.part != "" for job in done) == 3 + 2  # the seeds of the model and of its surrogate
+    again = house.parent / "jobs"
+    assert (again / "study" / "claims.json").read_bytes() == ledger
+    assert {path.relative_to(again): path.read_bytes() for path in again.rglob("ensemble.safetensors")} == trained
+    assert not [path for path in again.rglob(".part-*") if not path.name.endswith(".json")]
+
+
+def test_the_plan_for_snakemake_names_each_stage_once_and_marks_what_is_done(small, house, tmp_path):
+    arguments = ["embedded", *(f"--set={override}" for override in [*small, FEW]), "--name=study"]
+    study = load_study("embedded", [*small, FEW], "study")
+    pipeline.check(study)
+    plan = pipeline.Plan(study)
+    made = {row["name"]: row for row in json.loads(workflow.write(plan, arguments).read_text())["jobs"]}
+    stages = [shlex.split(row["command"])[5] for row in made.values()]
+    assert stages == [stage.name for stage in plan.stages]
+    marks = house / "study" / "workflow" / "marks"
+    assert [path.name for path in marks.iterdir()] == [next(iter(made.values()))["mark"].rpartition("/")[2]]  # the text
+    of_mark = {row["mark"]: name for name, row in made.items()}
+    behind = {name: {of_mark[mark] for mark in row["after"]} for name, row in made.items()}
+    trainings = {name for name in made if "ensembles" in name}
+    matching = next(name for name in made if name.endswith("_matching"))
+    assert len(trainings) == 2
+    assert trainings < behind[matching]
+    # What nobody asks for any more, and what was marked and is not there, is no reason to leave a job out.
+    (marks / "999_gone-abc").touch()
+    (marks / made[matching]["mark"].rpartition("/")[2]).touch()
+    workflow.write(plan, arguments)
+    assert len(list(marks.iterdir())) == 1
+
+    def marks_with(override: str) -> set[str]:
+        path = workflow.write(pipeline.Plan(load_study("embedded", [*small, FEW, override], "study")), arguments)
+        return {row["mark"] for row in json.loads(path.read_text())["jobs"]}
+
+    of_trainings = {made[name]["mark"] for name in trainings}
+    assert of_trainings < marks_with("threshold=0.5")
+    assert made[matching]["mark"] not in marks_with("threshold=0.5")
+    assert not of_trainings & marks_with("rate=0.001")
+
+
+def test_parts_of_a_training_share_its_seeds_out(small, house):
+    study = load_study("embedded", [*small, FEW], "study")
+    pipeline.check(study)
+    stage = next(stage for stage in pipeline.Plan(study).stages if "ensembles" in stage.name)
+    for parts in range(1, 5):
+        shares = [list(pipeline.part_of(stage, number, parts).entries) for number in range(1, parts + 1)]
+        assert sorted(entry for share in shares for entry in share) == sorted(stage.entries)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--part", "3/2"), "--part 3/2"),
+        (("--part", "0/1"), "--part 0/1"),
+        (("--part", "half"), "give one such as 1/4"),
+        (("--part", "1/2"), "can be cut into 1 at most"),
+    ],
+)
+def test_a_part_that_there_is_not_is_said(call, small_options, house, options, named):
+    status, _, error = call("stage", "embedded", "tables", *small_options, "--name", "other", *options)
+    assert (status, len(error)) == (2, 1)
+    assert named in error[0]
+
+
+def test_what_jobs_need_is_said_in_one_line(call, small_options, house, monkeypatch, tmp_path):
+    few = [*small_options, f"--set={FEW}", "--name", "study"]
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(workflow.sys, "executable", str(tmp_path / "python"))  # nothing lies beside it
+    status, _, error = call("run", "embedded", *few, "--jobs", "2")
+    assert (status, len(error)) == (2, 1)
+    assert "pip install 'snakemake>=9'" in error[0]
+    monkeypatch.setenv("SAE_STABILITY_SNAKEMAKE", "/bin/false")
+    status, _, error = call("run", "embedded", *few, "--profile", "slurn")
+    assert (status, len(error)) == (2, 1)
+    assert "there are local, one-node, slurm" in error[0]
+    status, _, error = call("run", "embedded", *few, "--jobs", "2")
+    assert (status, len(error)) == (2, 1)
+    assert "snakemake ended with status 1" in error[0]
+
+
+def test_the_last_words_of_a_job_that_failed_are_told(call, small_options, house, monkeypatch, tmp_path):
+    program = tmp_path / "snakemake"
+    program.write_text(
+        "#!/bin/sh\nfor argument; do case $argument in plan=*) plan=${argument#plan=};; esac; done\n"
+        "logs=${plan%plan.json}logs; mkdir -p $logs; printf 'much\\nsae-stability: rate: too high\\n' > $logs/$JOB.log; exit 1\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("SAE_STABILITY_SNAKEMAKE", str(program))
+    study = load_study("embedded", [option.removeprefix("--set=") for option in small_options] + [FEW], "study")
+    pipeline.check(study)
+    failed = next(job for job in workflow.jobs(pipeline.Plan(study)) if "ensembles" in job.name)
+    monkeypatch.setenv("JOB", failed.name)
+    status, _, error = call("run", "embedded", *small_options, f"--set={FEW}", "--name", "study", "--jobs", "2")
+    assert (status, len(error)) == (2, 1)
+    assert f"{failed.stage.name}: rate: too high" in error[0]
+
+
+GROWING = ("tokens", "seeds", "d_in", "d_sae", "k")
+
+
+@given(
+    kind=st.sampled_from(["activations", "null source", "training", "matching", "function", "quality"]),
+    grown=st.sampled_from(GROWING),
+    times=st.integers(2, 50),
+)
+def test_more_of_anything_never_costs_less(kind, grown, times):
+    more = replace(SIZE, **{grown: times * getattr(SIZE, grown)})
+    assert costs.work(kind, more) >= costs.work(kind, SIZE)
+    assert costs.memory_gb(kind, more) >= costs.memory_gb(kind, SIZE)
+
+
+def test_training_costs_what_its_products_do():
+    assert costs.work("training", SIZE) == 4 * 4000 * 32 * (48 + 6 * 4)
+    twice = replace(SIZE, seeds=8, tokens=8000)
+    assert costs.work("training", twice) == 4 * costs.work("training", SIZE)
+
+
+def test_rates_are_those_of_the_jobs_that_were_measured():
+    jobs = pd.DataFrame({"kind": ["training"] * 3 + ["matching"], "work": [1e9, 4e9, 9e9, 5e9], "seconds": [1.0, 2.0, 3.0, 1.0]})
+    rates = costs.fitted(jobs)
+    assert rates == {"training": 2e9, "matching": 5e9}
+    seconds = costs.seconds("training", SIZE, rates) - costs.START_SECONDS
+    assert seconds == pytest.approx(costs.work("training", SIZE) / 2e9)
+    assert costs.seconds("tables", None, rates) == costs.START_SECONDS
+    # Each from the two others: rates of 1, 2 and 3 against 2.5, 2 and 1.5.
+    ratio = costs.error(jobs)["ratio"].to_numpy()
+    np.testing.assert_allclose(ratio[:3], [1 / 2.5, 1, 3 / 1.5])
+    assert np.isnan(ratio[3])
