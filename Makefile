@@ -11,7 +11,7 @@ export PIP_USER := 0
 export PIP_REQUIRE_VIRTUALENV := 0
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
-.PHONY: book test bench intervals worlds jobs publish lint lock clean
+.PHONY: book test bench intervals worlds jobs costs publish lint lock clean
 
 book: $(READY)  ## compute a study and build its book: make book, make book STUDY=quick
 	$(VENV)/bin/sae-stability run $(STUDY)
@@ -60,6 +60,11 @@ intervals: $(READY)  ## simulate studies: how often do the intervals of the book
 
 worlds: $(READY)  ## train SAEs on the worlds of the phase diagram, and publish what they found
 	$(VENV)/bin/python benchmarks/worlds.py
+
+STUDIES := embedded quick
+
+costs: $(READY)  ## publish what the stages of studies took, on which estimates rest: make costs STUDIES="embedded quick"
+	$(VENV)/bin/python benchmarks/costs.py $(STUDIES)
 
 jobs: $(READY) $(JOBS)/ready  ## does a study end in the same bytes in one process, as jobs, and on Slurm?
 	workflow/same-bytes.sh

@@ -97,7 +97,7 @@ def test_latents_are_called_by_what_they_are():
 
 
 def test_the_published_latents_are_of_the_worlds_of_the_code():
-    published = page.of_worlds("latents")
+    published = page.rows("worlds/latents")
     assert published["world"].nunique() == len(mixed_worlds())
     assert set(published["seed"]) == set(range(MIXED_SEEDS))
     counts = published.groupby(["world", "kind"]).size().unstack()

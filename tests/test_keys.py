@@ -40,6 +40,13 @@ def planned(*overrides: str) -> dict[str, set[str]]:
     return plan
 
 
+@pytest.fixture(scope="module")
+def before() -> dict[str, set[str]]:
+    """The plan of the package as it is: what a copy of it has before an edit."""
+    keys.forget()
+    return planned()
+
+
 def changed(before: dict[str, set[str]], after: dict[str, set[str]]) -> set[str]:
     assert set(before) == set(after)
     return {name for name in before if before[name] != after[name]}
@@ -60,8 +67,7 @@ def every(*experiments: str) -> set[str]:
     return {f"{variant}/{name}" for variant in ("topk", "jumprelu") for name in experiments}
 
 
-def test_a_docstring_or_a_comment_anywhere_computes_nothing(copy):
-    before = planned()
+def test_a_docstring_or_a_comment_anywhere_computes_nothing(copy, before):
     for file in copy.rglob("*.py"):
         text = file.read_text(encoding="utf-8")
         file.write_text(text.replace('"""', '"""Edited. ', 1).replace("\n\n\n", "\n\n\n# a comment\n"), encoding="utf-8")
@@ -69,14 +75,12 @@ def test_a_docstring_or_a_comment_anywhere_computes_nothing(copy):
     assert changed(before, planned()) == set()
 
 
-def test_choosing_which_features_are_explained_computes_explanations_and_what_stands_behind(copy):
-    before = planned()
+def test_choosing_which_features_are_explained_computes_explanations_and_what_stands_behind(copy, before):
     edit(copy / "experiments" / "explanations.py", "EXPLAINED_SEEDS, EXPLAINED = 4, 15", "EXPLAINED_SEEDS, EXPLAINED = 4, 16")
     assert changed(before, planned()) == {"topk/explanations", "topk/explanations/report", "tables", "claims.json"}
 
 
-def test_how_effects_are_opened_computes_what_reads_them(copy):
-    before = planned()
+def test_how_effects_are_opened_computes_what_reads_them(copy, before):
     edit(copy / "experiments" / "function.py", "matching.opened(matched, threshold)", "matching.opened(matched, 0.5)")
     assert changed(before, planned()) == {
         *every("function/report"),
@@ -85,8 +89,7 @@ def test_how_effects_are_opened_computes_what_reads_them(copy):
     }
 
 
-def test_how_stability_is_opened_computes_everything_that_knows_bands(copy):
-    before = planned()
+def test_how_stability_is_opened_computes_everything_that_knows_bands(copy, before):
     edit(copy / "experiments" / "matching.py", 'tensors["alive"], threshold)', 'tensors["alive"], 0.5)')
     moved = changed(before, planned())
     assert every("function", "function/report", "stability/report", "triggers/report") <= moved
@@ -94,14 +97,12 @@ def test_how_stability_is_opened_computes_everything_that_knows_bands(copy):
     assert not moved & {*TRAINED, *every("quality", "triggers", "matching", "families", "frontier")}
 
 
-def test_a_rule_computes_reports_of_its_experiment_only(copy):
-    before = planned()
+def test_a_rule_computes_reports_of_its_experiment_only(copy, before):
     edit(copy / "experiments" / "stability.py", "RELIABLE = 0.7", "RELIABLE = 0.8")
     assert changed(before, planned()) == {*every("stability/report"), "tables", "claims.json"}
 
 
-def test_a_variant_that_is_looked_up_by_name_computes_its_own_cells_only(copy):
-    before = planned()
+def test_a_variant_that_is_looked_up_by_name_computes_its_own_cells_only(copy, before):
     edit(copy / "saes" / "jumprelu.py", "BANDWIDTH = 0.05", "BANDWIDTH = 0.06")
     moved = changed(before, planned())
     assert {"shared/ensembles/jumprelu-256-real", "shared/ensembles/jumprelu-256-surrogate"} <= moved
@@ -120,33 +121,30 @@ def test_a_null_source_computes_its_own_ensembles_only(copy):
     }
 
 
-def test_a_kernel_that_only_a_method_names_computes_everything_that_encodes(copy):
-    before = planned()
+def test_a_kernel_that_only_a_method_names_computes_everything_that_encodes(copy, before):
     edit(copy / "saes" / "compiled.py", "total = np.float32(0)", "total = np.float32(-0.0)")
     moved = changed(before, planned())
     assert moved >= {*TRAINED, *every("quality", "matching", "triggers", "function")}
     assert not {name for name in moved if name.startswith(("shared/texts", "activations"))}
 
 
-def test_what_figures_and_pages_say_computes_nothing(copy):
-    before = planned()
+def test_what_figures_and_pages_say_computes_nothing(copy, before):
     edit(copy / "figures" / "style.py", "WIDTH = 5.6", "WIDTH = 5.7")
     edit(copy / "book" / "page.py", '"✓<✗~±–"', '"✔<✗~±–"')
     edit(copy / "cli.py", "The command line", "The commands")
     assert changed(before, planned()) == set()
 
 
-def test_what_trains_on_data_of_its_own_is_shared_and_knows_the_schemas_defaults(copy):
+def test_what_trains_on_data_of_its_own_is_shared_and_knows_the_schemas_defaults(copy, before):
     synthetic = {"topk/synthetic", "topk/synthetic/report"}
-    assert synthetic <= changed(planned(), planned("world_tokens=1000"))
-    assert not synthetic & changed(planned(), planned("seeds=5", "threshold=0.6"))
-    before = planned()
+    assert synthetic <= changed(before, planned("world_tokens=1000"))
+    assert not synthetic & changed(before, planned("seeds=5", "threshold=0.6"))
     edit(copy / "synthetic.py", '"rate": 1e-2', '"rate": 2e-2')
     assert synthetic <= changed(before, planned())
 
 
-def test_what_is_asked_trains_nothing():
-    before, after = planned(), planned("threshold=0.6")
+def test_what_is_asked_trains_nothing(before):
+    after = planned("threshold=0.6")
     behind = {"function", "function/report", "stability/report", "families", "families/report", "triggers/report"}
     behind |= {"activity", "activity/report", "impacts", "impacts/report", "sharing/report"}
     behind |= {"subspaces", "subspaces/report"}
@@ -158,8 +156,7 @@ def test_what_is_asked_trains_nothing():
     assert not changed(before, planned("ablation_tokens=1000")) & {*TRAINED, *every("quality", "matching", "stability/report")}
 
 
-def test_a_new_variant_null_or_key_of_the_schema_and_how_results_are_stored_compute_nothing(copy):
-    before = planned()
+def test_a_new_variant_null_or_key_of_the_schema_and_how_results_are_stored_compute_nothing(copy, before):
     edit(copy / "study.py", '"batchtopk", "matryoshka"]', '"batchtopk", "matryoshka", "seventh"]')
     edit(copy / "study.py", 'Nulls = Literal["surrogate"', 'Nulls = Literal["noise", "surrogate"')
     edit(copy / "study.py", "    fixed_order: bool", "    novel: bool = False\n    fixed_order: bool")

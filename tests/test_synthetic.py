@@ -259,7 +259,7 @@ def test_worlds_of_the_rule_are_none_of_the_diagram():
 
 
 def test_the_published_phase_diagram_is_of_the_worlds_of_the_code():
-    published, slices = page.of_worlds("worlds"), phase_diagram()
+    published, slices = page.rows("worlds/worlds"), phase_diagram()
     assert list(published["slice"]) == [name for name, worlds in slices.items() for _ in worlds]
     fields = [name for name in World.__dataclass_fields__ if name not in Recovery.__dataclass_fields__]
     expected = pd.DataFrame([vars(world) for worlds in slices.values() for world in worlds])[fields]

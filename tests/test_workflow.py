@@ -39,11 +39,22 @@ def as_jobs(study, order: random.Random) -> list[workflow.Job]:
     return done
 
 
+def took_what_their_provenance_says(plan: pipeline.Plan) -> None:
+    found = costs.measured(plan).set_index("stage")
+    stage = next(stage for stage in plan.stages if "ensembles" in stage.name and "-real-" in stage.name)
+    row = found.loc[stage.name]
+    assert (row["kind"], row["seeds"], row["tokens"], row["d_sae"], row["d_in"]) == ("training", 3, 2000, 48, 32)
+    assert row["work"] == costs.work("training", costs.size(plan, stage))
+    assert row["seconds"] == pytest.approx(sum(plan.store.provenance(entry)["seconds"] for entry in stage.entries))
+    assert not found.index.str.endswith("report").any()
+
+
 def test_jobs_in_any_order_that_they_allow_end_in_the_bytes_of_one_process(small, house, monkeypatch, single_seeds):
     # Of a variant with a penalty: the first seed finds its coefficient for the others.
     few = ["variant=gated", "seeds=3", "surrogate_seeds=2", "tokens=2000", "experiments=[stability]"]
     study = load_study("embedded", [*small, *few], "study")
     alone = pipeline.compute(study)
+    took_what_their_provenance_says(pipeline.Plan(study))
     ledger = (alone.folder / "claims.json").read_bytes()
     trained = {path.relative_to(house): path.read_bytes() for path in house.rglob("ensemble.safetensors")}
     monkeypatch.setenv("SAE_STABILITY_RESULTS", str(house.parent / "jobs"))
@@ -177,3 +188,27 @@ def test_rates_are_those_of_the_jobs_that_were_measured():
     ratio = costs.error(jobs)["ratio"].to_numpy()
     np.testing.assert_allclose(ratio[:3], [1 / 2.5, 1, 3 / 1.5])
     assert np.isnan(ratio[3])
+
+
+def test_costs_elsewhere_are_those_of_the_stages_and_their_sum():
+    rates = {"training": 2e9, "matching": 5e9}
+    found = costs.elsewhere({"small": SIZE, "large": replace(SIZE, d_sae=96)}, ["training", "matching"], rates).set_index(
+        ["name", "kind"]
+    )
+    assert found.loc[("small", "training"), "hours"] == costs.seconds("training", SIZE, rates) / 3600
+    for name in ("small", "large"):
+        parts = found.loc[[(name, "training"), (name, "matching")]]
+        assert found.loc[(name, "all"), "hours"] == pytest.approx(parts["hours"].sum())
+        assert found.loc[(name, "all"), "memory_gb"] == parts["memory_gb"].max()
+
+
+def test_how_far_estimates_lie_is_told_by_kind():
+    jobs = pd.DataFrame(
+        {"stage": list("abcd"), "kind": ["training"] * 3 + ["matching"], "work": 1e9, "seconds": [1.0, 2.0, 4.0, 9.0]}
+    )
+    found = costs.by_kind(costs.error(jobs)).set_index("kind")
+    assert list(found.index) == ["matching", "training"]
+    assert found.loc["training", ["jobs", "seconds", "rate"]].tolist() == [3, 2.0, 5e8]
+    # 1 s foretold from 2 and 4 by the mean of their rates, and so on: factors of 8/3, 1.25 and 3.
+    assert found.loc["training", "error"] == pytest.approx(8 / 3)
+    assert np.isnan(found.loc["matching", "error"])

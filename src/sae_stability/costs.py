@@ -4,7 +4,7 @@ The *work* of a stage follows from the study: multiply-adds of a model that read
 over a rate, the median rate of stages of its kind that were measured (`published/costs`), beside what starting a process takes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -156,3 +156,28 @@ def error(jobs: pd.DataFrame) -> pd.DataFrame:
         return pd.Series(np.divide(of_kind, others), index=of_kind.index)
 
     return jobs.assign(ratio=rate.groupby(jobs["kind"], group_keys=False).apply(left_out))
+
+
+def by_kind(jobs: pd.DataFrame) -> pd.DataFrame:
+    """How well what jobs take is known beforehand: one row a kind, longest first. Columns of `jobs`: those of `error`.
+
+    Columns: kind, jobs, seconds (the median), rate (work a second), error (the factor within which half of the estimates lie).
+    """
+    factor, rate = np.exp(np.abs(np.log(jobs["ratio"]))), jobs["work"] / jobs["seconds"].clip(lower=0.1)
+    found = jobs.assign(error=factor, rate=rate).groupby("kind")
+    table = found.agg(jobs=("stage", "size"), seconds=("seconds", "median"), rate=("rate", "median"), error=("error", "median"))
+    return table.sort_values("seconds", ascending=False).reset_index()
+
+
+def elsewhere(sizes: Mapping[str, Size], kinds: Sequence[str], rates: Mapping[str, float]) -> pd.DataFrame:
+    """What one cell would take at other sizes, at the rates of the machine that was measured: one row a name and kind.
+
+    Columns: name, kind, hours, memory_gb. The last row of each name, `all`, has the sum of hours and the largest memory.
+    """
+    rows = []
+    for name, of in sizes.items():
+        hours = {kind: seconds(kind, of, rates) / 3600 for kind in kinds}
+        memory = {kind: memory_gb(kind, of) for kind in kinds}
+        rows += [{"name": name, "kind": kind, "hours": hours[kind], "memory_gb": memory[kind]} for kind in kinds]
+        rows.append({"name": name, "kind": "all", "hours": sum(hours.values()), "memory_gb": max(memory.values())})
+    return pd.DataFrame(rows)

@@ -123,22 +123,23 @@ def simulated_coverage() -> pd.DataFrame:
     return pd.DataFrame(read_json(places.published() / "intervals" / "intervals.json")["rows"])
 
 
-def of_worlds(name: str) -> pd.DataFrame | None:
-    """A published table of worlds with known features; None where it is not published.
+def rows(name: str) -> pd.DataFrame | None:
+    """A published table of no study; None where it is not published.
 
-    `worlds`: what was found of those of the phase diagram, one row a world of each slice. `latents`: the unstable latents of the
-    reverse test, one row each (`diagnostics.all_unstable_latents`). `pools`: what pools of seeds find (`recovery.pooled`).
+    `worlds/worlds`: what was found of worlds with known features, those of the phase diagram, one row a world of each slice.
+    `worlds/latents`: the unstable latents of the reverse test, one row each (`diagnostics.all_unstable_latents`). `worlds/pools`:
+    what pools of seeds find (`recovery.pooled`). `costs/jobs`: what stages of studies took (`costs.measured`).
     """
-    path = places.published() / "worlds" / f"{name}.parquet"
+    path = places.published() / f"{name}.parquet"
     return pd.read_parquet(path) if path.is_file() else None
 
 
-def of_worlds_made(name: str) -> str:
+def rows_made(name: str) -> str:
     """Where that comes from, in a sentence."""
-    made = read_json(places.published() / "worlds" / f"{name}.json")
+    made = read_json(places.published() / f"{name}.json")
     return (
-        f"Published with the book: {made['rows']:,} {name}, which `{made['command']}` made at commit `{short(made['commit'])}` in "
-        f"{made['seconds'] / 60:.0f} minutes."
+        f"Published with the book: {made['rows']:,} {name.rpartition('/')[2]}, which `{made['command']}` made at commit "
+        f"`{short(made['commit'])}` in {made['seconds'] / 60:.0f} minutes."
     )
 
 
