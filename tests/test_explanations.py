@@ -56,6 +56,11 @@ def feature(text: Contexts, *names: str) -> np.ndarray:
     return (fires * (1 + np.arange(len(text.tokens))[:, None] / 100))[text.is_text]
 
 
+def test_a_token_without_text_of_its_own_is_called_part_of_a_character():
+    window = Window(["the", "", "山", " a"], [0.0, 1.0, 0.0, 0.0])
+    assert Rules().explain([window] * 3).text == "a token that is part of a character"
+
+
 def test_windows_are_of_the_text_around_and_scored_ones_are_of_other_documents(text):
     activations = sparse.csc_array(np.stack([feature(text, " matrix"), feature(text, "(", ",")], 1))
     one, other = tasks(activations, np.array([1, 0]), text, decode)

@@ -7,7 +7,7 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from sae_stability import ledger
-from sae_stability.book import page
+from sae_stability.book import build, page
 from sae_stability.book.tables import Book
 from sae_stability.statistics import Interval
 from sae_stability.study import Study, told_apart
@@ -140,10 +140,14 @@ def test_the_scoreboard_shows_verdict_and_statistic_and_untested_claims_too():
     noise = tested | line("a", -0.2, "opposite") | {"line": "beyond size and noise"}
     board = page.scoreboard([tested, noise, ledger.not_tested("C9")]).splitlines()
     assert board[2] == (
-        "| C2 | it holds | ✓ as stated: **supported**, 0.50 [0.40, 0.60]<br>"
+        "| {doc}`C2 <function>` | it holds | ✓ as stated: **supported**, 0.50 [0.40, 0.60]<br>"
         "✗ beyond size and noise: **opposite**, -0.20 [-0.30, -0.10] |"
     )
-    assert board[3] == f"| C9 | {ledger.CLAIMS['C9']} | – not tested |"
+    assert board[3] == f"| {{doc}}`C9 <pooling>` | {ledger.CLAIMS['C9']} | – not tested |"
+    (untreated,) = page.scoreboard([ledger.not_tested("B5")]).splitlines()[2:]
+    assert untreated.startswith("| B5 |")
+    assert set(page.CHAPTERS) <= set(ledger.CLAIMS)
+    assert set(page.CHAPTERS.values()) <= set(build.chapters())
     assert (
         page.rules([tested, ledger.not_tested("C9")]) == "**C2, as stated.** The statistic is the share; the verdict is above it."
     )

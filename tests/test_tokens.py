@@ -38,6 +38,20 @@ def test_pieces_join_to_the_text_and_no_whole_character_is_broken(tokenizer, tex
         assert all(BROKEN not in piece for piece in found)
 
 
+@pytest.mark.parametrize("text", ["山川犬", "😀 and", "é naïve"])
+def test_what_is_left_of_a_character_before_the_row_is_part_of_no_other(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = pieces(tokenizer, ids)
+    first = next(place for place, piece in enumerate(whole) if piece.strip())  # the token that ends the first character
+    for cut in range(1, first + 1):
+        found = pieces(tokenizer, ids[cut:])
+        if first + 1 < len(ids):
+            begun, *rest = found[first - cut + 1 :]
+            assert begun.strip() == whole[first + 1].strip()  # SentencePiece leaves out the space before a row
+            assert rest == whole[first + 2 :]
+            assert not any(BROKEN in piece for piece in found)
+
+
 @given(st.lists(st.integers(0, 4095), min_size=1, max_size=12))
 @settings(max_examples=50, deadline=None)
 def test_pieces_of_any_tokens_are_as_many(ids):

@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.text import Annotation
 
 from sae_stability import costs, pipeline, workflow
+from sae_stability.figures.costs import stages
 from sae_stability.loading import load_study
 
 FEW = "experiments=[stability, function, triggers]"
@@ -73,8 +75,8 @@ def test_the_plan_for_snakemake_names_each_stage_once_and_marks_what_is_done(sma
     pipeline.check(study)
     plan = pipeline.Plan(study)
     made = {row["name"]: row for row in json.loads(workflow.write(plan, arguments).read_text())["jobs"]}
-    stages = [shlex.split(row["command"])[5] for row in made.values()]
-    assert stages == [stage.name for stage in plan.stages]
+    named = [shlex.split(row["command"])[5] for row in made.values()]
+    assert named == [stage.name for stage in plan.stages]
     marks = house / "study" / "workflow" / "marks"
     assert [path.name for path in marks.iterdir()] == [next(iter(made.values()))["mark"].rpartition("/")[2]]  # the text
     of_mark = {row["mark"]: name for name, row in made.items()}
@@ -212,3 +214,17 @@ def test_how_far_estimates_lie_is_told_by_kind():
     # 1 s foretold from 2 and 4 by the mean of their rates, and so on: factors of 8/3, 1.25 and 3.
     assert found.loc["training", "error"] == pytest.approx(8 / 3)
     assert np.isnan(found.loc["matching", "error"])
+
+
+def test_the_picture_of_stages_has_each_kind_and_no_arrow_that_follows_from_others(small, house):
+    reads = costs.graph(pipeline.Plan(load_study("embedded", small, "study")))
+    assert reads["text"] == set()
+    assert reads["activations"] == {"text"}
+    assert {"impacts", "matching", "training"} < reads["function"]
+    assert not {"report", "tables", "claims.json"} & set(reads)
+    (axis,) = stages({"text": set(), "training": {"text"}, "matching": {"training", "text"}}, "title").axes
+    arrows = [text for text in axis.texts if isinstance(text, Annotation)]
+    assert sorted(text.get_text() for text in axis.texts if text not in arrows) == ["matching", "text", "training"]
+    assert len(arrows) == 2
+    heights = {text.get_text(): text.get_position()[1] for text in axis.texts if text not in arrows}
+    assert heights["text"] > heights["training"] > heights["matching"]

@@ -113,6 +113,16 @@ def seconds(kind: str, of: Size | None, rates: Mapping[str, float] | None = None
     return START_SECONDS + work(kind, of) / rates.get(kind, min(rates.values(), default=RATE))
 
 
+def graph(plan: Plan) -> dict[str, set[str]]:
+    """Which kinds of stages each kind reads, in the order of the plan; what puts rows together is left out."""
+    kind_of = {stage.name: stage.kind for stage in plan.stages}
+    reads: dict[str, set[str]] = {}
+    for stage in plan.stages:
+        if stage.cell is not None and stage.kind != "report":
+            reads.setdefault(stage.kind, set()).update({kind_of[name] for name in stage.after} - {stage.kind})
+    return reads
+
+
 def fitted(jobs: pd.DataFrame) -> dict[str, float]:
     """The rate of each kind: the median of work over seconds. Columns: kind, work, seconds."""
     rate = jobs["work"] / jobs["seconds"].clip(lower=0.1)

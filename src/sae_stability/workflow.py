@@ -132,8 +132,10 @@ def run(plan: Plan, arguments: Sequence[str], at_once: int | None, profile: str 
     threads = plan.study.threads or os.cpu_count() or 1
     command = [program, "--snakefile", str(places.root() / FOLDER / "Snakefile"), "--config", f"plan={path}"]
     command += ["--directory", str(path.parent), "--profile", str(settings), "--nolock"]  # the store has locks of its own
-    if at_once is not None:
-        command += ["--jobs", str(at_once)] if profile else ["--cores", str(at_once * threads)]
+    if profile in (None, LOCAL):
+        command += ["--cores", str((at_once or 1) * threads)]
+    elif at_once is not None:
+        command += ["--jobs", str(at_once)]
     # Jobs find the package where this process found it. Threads that wait in a loop would take the cores of other jobs.
     source = str(Path(__file__).parents[1])
     environment = {"OMP_WAIT_POLICY": "passive"} | os.environ | {"SAE_STABILITY_ROOT": str(places.root())}
@@ -146,7 +148,10 @@ def run(plan: Plan, arguments: Sequence[str], at_once: int | None, profile: str 
 
 
 def snakemake() -> str:
-    """The program. Raises `UserError` where it is not installed."""
+    """The program: what `SAE_STABILITY_SNAKEMAKE` names, or what lies beside this interpreter or on the PATH.
+
+    Raises `UserError` where it is not installed.
+    """
     beside = Path(sys.executable).with_name("snakemake")
     found = os.environ.get("SAE_STABILITY_SNAKEMAKE") or (str(beside) if beside.is_file() else shutil.which("snakemake"))
     if found is None:

@@ -28,6 +28,11 @@ from sae_stability.ledger import VERDICTS, Line
 from sae_stability.matching import BANDS
 
 SIGNS = dict(zip(VERDICTS, "✓<✗~±–", strict=True))
+CHAPTERS = {
+    **{"C1": "stability", "C2": "function", "C3": "function", "C4": "function", "C5": "triggers", "C6": "triggers"},
+    **{"C7": "subspaces", "C8": "synthetic", "C9": "pooling", "B1": "costs", "B2": "scale"},
+}
+"""Where a claim or a question is treated; none of those that no chapter treats yet."""
 FURTHER_NULLS = {
     "randomised": "the activations of a model whose *weights are shuffled*. That model computes nothing useful, but it does tell "
     "its tokens apart, so there are features to find in it. What comes back there owes nothing to what the model has learned: "
@@ -150,13 +155,17 @@ def code(text: str) -> str:
 
 
 def scoreboard(lines: list[dict]) -> str:
-    """The ledger of a cell as a table: what is claimed, and the verdict of each line with the statistic behind it."""
+    """The ledger of a cell as a table: what is claimed, with a link to its chapter, and the verdict of each line with the statistic
+    behind it."""
 
     def judgements(row: pd.Series) -> str:
         return "<br>".join(_judgement(line) for line in lines if line["id"] == row["id"])
 
+    def linked(row: pd.Series) -> str:
+        return f"{{doc}}`{row['id']} <{CHAPTERS[row['id']]}>`" if row["id"] in CHAPTERS else row["id"]
+
     claims = pd.DataFrame(lines).drop_duplicates("id")
-    return markdown_table(claims, {"": "{id}", "claim or question": "{claim}", "verdict here, line by line": judgements})
+    return markdown_table(claims, {"": linked, "claim or question": "{claim}", "verdict here, line by line": judgements})
 
 
 def _judgement(line: dict) -> str:
@@ -244,7 +253,7 @@ def _feature(tokens: pd.DataFrame) -> str:
         spans = []
         for token, activation in zip(context["token"], context["activation"], strict=True):
             text = html.escape(token).replace("\n", "↵")
-            style = f"background: rgba(230, 159, 0, {activation / strongest:.2f}); color: inherit"
+            style = f"--strength: {activation / strongest:.0%}"  # book.css has the colours of either theme
             spans.append(f'<mark style="{style}">{text}</mark>' if activation > 0 else text)
         lines.append(f"<code>{''.join(spans)}</code>")
     told = (

@@ -53,7 +53,7 @@ class Rule:
     def __str__(self) -> str:
         match self.kind:
             case "token":
-                return f"the token {self.value!r}"
+                return f"the token {self.value!r}" if self.value else "a token that is part of a character"
             case "word":
                 return f"the word {self.value!r} in any case"
             case "beginning":

@@ -8,20 +8,19 @@ from jaxtyping import Int
 from sae_stability.errors import UserError
 
 BROKEN = "\ufffd"  # what stands for bytes that are no whole character
+LONGEST_CHARACTER = 4  # bytes
 SPACE = "▁"  # of SentencePiece
 
 
 def pieces(tokenizer, ids: Sequence[int] | Int[np.ndarray, "token"]) -> list[str]:
     """The text of each of some tokens in a row; joined they are the text of all.
 
-    A character of several tokens is that of the last of them, and the others are empty. What is broken at the end stays so.
+    A character of several tokens is that of the last of them, and the others are empty. So are those that end a character which
+    begins before the row. What is broken at the end stays so.
     """
-    found, told, begin = (
-        list[str](),
-        0,
-        0,
-    )  # what was told ends at `told`; decoding begins a piece before, for the space between them
-    for end in range(1, len(ids) + 1):
+    begin = told = _cut(tokenizer, ids)  # what was told ends at `told`; decoding begins a piece before, for the space between
+    found = [""] * told
+    for end in range(told + 1, len(ids) + 1):
         before, text = _decoded(tokenizer, ids[begin:told]), _decoded(tokenizer, ids[begin:end])
         if text.endswith(BROKEN) and end < len(ids):  # a character that the next token may end
             found.append("")
@@ -29,6 +28,15 @@ def pieces(tokenizer, ids: Sequence[int] | Int[np.ndarray, "token"]) -> list[str
         found.append(text[len(before) :])
         begin, told = told, end
     return found
+
+
+def _cut(tokenizer, ids: Sequence[int] | Int[np.ndarray, "token"]) -> int:
+    """How many tokens at the beginning of a row only end a character that begins before it."""
+    for start in range(LONGEST_CHARACTER):
+        texts = (_decoded(tokenizer, ids[start:end]) for end in range(start + 1, start + 1 + LONGEST_CHARACTER))
+        if any(not text.startswith(BROKEN) for text in texts):
+            return start
+    return 0
 
 
 def _decoded(tokenizer, ids: Sequence[int] | Int[np.ndarray, "token"]) -> str:
