@@ -177,3 +177,33 @@ def test_activations_are_taken_from_anywhere(given):
 def test_what_nothing_can_be_trained_on_is_said(given, said):
     with pytest.raises(UserError, match=said):
         train(RECIPE, given, seeds=range(2))
+
+
+def test_what_is_set_for_other_programs_on_numba_stays_out_of_kernels():
+    script = (
+        "import torch; from sae_stability.methods.pursuit import matching_pursuit;"
+        "print(matching_pursuit(torch.eye(3), torch.eye(3), 1).sum())"
+    )
+    others = {"NUMBA_DISABLE_JIT": "1", "NUMBA_THREADING_LAYER": "tbb", "NUMBA_NUM_THREADS": "0"}
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | others, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "3.0"), done.stderr
+
+
+def test_places_that_are_no_folders_are_named(call, monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for name in ("SAE_STABILITY_ROOT", "SAE_STABILITY_RESULTS"):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, str(file))
+            status, _, error = call("check", "quick")
+        assert (status, len(error)) == (2, 1)
+        assert name in error[0]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SAE_STABILITY_RESULTS", "~/found")
+    assert places.results() == tmp_path / "found"
+
+
+def test_an_interpreter_without_docstrings_is_one_line():
+    done = subprocess.run([sys.executable, "-OO", "-m", "sae_stability", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "PYTHONOPTIMIZE" in done.stderr

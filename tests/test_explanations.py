@@ -4,6 +4,8 @@ import contextlib
 import json
 import threading
 import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 
@@ -27,7 +29,17 @@ from sae_stability.explanations import (
     says_surface,
     tasks,
 )
-from sae_stability.explanations.language_model import HOPELESS, LONGEST, LONGEST_WAIT, ROOM, SPENT, _Passing, bound_on_tokens
+from sae_stability.explanations.language_model import (
+    HOPELESS,
+    LONGEST,
+    LONGEST_WAIT,
+    ROOM,
+    SPENT,
+    _Passing,
+    _used,
+    _wanted,
+    bound_on_tokens,
+)
 from sae_stability.explanations.scoring import LeftOut
 from sae_stability.explanations.windows import REACH, SCORED, SHOWN
 from sae_stability.files import read_json
@@ -456,7 +468,8 @@ def test_a_budget_of_zero_is_one_line(call):
 @pytest.mark.parametrize(
     "answer",
     ["[1, 0]", "Here: [1, 0].", "[true, false]", '["yes", "no"]', "1, 0", "1 0", '{"1": 1, "2": 0}', '{"0": true, "1": false}',
-     "1. yes\n2. no", "1) Yes\n2) No", "1: active\n2: inactive"],
+     "1. yes\n2. no", "1) Yes\n2) No", "1: active\n2: inactive", '{"2": 0, "1": 1}', "[1.0, 0.0]", '{"answers": {"1": 1, "2": 0}}',
+     "[1, 0,]", "Piece [1] is, [2] is not: [1, 0]", "1. **1**\n2. **0**", '{"piece 10": 0, "piece 9": 1}'],
 )  # fmt: skip
 def test_flags_are_read_however_they_are_written(tmp_path, answer):
     with Endpoint(says(answer)) as endpoint:
@@ -481,11 +494,97 @@ def test_flags_that_can_not_be_read_leave_the_feature_out(tmp_path, answer):
         "<|channel|>analysis<|message|>Hm.<|end|><|channel|>final<|message|>Numbers.",
         [{"type": "text", "text": "Num"}, {"type": "text", "text": "bers."}],
         [{"type": "reasoning", "text": "Hm."}, {"type": "text", "text": "Numbers."}],
+        [{"type": "output_text", "text": "Num"}, "bers."],
+        "[THINK]Let me see.[/THINK]Numbers.",
+        "◁think▷Hm.◁/think▷Numbers.",
+        "<thought>Hm.</thought> Numbers.",
+        "<seed:think>Hm.</seed:think>Numbers.",
     ],
 )
 def test_thoughts_and_parts_are_no_part_of_an_explanation(tmp_path, content):
     with Endpoint(says(content)) as endpoint:
         assert model(endpoint.url, tmp_path).explain(WINDOWS).text == "Numbers."
+
+
+@pytest.mark.parametrize("content", [None, "", "<think>Let me see.", "<|channel|>analysis<|message|>Hm.", [{"type": "image"}]])
+def test_thoughts_alone_or_nothing_are_no_answer_and_are_not_kept(tmp_path, content):
+    with Endpoint(says(content)) as endpoint:
+        for ask in (lambda engine: engine.explain(WINDOWS), lambda engine: engine.detect("x", [["a"], ["b"]])):
+            with pytest.raises(LeftOut, match="an empty answer"):
+                ask(model(endpoint.url, tmp_path))
+    assert [file.name for file in tmp_path.glob("*.json")] == ["spent.json"]
+
+
+def test_who_refuses_to_say_where_a_feature_is_active_does_not_say_nowhere(tmp_path):
+    refusal = (200, json.dumps({"choices": [{"message": {"content": None, "refusal": "I can't."}}], "usage": {"total_tokens": 5}}))
+    with Endpoint(refusal) as endpoint, pytest.raises(LeftOut, match="refuses"):
+        model(endpoint.url, tmp_path).detect("x", [["a"], ["b"]])
+
+
+@pytest.mark.parametrize(
+    ("reason", "asked", "said"),
+    [("model_length", 2, "came to no end"), ("error", 5, "ended by error"), ("content_filter", 1, "filters its answer")],
+)
+def test_an_answer_that_did_not_end_by_itself_is_none(tmp_path, reason, asked, said):
+    body = {"choices": [{"message": {"content": "Words that"}, "finish_reason": reason}], "usage": {"total_tokens": 5}}
+    with Endpoint((200, json.dumps(body))) as endpoint, pytest.raises(LeftOut, match=said):
+        model(endpoint.url, tmp_path).explain(WINDOWS)
+    assert len(endpoint.requests) == asked
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (400, "The response was filtered due to the prompt triggering Azure's content management policy: content_filter"),
+        (403, "Your chosen model requires moderation and your input was flagged"),
+        (400, "the request exceeds the available context size"),
+    ],
+)
+def test_what_one_question_meets_leaves_one_feature_out(tmp_path, status, said):
+    with Endpoint((status, json.dumps({"error": {"message": said}}))) as endpoint, pytest.raises(LeftOut):
+        model(endpoint.url, tmp_path).explain(WINDOWS)
+    assert len(endpoint.requests) == 1
+
+
+def test_an_account_without_money_is_not_asked_again(tmp_path):
+    broke = (429, json.dumps({"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}))
+    with Endpoint(broke) as endpoint, pytest.raises(UserError, match="top the account up"):
+        model(endpoint.url, tmp_path).explain(WINDOWS)
+    assert len(endpoint.requests) == 1
+
+
+def test_half_a_character_is_written_down_as_a_sign(tmp_path):
+    raw = '{"choices": [{"message": {"content": "Faces \\ud83d."}}], "usage": {"total_tokens": 5}}'
+    with Endpoint((200, raw)) as endpoint:
+        assert model(endpoint.url, tmp_path).explain(WINDOWS).text == "Faces ?."
+        assert model(endpoint.url, tmp_path).explain(WINDOWS).text == "Faces ?."  # from what was kept
+
+
+@pytest.mark.parametrize(("headers", "seconds"), [({"retry-after-ms": "250"}, 0.25), ({"retry-after": "3"}, 3.0), ({}, None)])
+def test_how_long_an_endpoint_wants_to_be_left_alone(headers, seconds):
+    assert _wanted(httpx.Headers(headers)) == seconds
+
+
+def test_an_endpoint_may_say_when_by_a_date():
+    soon = datetime.now(UTC) + timedelta(seconds=30)
+    assert 25 < _wanted(httpx.Headers({"retry-after": format_datetime(soon, usegmt=True)})) <= 30
+    assert _wanted(httpx.Headers({"retry-after": "soon"})) is None
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [({"total_tokens": -1}, 0), ({"prompt_tokens": 40, "completion_tokens": 5}, 45), ({"prompt_tokens": 40}, 0), (None, 0)],
+)
+def test_what_an_answer_used_is_never_less_than_nothing(usage, tokens):
+    assert _used(usage) == tokens
+
+
+def test_an_address_that_is_none_is_one_line(tmp_path):
+    engine = model("http://localhost:80", tmp_path)
+    engine.settings = engine.settings.model_copy(update={"base_url": "http://localhost:abc/v1"})
+    with pytest.raises(UserError, match="base_url"):
+        engine.explain(WINDOWS)
+    assert engine.spent == 0
 
 
 def test_an_explanation_that_was_cut_off_is_asked_for_again_with_more_room(tmp_path):

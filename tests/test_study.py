@@ -17,6 +17,8 @@ import pytest
 from sae_stability import pipeline
 from sae_stability.book import page
 from sae_stability.errors import UserError
+from sae_stability.experiments import texts
+from sae_stability.language import corpus
 from sae_stability.ledger import CLAIMS
 from sae_stability.loading import load_study
 from sae_stability.pipeline import Plan
@@ -70,6 +72,37 @@ def test_another_model_and_corpus_become_a_book_that_follows_the_study(house, sm
     assert (house / "other" / "chapters" / "stability.ipynb").exists()
     again = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert again.stdout.splitlines() == [str(other / "index.html")]  # nothing was computed again
+
+
+def test_a_few_long_documents_are_refused_until_enough_of_them_are_read(house, small, text_file, tmp_path):
+    draw = random.Random(0)
+    books = tmp_path / "books.txt"
+    words = text_file.read_text(encoding="utf-8").split()[:60]
+    books.write_text("\n\n".join(" ".join(draw.choices(words, k=3000)) for _ in range(40)), encoding="utf-8")
+    overrides = [*small, f"corpus={books}", "seeds=2", "surrogate_seeds=2", "experiments=[function, explanations]"]
+    with pytest.raises(UserError, match=r"evaluation_tokens.* give [\d,]+ or more") as refused:
+        pipeline.check(load_study("embedded", overrides, "books"))
+    enough = re.search(r"give ([\d,]+) or more", str(refused.value))[1].replace(",", "")
+    with pytest.raises(UserError, match="evaluation_tokens"):
+        pipeline.check(load_study("embedded", [*overrides, f"evaluation_tokens={int(enough) - 1}"], "books"))
+    store = pipeline.compute(load_study("embedded", [*overrides, f"evaluation_tokens={enough}"], "books"))
+    assert not store.table("removals").empty  # what was fitted again is judged on other documents
+
+
+def test_of_a_dataset_as_much_is_read_as_fills_both_splits(small, monkeypatch):
+    def load(name: str, characters: int):
+        wanted.append(characters)
+        raise UserError("that much")
+
+    monkeypatch.setattr(texts.corpus, "load", load)
+    wanted: list[int] = []
+    for override in ("evaluation_tokens=20000", "tokens=90000"):
+        cell = load_study("embedded", [*small, override]).main
+        with pytest.raises(UserError, match="that much"):
+            texts.read_text(cell, [cell.hook_name], None)
+        held_out = corpus.EVALUATION_SHARE * wanted[-1] / corpus.CHARACTERS_A_TOKEN
+        assert round(held_out) >= cell.evaluation_tokens
+        assert round(wanted[-1] / corpus.CHARACTERS_A_TOKEN - held_out) >= cell.tokens
 
 
 def test_killed_at_any_moment_the_claims_are_those_of_an_undisturbed_run(tmp_path, small):

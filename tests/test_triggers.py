@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import sparse, stats
 
 from sae_stability.experiments import triggers as experiment
-from sae_stability.experiments.triggers import judge_c5
+from sae_stability.experiments.triggers import judge_c5, training_shares
 from sae_stability.language.corpus import Contexts
 from sae_stability.matching import Banding, Stability
 from sae_stability.triggers import (
@@ -145,6 +145,29 @@ def test_a_text_has_as_many_parts_as_its_clusters_allow(contexts, parts):
 )
 def test_several_tokens_are_a_family_alike_or_a_bundle(tokens, as_alike, trigger):
     feature = {"firings": 100, "explained_position": 0, "explained_token": 0.9, "explained_n-gram": 0.9, "as_alike": as_alike}
+    assert classify(feature, tokens) == trigger
+
+
+def test_a_token_that_only_held_out_text_has_is_one_that_training_lacks():
+    tokens = np.array([[0, 1, 1, 2]])
+    found = training_shares(Contexts(tokens, np.zeros_like(tokens), np.array([[False, True, True, True]])), np.array([1, 6]), 3)
+    assert found.tolist() == pytest.approx([0, 2 / 3, 1 / 3, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "trigger"),
+    [
+        (["ा", "्"], "bundle of tokens"),  # vowel signs of Hindi: no punctuation
+        (["ี"], "single token"),  # of Thai
+        ([" …", "。"], "punctuation"),
+        (["が", "か"], "bundle of tokens"),
+        (["한국", "한글"], "bundle of tokens"),
+        (["café", " Cafe"], "word family"),
+        (["ﬁnal", "final"], "word family"),
+    ],
+)
+def test_classes_follow_the_letters_of_every_script(tokens, trigger):
+    feature = {"firings": 100, "explained_position": 0, "explained_token": 0.9, "explained_n-gram": 0.9, "as_alike": 1.0}
     assert classify(feature, tokens) == trigger
 
 

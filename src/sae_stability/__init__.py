@@ -9,4 +9,10 @@ from pathlib import Path
 if not any(os.access(place, os.W_OK) for place in (Path(__file__).parent, os.path.expanduser("~"))):
     os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"sae-stability-kernels-{os.getuid()}"))
 
+# What a user has set for other programs on numba would end ours in its middle: kernels without a compiler have no threads.
+for _name in ("NUMBA_DISABLE_JIT", "NUMBA_THREADING_LAYER"):
+    os.environ.pop(_name, None)
+if not os.environ.get("NUMBA_NUM_THREADS", "1").isdecimal() or int(os.environ.get("NUMBA_NUM_THREADS", "1")) < 1:
+    del os.environ["NUMBA_NUM_THREADS"]
+
 __version__ = version("sae-stability")

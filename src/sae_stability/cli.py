@@ -345,6 +345,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names that a console can't show are no reason to fail
     warnings.showwarning = _warn
+    if sys.flags.optimize > 1:
+        _fail("PYTHONOPTIMIZE: Transformers reads its own docstrings, which -OO leaves out; unset it", 2)
     try:
         outcome = app(sys.argv[1:] or ["--help"], prog_name="sae-stability", standalone_mode=False)
     except UserError as error:

@@ -42,7 +42,7 @@ def load_study(study: str, overrides: Sequence[str] = (), name: str | None = Non
     Raises `UserError` that names the first bad field and the mend.
     """
     folder = places.root() / "studies"
-    path = Path(study) if study.endswith((".yaml", ".yml")) else folder / f"{study}.yaml"
+    path = Path(study) if study.lower().endswith((".yaml", ".yml")) else folder / f"{study}.yaml"
     if not path.is_file():
         known = sorted(file.stem for file in folder.glob("*.yaml"))
         if not known:

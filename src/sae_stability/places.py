@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from sae_stability.errors import UserError
+
 MODELS = ("docstrings-2l", "docstrings-4l")
 """Language models that the project ships, by name."""
 FETCHED = ("smollm2-135m",)
@@ -14,15 +16,25 @@ CORPUS = "docstrings"
 def root() -> Path:
     """The checkout, in which studies, chapters and models stand: `SAE_STABILITY_ROOT`, or the folder above this package.
 
-    Where the package was installed without its checkout, the working directory.
+    Where the package was installed without its checkout, the working directory. Raises `UserError` where the variable names no
+    folder.
     """
-    checkout = Path(os.environ.get("SAE_STABILITY_ROOT") or Path(__file__).parents[2]).resolve()
+    named = os.environ.get("SAE_STABILITY_ROOT")
+    checkout = Path(named or Path(__file__).parents[2]).expanduser().resolve()
+    if named and not checkout.is_dir():
+        raise UserError(f"SAE_STABILITY_ROOT: {named} is no folder; name a checkout, or unset it")
     return checkout if (checkout / "studies").is_dir() else Path.cwd()
 
 
 def results() -> Path:
-    """Where results are written: `SAE_STABILITY_RESULTS`, or `results/` in the checkout."""
-    return Path(os.environ.get("SAE_STABILITY_RESULTS") or root() / "results").resolve()
+    """Where results are written: `SAE_STABILITY_RESULTS`, or `results/` in the checkout.
+
+    Raises `UserError` where the variable names something that is no folder.
+    """
+    folder = Path(os.environ.get("SAE_STABILITY_RESULTS") or root() / "results").expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"SAE_STABILITY_RESULTS: {folder} is no folder; name one, or unset it")
+    return folder
 
 
 def published() -> Path:

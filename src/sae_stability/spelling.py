@@ -5,6 +5,7 @@ same form. A lower-case word with a space before it has no form but its beginnin
 are written so too, and word pieces are not, so that would make any such set alike.
 """
 
+import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,9 +33,14 @@ def forms(token: str) -> tuple[str, ...]:
     )
 
 
+def is_signs(text: str) -> bool:
+    """Whether a text has no letter, digit, or mark of a letter such as the vowel signs of Hindi, by Unicode's categories."""
+    return not any(unicodedata.category(character)[0] in "LNM" for character in text)
+
+
 def _kind(plain: str) -> str:
     """What a token consists of; empty for lower-case letters."""
-    if not any(character.isalnum() for character in plain):
+    if is_signs(plain):
         return "signs"
     if any(character.isdigit() for character in plain):
         return "digits"

@@ -35,7 +35,7 @@ Variants = Literal["relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka
 Nulls = Literal["surrogate", "randomised", "whitened", "token-conditional"]
 """What an ensemble is compared with: the same training on another source, each a class of `sources.py`."""
 
-LOCAL = ("localhost", "127.0.0.1", "::1")
+LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 ASIDE = ("seeds", "surrogate_seeds", "nulls", "tokens")
 """Keys that name a cell only where no other tells it from the rest."""
 MOST_SEEDS = 10_000

@@ -17,7 +17,7 @@ from scipy.stats import mannwhitneyu
 
 from sae_stability.language.corpus import Contexts
 from sae_stability.matching import Banding
-from sae_stability.spelling import Spelling
+from sae_stability.spelling import Spelling, is_signs
 from sae_stability.statistics import Interval, matched_pairs, reach_without
 
 FEWEST = 50  # firings on each half of the documents; with fewer, averages are noise
@@ -187,7 +187,7 @@ def classify(feature: dict, tokens: list[str]) -> str:
     if feature["explained_position"] >= TELLS:
         return "position"
     if feature["explained_token"] >= TELLS:
-        if not any(character.isalnum() for token in tokens for character in token):
+        if all(is_signs(token) for token in tokens):
             return "punctuation"
         if len(tokens) == 1:
             return "single token"
@@ -206,9 +206,16 @@ def _one_family(tokens: list[str]) -> bool:
 
 
 def _plain(token: str) -> str:
-    """A token without case and spaces around it, and without accents: marks that stand above letters of any script."""
-    apart = unicodedata.normalize("NFKD", token)
-    return "".join(sign for sign in apart if not unicodedata.combining(sign)).strip().casefold()
+    """A token without case and spaces around it, and without the accents of Latin and Greek letters.
+
+    Elsewhere what Unicode takes apart are letters of their own: Japanese ga is no ka, and a Korean syllable is not its first sound.
+    """
+    return "".join(map(_without_accent, unicodedata.normalize("NFKC", token))).strip().casefold()
+
+
+def _without_accent(character: str) -> str:
+    letter = unicodedata.normalize("NFD", character)[0]
+    return letter if unicodedata.name(letter, "").startswith(("LATIN", "GREEK")) else character
 
 
 def _trigger_tokens(mass: sparse.csc_array, feature: int) -> tuple[Int[np.ndarray, "trigger"], Float[np.ndarray, "trigger"]]:

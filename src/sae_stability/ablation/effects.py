@@ -18,6 +18,7 @@ from sae_stability.matching import BANDS, Stability
 
 MEASURES = ("reconstruction", "reselected", "prediction", "divergence")
 """Squared error; the same once codes are chosen again; cross-entropy; KL divergence from the clean prediction."""
+SOME = 4  # clusters of documents at least, half of which judge what was fitted on the others
 REFITTED = 40  # tokens a feature on which decoders are fitted again
 CHOSEN_AGAIN: tuple[Name, ...] = (
     *(ALL, ("random", "stable"), ("paired", "stable"), ("matched", "stable")),
@@ -91,7 +92,8 @@ def measure(
     residuals_of = {"reconstruction": on_reconstruction(held_out, cluster, sets.members)}
     if detail != "bands":
         again = {name: sets.members[name] for name in CHOSEN_AGAIN}
-        tokens = refitted_on.first(2 * REFITTED * ensemble.d_sae)
+        begins = np.sort(np.unique(cluster, return_index=True)[1])[:SOME]  # of long documents it takes more to judge on others
+        tokens = refitted_on.first(max(2 * REFITTED * ensemble.d_sae, int(begins[-1]) + 1))
         residuals_of["reselected"] = reselected(ensemble, tokens, cluster, sets.members[ALL], again)
     for measure_name, residuals in residuals_of.items():
         sums |= {f"{measure_name}/intact": residuals.intact, f"{measure_name}/size": residuals.total}

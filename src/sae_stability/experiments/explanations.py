@@ -1,6 +1,7 @@
 """What features fire on, in words (C6): features of the main cell, explained by rules and by a language model if there is one."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def compute(results: Results, folder: Path) -> None:
                 engines.remove(engine)
             of_engine = {"seed": seed, "engine": engine.name}
             failed += [{**of_engine, "feature": feature, "reason": why} for feature, why in left_out.items()]
-    write_table(folder / "explanations.parquet", pd.DataFrame(rows))
+    columns = ["seed", "engine", *(field.name for field in fields(explanations.Explanation))]
+    write_table(folder / "explanations.parquet", pd.DataFrame(rows, columns=columns))
     write_table(folder / "left_out.parquet", pd.DataFrame(failed, columns=["seed", "engine", "feature", "reason"]))
 
 

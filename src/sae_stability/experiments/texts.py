@@ -98,7 +98,9 @@ def read_text(cell: Cell, hook_names: list[str], work: Work) -> None:
     for hook_name in hook_names:
         models.check_hook(bridge, hook_name)
     context = models.context_length(bridge, cell.context)
-    text = corpus.load(cell.corpus, characters=corpus.CHARACTERS_A_TOKEN * (cell.tokens + cell.evaluation_tokens))
+    # Of a dataset no more is read than fills both splits.
+    fills = max(cell.tokens / (1 - corpus.EVALUATION_SHARE), cell.evaluation_tokens / corpus.EVALUATION_SHARE)
+    text = corpus.load(cell.corpus, characters=round(corpus.CHARACTERS_A_TOKEN * fills))
     print(f"corpus: {text.told}")
     packed = {
         "train": corpus.pack(text.train, bridge.tokenizer, context),
@@ -120,6 +122,7 @@ def read_text(cell: Cell, hook_names: list[str], work: Work) -> None:
         "train_documents": len(text.train),
         "evaluation_documents": len(text.evaluation),
         "evaluation_clusters": len(set(text.clusters)),
+        "tokens_of_few_clusters": tokens_of_clusters(packed["evaluation"], HELD_OUT_CLUSTERS),
         "repeated_documents": text.repeated,
         "leak": corpus.leak(train, held_out),
         "leak_by_document": corpus.leak(train[~moved], np.concatenate([train[moved], held_out])),
@@ -131,6 +134,12 @@ def read_text(cell: Cell, hook_names: list[str], work: Work) -> None:
         "vocabulary": bridge.cfg.d_vocab,
     }
     write_json(work.folder / "facts.json", facts)
+
+
+def tokens_of_clusters(held_out: Contexts, count: int) -> int:
+    """How many held-out tokens it takes, from the first on, to read of so many clusters."""
+    begins = np.sort(np.unique(held_out.cluster[held_out.is_text], return_index=True)[1])
+    return int(begins[min(count, len(begins)) - 1]) + 1
 
 
 def run_model(study: Study, kind: str, cells: dict[str, Cell], work: Work) -> None:
@@ -180,7 +189,14 @@ def check_tokens(study: Study, cell: Cell, facts: dict) -> None:
         needed = round(HELD_OUT_CLUSTERS / corpus.EVALUATION_SHARE)
         raise UserError(
             f"corpus: {cell.corpus} has {facts['evaluation_clusters']} held-out document(s) that differ, and intervals over text "
-            f"need {HELD_OUT_CLUSTERS}; give about {needed} documents, or split long ones by blank lines"
+            f"need {HELD_OUT_CLUSTERS}; give about {needed} documents that are no near-duplicates, or split long ones by blank "
+            "lines"
+        )
+    if cell.evaluation_tokens < facts["tokens_of_few_clusters"]:
+        raise UserError(
+            f"evaluation_tokens: the first {cell.evaluation_tokens:,} held-out tokens are of fewer than {HELD_OUT_CLUSTERS} "
+            f"documents that differ, and intervals over text need as many; give {facts['tokens_of_few_clusters']:,} or more, or "
+            "split long documents by blank lines"
         )
     if min(facts["evaluation_tokens"], cell.evaluation_tokens) < HELD_OUT_TOKENS:
         what = "evaluation_tokens" if cell.evaluation_tokens < HELD_OUT_TOKENS else "corpus"

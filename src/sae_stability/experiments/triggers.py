@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from sae_stability import threads, triggers
 from sae_stability.evaluation import sparse_codes
@@ -16,6 +16,7 @@ from sae_stability.experiments.experiment import Experiment, Results
 from sae_stability.files import write_table
 from sae_stability.language import models
 from sae_stability.language.activations import Activations
+from sae_stability.language.corpus import Contexts
 from sae_stability.language.tokens import vocabulary
 from sae_stability.ledger import MOST, NOWHERE, OTHERWISE, Condition, Rule, judged
 from sae_stability.matching import BANDS, Banding
@@ -72,9 +73,15 @@ def reading(results: Results) -> tuple[Activations, triggers.Text, list[str], Fl
     tokenizer = models.load_tokenizer(results.cell.model)
     held_out = texts.activations(results, "evaluation").first(TRIGGER_TOKENS)
     text = triggers.Text.of(texts.contexts(results, "evaluation"), len(held_out))
-    train = texts.contexts(results, "train")
-    seen = np.bincount(train.tokens[train.is_text], minlength=len(tokenizer))
-    return held_out, text, vocabulary(tokenizer, len(seen)), seen / seen.sum()
+    seen = training_shares(texts.contexts(results, "train"), text.token, len(tokenizer))
+    return held_out, text, vocabulary(tokenizer, len(seen)), seen
+
+
+def training_shares(train: Contexts, held_out: Int[np.ndarray, "token"], vocabulary_size: int) -> Float[np.ndarray, "vocabulary"]:
+    """The share of each token of the vocabulary in the training text; behind gaps in its ids held-out text may hold larger ones."""
+    size = max(vocabulary_size, int(held_out.max(initial=0)) + 1)
+    seen = np.bincount(train.tokens[train.is_text], minlength=size)
+    return seen / seen.sum()
 
 
 def bands(results: Results) -> Banding:

@@ -6,12 +6,15 @@ leaves that feature out; what no question will get past ends in one line. Tokens
 bound, so that a budget is never exceeded.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -38,13 +41,23 @@ SPENT = "spent.json"
 OVERHEAD = 16  # tokens a message that endpoints add to its text
 ANSWERS = "/chat/completions"
 FAILED_FOR_GOOD = {400, 401, 402, 403, 404, 405, 413, 422}
-TOO_LONG = ("context length", "context_length", "context window", "too long", "too many tokens", "maximum context")
+TOO_LONG = ("context length", "context_length", "context size", "context window", "too long", "too many tokens", "maximum context")
 """What endpoints say of a question that is too long for their model."""
 TERMS: dict[str, str | None] = {"temperature": None, "max_tokens": "max_completion_tokens", "system": "user"}
 """What some endpoints refuse, by the word of it in their reason, and what they take instead."""
-THOUGHTS = re.compile(r"^\s*<(think|thinking|reasoning)>.*?</\1>|^.*</think>", re.DOTALL)
-FINAL = "<|channel|>final<|message|>"
-YES, NO = {"1", "yes", "true", "active"}, {"0", "no", "false", "inactive"}
+FILTERED = ("content_filter", "content filter", "content_policy", "moderation", "flagged", "safety")
+"""Words with which endpoints say that they filter a question or its answer."""
+CUT_SHORT, BROKEN_OFF = {"length", "model_length", "max_tokens"}, {"error", "abort", "cancelled"}
+"""How answers end that the model had no tokens left for, and those that something else broke off."""
+UNPAID = ("insufficient_quota", "insufficient quota", "billing")
+BEGINS, ENDS = (
+    r"<(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷",
+    r"</(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷",
+)
+THOUGHTS = re.compile(rf"^.*(?:{ENDS})|^\s*(?:{BEGINS}).*", re.DOTALL)
+"""What a model thinks aloud before an answer; one that comes to no end is all there is."""
+FINAL, ANALYSIS = "<|channel|>final<|message|>", "<|channel|>analysis"
+YES, NO = {"1", "1.0", "yes", "true", "active"}, {"0", "0.0", "no", "false", "inactive"}
 
 EXPLAIN = (
     "You see pieces of text. In each, the tokens on which one feature of a language model is active stand between << and >>. Say "
@@ -138,7 +151,9 @@ class LanguageModel:
 
     def detect(self, text: str, windows: list[list[str]]) -> list[bool]:
         found = self._answered("detect", detect_messages(text, windows), lambda answer: _flags(answer, len(windows)))
-        return [False] * len(windows) if found is None else found
+        if found is None:
+            raise LeftOut(f"{self.settings.model} refuses to say where it is active")
+        return found
 
     def _answered(self, kind: str, messages: list[dict], read: Callable):
         """An answer, with a count of how many were not to be had: where all fail, the first few say enough."""
@@ -210,6 +225,9 @@ class LanguageModel:
         write_json(self.cache / SPENT, {"tokens": self.spent + sum(used)})
         try:
             response = client.post(self.url, json=self._spoken(request), headers={"Authorization": f"Bearer {key}"})
+        except httpx.InvalidURL as error:
+            used[-1] = 0
+            raise UserError(f"explainer.base_url: {self.where} is no address ({error}); correct it") from None
         except httpx.HTTPError as error:
             if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.UnsupportedProtocol):
                 used[-1] = 0  # nothing was sent
@@ -222,8 +240,7 @@ class LanguageModel:
         choices = body.get("choices") if body is not None else None
         if body is None or not isinstance(choices, list) or not choices:
             return self._without_choices(response, body, key)
-        usage = body.get("usage")
-        used[-1] = _count(usage.get("total_tokens") if isinstance(usage, dict) else None) or bound
+        used[-1] = _used(body.get("usage")) or bound
         return self._read(choices[0], read)
 
     def _read(self, choice, read: Callable):
@@ -233,12 +250,16 @@ class LanguageModel:
             raise _Passing("an answer that can't be read: no message", unreadable=True)
         if message.get("refusal"):
             return None
-        said = _said(message.get("content"))
-        cut_short = choice.get("finish_reason") == "length"
-        if cut_short:
+        ended = str(choice.get("finish_reason") or "").lower()
+        if ended in CUT_SHORT:
             raise _CutShort
+        if ended in BROKEN_OFF:
+            raise _Passing(f"an answer that ended by {ended}", unreadable=True)
+        if any(word in ended for word in FILTERED):
+            raise LeftOut(f"{self.where} filters its answer ({ended})")
+        said = _said(message.get("content"))
         if not said:
-            return None
+            raise _Passing("an empty answer", unreadable=True)
         try:
             return read(said)
         except (ValueError, TypeError) as error:
@@ -256,9 +277,13 @@ class LanguageModel:
     def _refused(self, response: httpx.Response, request: dict, read: Callable, used: list[int], key: str):
         """Ask again in the endpoint's own terms, if it says which; leave a feature out whose question is too long; or give up."""
         status, reason = response.status_code, _reason(response, key)
+        said = response.text.lower()
+        if any(word in said for word in UNPAID):
+            raise UserError(f"explainer: {self.where} answers {status}{reason}; top the account up, and call again")
         if status not in FAILED_FOR_GOOD:
-            raise _Passing(f"status {status}{reason}", _seconds(response.headers.get("Retry-After")))
-        said = reason.lower()
+            raise _Passing(f"status {status}{reason}", _wanted(response.headers))
+        if any(word in said for word in FILTERED):
+            raise LeftOut(f"{self.where} filters its question{reason}")
         if status in (400, 413, 422):
             for term, instead in TERMS.items():
                 if term in said and term not in self.dialect:
@@ -344,21 +369,44 @@ def _count(value) -> int | None:
         return None
 
 
-def _seconds(value) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
+def _used(usage) -> int:
+    """The tokens that an answer says it used; 0 where it does not say."""
+    if not isinstance(usage, dict):
+        return 0
+    total, *parts = (_count(usage.get(f"{part}_tokens")) for part in ("total", "prompt", "completion"))
+    if total is None:
+        total = 0 if None in parts else sum(part for part in parts if part is not None)
+    return max(0, total)
+
+
+def _wanted(headers: httpx.Headers) -> float | None:
+    """After how many seconds an endpoint wants to be asked again: it says a number, or a date (RFC 9110)."""
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        told = headers.get(name)
+        if told is None:
+            continue
+        try:
+            return float(told) / unit
+        except ValueError:
+            with contextlib.suppress(ValueError):
+                return max(0.0, (parsedate_to_datetime(told) - datetime.now(UTC)).total_seconds())
+    return None
 
 
 def _said(content) -> str:
-    """The text of an answer, of one part or several, without the thoughts before it."""
+    """The text of an answer, of one part or several, without the thoughts before it, as signs that can be written down."""
     if isinstance(content, list):
-        parts = [part for part in content if isinstance(part, dict) and part.get("type", "text") == "text"]
-        content = "".join(part.get("text") or "" for part in parts)
-    if not isinstance(content, str):
+        content = "".join(_part(part) for part in content)
+    if not isinstance(content, str) or (ANALYSIS in content and FINAL not in content):
         return ""
-    return THOUGHTS.sub("", content.rpartition(FINAL)[2], count=1).strip()
+    text = THOUGHTS.sub("", content.rpartition(FINAL)[2], count=1).strip()
+    return text.encode("utf-8", "replace").decode()  # half of a pair of surrogates is no character
+
+
+def _part(part) -> str:
+    if isinstance(part, dict):
+        part = "" if part.get("type") in ("thinking", "reasoning") else part.get("text")
+    return part if isinstance(part, str) else ""
 
 
 def _reason(response: httpx.Response, key: str) -> str:
@@ -394,14 +442,20 @@ def _flags(answer: str, count: int) -> list[bool]:
 
 
 def _listed(answer: str) -> list:
-    """The items of a list in an answer, however it is written."""
-    for opening, closing in ("[]", "{}"):
-        start, end = answer.find(opening), answer.rfind(closing)
-        if 0 <= start < end:
+    """The items of a list in an answer, however it is written: of several the last, of an object in the order of its numbers."""
+    text = re.sub(r",(\s*[\]}])", r"\1", answer.lower())
+    for pattern in (r"\[[^\[\]{}]*\]", r"\{[^{}]*\}"):
+        for found in reversed(re.findall(pattern, text)):
             try:
-                value = json.loads(answer[start : end + 1].lower())
+                value = json.loads(found)
             except ValueError:
                 continue
-            return list(value.values()) if isinstance(value, dict) else value
-    lines = re.findall(r"^\s*\d+\s*[.):-]\s*(\w+)", answer, re.MULTILINE)
+            return value if isinstance(value, list) else [value[key] for key in sorted(value, key=_by_number)]
+    lines = re.findall(r"^\s*\d+\s*[.):-]\s*\**(\w+)", answer, re.MULTILINE)
     return lines or re.split(r"[\s,;]+", answer.strip().rstrip("."))
+
+
+def _by_number(key: str) -> tuple[int, str]:
+    """Keys such as `2` and `piece 10` in the order of their numbers."""
+    number = re.search(r"\d+", key)
+    return (int(number[0]) if number else 0, "" if number else key)

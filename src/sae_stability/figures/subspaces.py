@@ -99,10 +99,13 @@ def planar_group(group: pd.DataFrame, title: str) -> Figure:
     """Directions of the features of a group in its first two dimensions, an arrow each, as they are and turned onto one seed.
 
     The circle is unit length. Columns: seed, x, y, turned_x, turned_y; where a feature is not turned it stands as it is, in grey.
+    Where none is, they stand as they are only.
     """
-    figure, axes = new_axes(title, height=4.2, columns=2, sharey=True)
-    angles = np.linspace(0, 2 * np.pi, 200)
     panels = {"as they are": ("x", "y"), "turned onto the grey": ("turned_x", "turned_y")}
+    if group["turned_x"].isna().all():
+        del panels["turned onto the grey"]
+    figure, axes = new_axes(title, height=4.2, columns=len(panels), sharey=True)
+    angles = np.linspace(0, 2 * np.pi, 200)
     for axis, (name, columns) in zip(axes, panels.items(), strict=True):
         axis.plot(np.cos(angles), np.sin(angles), color="#8C8C8C", linewidth=0.8)
         for position, (seed, arrows) in enumerate(group.groupby("seed")):

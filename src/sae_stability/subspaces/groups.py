@@ -128,7 +128,8 @@ def _judged(
 
 
 def planar_group(directions: Sequence[Float[np.ndarray, "feature d_in"]], features: Sequence[Members]) -> pd.DataFrame:
-    """Of groups of a few features of each seed, the one of two dimensions that most seeds meet: a row a feature.
+    """Of groups of a few features of each seed, the one of two dimensions in which most seeds have `FEWEST_TURNED` features,
+    and of equals that which most seeds meet: a row a feature.
 
     Columns: `seed` (its position), `feature`, `x` and `y` (its direction along the group's first two axes), `rank` of the group's
     directions at 90 % of their energy. Of equals, the one with most features, and then that which lies in its plane most. Empty
@@ -136,12 +137,13 @@ def planar_group(directions: Sequence[Float[np.ndarray, "feature d_in"]], featur
     """
     rows, owner, feature = np.concatenate(directions), _owners(features), np.concatenate(features)
     label = clustered(rows, round(len(rows) / len(directions) / FEW)) if len(rows) >= 2 * FEW * len(directions) else np.zeros(0)
-    best, chosen = (0, 0, 0.0), pd.DataFrame(columns=["seed", "feature", "x", "y", "rank"])
+    best, chosen = (0, 0, 0, 0.0), pd.DataFrame(columns=["seed", "feature", "x", "y", "rank"])
     for group in np.unique(label):
         inside = label == group
         axes, energies = strongest_axes(rows[inside].T @ rows[inside])
         rank = rank_holding(energies)
-        order = (len(np.unique(owner[inside])), int(inside.sum()), energies[:2].sum() / energies.sum())
+        sizes = np.unique(owner[inside], return_counts=True)[1]
+        order = (int((sizes >= FEWEST_TURNED).sum()), len(sizes), int(inside.sum()), energies[:2].sum() / energies.sum())
         if round(rank) == 2 and order > best:
             x, y = (rows[inside] @ axes[:, :2]).T
             best = order
