@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from sae_stability.figures.style import MARKERS, legend_below, new_axes, series_style
 
-ROW = 4
+ROW = 6
 """Kinds of stages beside one another."""
 
 
@@ -45,7 +45,7 @@ def stages(reads: Mapping[str, set[str]], title: str) -> Figure:
     place = {kind: ((number + 0.5) / len(row), -depth) for depth, row in enumerate(rows) for number, kind in enumerate(row)}
     figure, (axis,) = new_axes(title, height=0.75 * len(rows) + 0.8)
     for before, kind in graph.edges:
-        arrow = {"arrowstyle": "-|>", "color": "#8C8C8C", "shrinkA": 11, "shrinkB": 11, "linewidth": 0.8}
+        arrow = {"arrowstyle": "-|>", "color": "#8C8C8C", "shrinkA": 11, "shrinkB": 15, "linewidth": 0.8}
         axis.annotate("", xy=place[kind], xytext=place[before], arrowprops=arrow)
     for kind, (x, y) in place.items():
         box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "#0072B2"}
