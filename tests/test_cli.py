@@ -1,6 +1,7 @@
 import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
 
 from helpers import drawn
 from sae_stability import cli, places
@@ -93,6 +97,20 @@ def test_what_only_model_and_corpus_can_tell_is_checked_before_anything_is_compu
     assert named in error[0]
     assert not list(house.rglob("*.bin"))
     assert not list(house.rglob("ensemble.safetensors"))
+
+
+def test_a_tokenizer_without_a_token_between_documents_is_refused(call, small_options, model_folders, text_file, house, tmp_path):
+    # The bridge would take the unknown word's, and every unknown word would vanish from the text.
+    folder = shutil.copytree(model_folders["gpt2"], tmp_path / "model")
+    bare = Tokenizer(tokenizer_models.WordLevel({"<unk>": 0, "the": 1, "array": 2}, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    for file in folder.glob("*token*"):
+        file.unlink()
+    PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>").save_pretrained(folder)
+    status, _, error = call("check", "embedded", *small_options, f"--set=model={folder}", "--name", "other")
+    assert (status, len(error)) == (2, 1)
+    assert "token" in error[0]
+    assert "BOS" in error[0] or "begin" in error[0]
 
 
 def test_a_dry_run_lists_what_is_missing_and_computes_nothing(call, small_options, house):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sae_stability import places
 from sae_stability.errors import UserError
 from sae_stability.loading import load_study
-from sae_stability.study import Cell, Recipe, Study
+from sae_stability.study import Cell, Recipe, Study, model_name
 
 BROKEN = st.one_of(
     st.none(),
@@ -171,3 +171,17 @@ def test_paths_beside_a_study_are_found_and_options_stay(tmp_path, monkeypatch):
     assert load_study("course/study.yaml").corpus == f"{tmp_path / 'course' / 'texts'}?column=body"
     (tmp_path / "texts").mkdir()  # the working directory comes first
     assert load_study("course/study.yaml").corpus == f"{tmp_path / 'texts'}?column=body"
+
+
+@pytest.mark.parametrize(
+    ("model", "called"),
+    [
+        ("docstrings-2l", "docstrings-2l"),
+        ("EleutherAI/pythia-70m", "pythia-70m"),
+        ("/home/me/my model", "my model"),
+        ("/cache/models--openai-community--gpt2/snapshots/607a30d783dfa663caf39e06633721c8d4cfcd7e", "gpt2"),
+        ("/my/snapshots/gpt2", "gpt2"),
+    ],
+)
+def test_a_snapshot_in_the_hubs_cache_is_called_by_its_model(model, called):
+    assert model_name(model) == called

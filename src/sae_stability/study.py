@@ -112,12 +112,20 @@ class Recipe(BaseModel):
     def label(self) -> str:
         """What is trained, in a few words for readers. Two recipes may share it: they are told apart by their ids."""
         size = f"d_sae={self.d_sae} k={self.k} tokens={self.tokens * self.passes}"
-        return f"{Path(self.model).name} {self.hook_name} {self.variant} {size}"
+        return f"{model_name(self.model)} {self.hook_name} {self.variant} {size}"
 
     @property
     def recipe(self) -> "Recipe":
         """The recipe alone, also of a cell or a study."""
         return Recipe(**{key: getattr(self, key) for key in Recipe.model_fields})
+
+
+def model_name(model: str) -> str:
+    """What readers call a language model: the last part of its id or folder, or the id behind a snapshot in the hub's cache."""
+    path = Path(model)
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.rpartition("--")[2]
+    return path.name
 
 
 class Cell(Recipe):

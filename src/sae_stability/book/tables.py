@@ -13,7 +13,7 @@ from sae_stability.files import read_json
 from sae_stability.loading import load_study, read_fields, read_study
 from sae_stability.pipeline import Plan, compute
 from sae_stability.store import git_commit
-from sae_stability.study import Cell, Study, told_apart
+from sae_stability.study import Cell, Study, model_name, told_apart
 
 VARIANTS = "variants"
 """The published study in which the main cell of `embedded` is trained by every variant."""
@@ -99,7 +99,7 @@ class Book(Tables):
     @property
     def model(self) -> str:
         """What readers call the main cell's language model."""
-        return Path(self.cell.model).name
+        return model_name(self.cell.model)
 
     @property
     def folder(self) -> Path:

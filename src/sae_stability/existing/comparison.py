@@ -22,6 +22,7 @@ from sae_stability.methods.dictionary import Dictionary
 from sae_stability.saes import formats
 from sae_stability.saes.reading import About, Loaded
 from sae_stability.statistics import Interval
+from sae_stability.study import model_name
 
 ENOUGH = 0.05  # seeds are enough where the latent shares of the bands are known within this
 FEW_TOKENS = 10_000  # below which a feature that is not dead may well not fire
@@ -265,7 +266,7 @@ def _notes(
 
 def _place(about: About) -> str:
     """The site of a model, as far as it is told."""
-    return " of ".join(part for part in (about.hook_name or "some site", about.model and Path(about.model).name) if part)
+    return " of ".join(part for part in (about.hook_name or "some site", about.model and model_name(about.model)) if part)
 
 
 def _elsewhere(about: About, given: About) -> bool:
@@ -273,7 +274,7 @@ def _elsewhere(about: About, given: About) -> bool:
     another library names can't be compared."""
     comparable = about.hook_name is not None and about.hook_name.startswith(("blocks.", "hook_", "ln_final"))
     hooks = comparable and about.hook_name != given.hook_name
-    models = about.model and given.model and Path(about.model).name.lower() != Path(given.model).name.lower()
+    models = about.model and given.model and model_name(about.model).lower() != model_name(given.model).lower()
     return bool(hooks or models)
 
 

@@ -112,7 +112,7 @@ class Site:
         held_out = self._corpus.evaluation
         read = np.cumsum([len(document) for document in held_out])
         length = models.context_length(bridge, None)
-        contexts = corpus.pack(held_out[: int(np.searchsorted(read, wanted)) + 1], bridge.tokenizer, length)
+        contexts = corpus.pack(held_out[: int(np.searchsorted(read, wanted)) + 1], models.load_tokenizer(self.model), length)
         if not len(contexts.tokens):
             raise UserError(
                 f"corpus: the held-out documents of {self.corpus} fill no context of {length} tokens; give a longer text"

@@ -102,9 +102,10 @@ def read_text(cell: Cell, hook_names: list[str], work: Work) -> None:
     fills = max(cell.tokens / (1 - corpus.EVALUATION_SHARE), cell.evaluation_tokens / corpus.EVALUATION_SHARE)
     text = corpus.load(cell.corpus, characters=round(corpus.CHARACTERS_A_TOKEN * fills))
     print(f"corpus: {text.told}")
+    tokenizer = models.load_tokenizer(cell.model)  # as it was saved: that of the bridge has what it lacked
     packed = {
-        "train": corpus.pack(text.train, bridge.tokenizer, context),
-        "evaluation": corpus.pack(text.evaluation, bridge.tokenizer, context, text.clusters),
+        "train": corpus.pack(text.train, tokenizer, context),
+        "evaluation": corpus.pack(text.evaluation, tokenizer, context, text.clusters),
     }
     check_ids(bridge, *(contexts.tokens for contexts in packed.values()))
     if not packed["evaluation"].is_text.any():

@@ -20,6 +20,9 @@ BUFFERS = (".bias", "masked_bias", "inv_freq")
 """How the names of what older releases saved beside the weights end: masks, which look like a bias, and rotations."""
 LONGEST_CONTEXT = 256  # tokens; longer contexts cost more than they tell about features
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+"""Files of which one holds a tokenizer, by the libraries that write them."""
+
 
 def locate(name: str) -> str:
     """The folder or hub id behind a model's name; a GGUF file is converted into a folder when it is first met.
@@ -43,7 +46,7 @@ def locate(name: str) -> str:
     if not (folder / "config.json").is_file():
         mend = f"run sae-stability {OURS[name]} {name}" if ours else "give a folder saved with save_pretrained"
         raise UserError(f"model: {folder} holds no config.json; {mend}")
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((folder / file).is_file() for file in TOKENIZERS):
         raise UserError(f"model: {folder} holds no tokenizer; save one there with tokenizer.save_pretrained")
     return str(folder)
 
