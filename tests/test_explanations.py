@@ -68,6 +68,12 @@ def feature(text: Contexts, *names: str) -> np.ndarray:
     return (fires * (1 + np.arange(len(text.tokens))[:, None] / 100))[text.is_text]
 
 
+def test_marks_are_those_of_firing_tokens_and_of_nothing_in_the_text():
+    window = Window(["cout", " <<", " x", "", "山", "", "", "\n"], [0.0, 0.0, 2.0, 1.0, 0.0, 0.0, 0.0, 1.0])
+    (_, shown) = explain_messages([window])
+    assert shown["content"] == "1. cout < <<< x>><<山>><<\\n>>"
+
+
 def test_a_token_without_text_of_its_own_is_called_part_of_a_character():
     window = Window(["the", "", "山", " a"], [0.0, 1.0, 0.0, 0.0])
     assert Rules().explain([window] * 3).text == "a token that is part of a character"

@@ -75,3 +75,9 @@ def test_spaces_of_words_stay_and_parts_of_characters_are_no_signs(tokenizer):
     assert len(parts) > 1
     assert all(any(sign.isalnum() for sign in words[token]) or words[token].isprintable() for token in parts)
     assert len({words[token] for token in parts}) == len(set(parts))
+
+
+def test_pieces_inside_a_word_have_no_space_and_words_have_one():
+    pieces_of_words = Tokenizer(models.WordPiece({"[UNK]": 0, "sum": 1, "##ming": 2, "the": 3}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces_of_words, unk_token="[UNK]")
+    assert vocabulary(tokenizer, 4)[1:] == [" sum", "ming", " the"]

@@ -26,6 +26,8 @@ SPLITS = ("train", "evaluation")
 HELD_OUT_CLUSTERS = 4
 """Of near-duplicate documents, from which intervals over text are given."""
 HELD_OUT_TOKENS = 512
+MOST_UNKNOWN = 0.5
+"""Of the tokens of a text, that its model may not know."""
 
 
 def text_entry(recipe: Recipe) -> tuple[str, str]:
@@ -111,6 +113,12 @@ def read_text(cell: Cell, hook_names: list[str], work: Work) -> None:
     if not packed["evaluation"].is_text.any():
         raise UserError(
             f"corpus: the held-out documents of {cell.corpus} ({text.told}) fill no context of {context} tokens; give more text"
+        )
+    unknown = np.mean(packed["evaluation"].tokens[packed["evaluation"].is_text] == tokenizer.unk_token_id)
+    if unknown > MOST_UNKNOWN:
+        raise UserError(
+            f"corpus: {unknown:.0%} of the tokens of {cell.corpus} are words that the model's tokenizer does not know; give a text "
+            "of its language, or another model"
         )
     for split, contexts in packed.items():
         arrays = {"tokens": contexts.tokens, "cluster": contexts.cluster, "is_text": contexts.is_text}

@@ -324,12 +324,22 @@ class Described:
 
 
 def explain_messages(shown: list[Window]) -> list[dict]:
-    pieces = []
-    for window in shown:
-        pairs = zip(window.tokens, window.activations, strict=True)
-        marked = [f"<<{token}>>" if activation > 0 else token for token, activation in pairs]
-        pieces.append("".join(marked).replace("\n", "\\n"))
-    return _messages(EXPLAIN, _numbered(pieces))
+    return _messages(EXPLAIN, _numbered([_marked(window) for window in shown]))
+
+
+def _marked(window: Window) -> str:
+    """A window in one line, its firing tokens between << and >>, which the text itself has with a space inside.
+
+    A token that is part of a character has no text: the one that ends the character is marked in its place.
+    """
+    parts, fires = [], False
+    for token, activation in zip(window.tokens, window.activations, strict=True):
+        fires = fires or activation > 0
+        if token:
+            plain = token.replace("<<", "< <").replace(">>", "> >").replace("\n", "\\n")
+            parts.append(f"<<{plain}>>" if fires else plain)
+            fires = False
+    return "".join(parts)
 
 
 def detect_messages(text: str, windows: list[list[str]]) -> list[dict]:

@@ -10,6 +10,7 @@ from sae_stability.errors import UserError
 BROKEN = "\ufffd"  # what stands for bytes that are no whole character
 LONGEST_CHARACTER = 4  # bytes
 SPACE = "▁"  # of SentencePiece
+INSIDE = "##"  # of WordPiece
 
 
 def pieces(tokenizer, ids: Sequence[int] | Int[np.ndarray, "token"]) -> list[str]:
@@ -57,8 +58,16 @@ def _word(tokenizer, token: int) -> str:
         return ""
     if SPACE in called:
         return called.replace(SPACE, " ")
+    if _has_word_pieces(tokenizer):
+        return called.removeprefix(INSIDE) if called.startswith(INSIDE) else f" {called}"
     text = tokenizer.decode([token])
     return called if BROKEN in text else text
+
+
+def _has_word_pieces(tokenizer) -> bool:
+    """Whether its tokens are those of WordPiece, which marks what stands inside a word, and not the space before one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and type(backend.model).__name__ == "WordPiece"
 
 
 def check_ids(bridge, *texts: Int[np.ndarray, "context position"]) -> None:
