@@ -29,6 +29,7 @@ from sae_stability.explanations import (
     says_surface,
     tasks,
 )
+from sae_stability.explanations.answers import seconds_to_wait, used_tokens
 from sae_stability.explanations.language_model import (
     HOPELESS,
     LONGEST,
@@ -36,8 +37,6 @@ from sae_stability.explanations.language_model import (
     ROOM,
     SPENT,
     _Passing,
-    _used,
-    _wanted,
     bound_on_tokens,
 )
 from sae_stability.explanations.scoring import LeftOut
@@ -568,13 +567,13 @@ def test_half_a_character_is_written_down_as_a_sign(tmp_path):
 
 @pytest.mark.parametrize(("headers", "seconds"), [({"retry-after-ms": "250"}, 0.25), ({"retry-after": "3"}, 3.0), ({}, None)])
 def test_how_long_an_endpoint_wants_to_be_left_alone(headers, seconds):
-    assert _wanted(httpx.Headers(headers)) == seconds
+    assert seconds_to_wait(httpx.Headers(headers)) == seconds
 
 
 def test_an_endpoint_may_say_when_by_a_date():
     soon = datetime.now(UTC) + timedelta(seconds=30)
-    assert 25 < _wanted(httpx.Headers({"retry-after": format_datetime(soon, usegmt=True)})) <= 30
-    assert _wanted(httpx.Headers({"retry-after": "soon"})) is None
+    assert 25 < seconds_to_wait(httpx.Headers({"retry-after": format_datetime(soon, usegmt=True)})) <= 30
+    assert seconds_to_wait(httpx.Headers({"retry-after": "soon"})) is None
 
 
 @pytest.mark.parametrize(
@@ -582,7 +581,7 @@ def test_an_endpoint_may_say_when_by_a_date():
     [({"total_tokens": -1}, 0), ({"prompt_tokens": 40, "completion_tokens": 5}, 45), ({"prompt_tokens": 40}, 0), (None, 0)],
 )
 def test_what_an_answer_used_is_never_less_than_nothing(usage, tokens):
-    assert _used(usage) == tokens
+    assert used_tokens(usage) == tokens
 
 
 def test_an_address_that_is_none_is_one_line(tmp_path):

@@ -3,7 +3,7 @@
     windows          the contexts that are shown and those that explanations are scored on
     rules            a deterministic engine: a rule of the surface of the text
     language_model   an engine behind any OpenAI-compatible endpoint
-    endpoint         which endpoints and keys a study may name
+    answers          what endpoints answer, in whatever form
     scoring          precision, recall and F1
     surface          whether an explanation is of surface form
     agreement        how well that agrees with labels

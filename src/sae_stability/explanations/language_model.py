@@ -6,15 +6,11 @@ leaves that feature out; what no question will get past ends in one line. Tokens
 bound, so that a budget is never exceeded.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -24,6 +20,7 @@ import httpx
 from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from sae_stability.errors import UserError
+from sae_stability.explanations.answers import count_of, flags, json_of, reason_of, seconds_to_wait, text_of, used_tokens
 from sae_stability.explanations.rules import Rules
 from sae_stability.explanations.scoring import LeftOut
 from sae_stability.explanations.windows import Window
@@ -34,7 +31,6 @@ ATTEMPTS = 5  # of a question that an endpoint fails to answer
 TIMEOUT = 60  # seconds for an answer
 LONGEST = {"explain": 120, "detect": 200}  # tokens of an answer
 ROOM = 16  # times as many, for models that think before they answer
-SAID = 200  # characters that are shown of an endpoint's reason
 LONGEST_WAIT = 120  # seconds that an endpoint may ask for
 HOPELESS = 5  # features in a row that were left out, without one that was explained, after which no other is tried
 SPENT = "spent.json"
@@ -50,14 +46,7 @@ FILTERED = ("content_filter", "content filter", "content_policy", "moderation", 
 CUT_SHORT, BROKEN_OFF = {"length", "model_length", "max_tokens"}, {"error", "abort", "cancelled"}
 """How answers end that the model had no tokens left for, and those that something else broke off."""
 UNPAID = ("insufficient_quota", "insufficient quota", "billing")
-BEGINS, ENDS = (
-    r"<(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷",
-    r"</(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷",
-)
-THOUGHTS = re.compile(rf"^.*(?:{ENDS})|^\s*(?:{BEGINS}).*", re.DOTALL)
-"""What a model thinks aloud before an answer; one that comes to no end is all there is."""
-FINAL, ANALYSIS = "<|channel|>final<|message|>", "<|channel|>analysis"
-YES, NO = {"1", "1.0", "yes", "true", "active"}, {"0", "0.0", "no", "false", "inactive"}
+
 
 EXPLAIN = (
     "You see pieces of text. In each, the tokens on which one feature of a language model is active stand between << and >>. Say "
@@ -150,7 +139,7 @@ class LanguageModel:
         return Described(text, self) if text else None
 
     def detect(self, text: str, windows: list[list[str]]) -> list[bool]:
-        found = self._answered("detect", detect_messages(text, windows), lambda answer: _flags(answer, len(windows)))
+        found = self._answered("detect", detect_messages(text, windows), lambda answer: flags(answer, len(windows)))
         if found is None:
             raise LeftOut(f"{self.settings.model} refuses to say where it is active")
         return found
@@ -236,11 +225,11 @@ class LanguageModel:
             if response.status_code < 500:  # behind a gateway that gave up, a model may have answered
                 used[-1] = 0
             return self._refused(response, request, read, used, key)
-        body = _json(response)
+        body = json_of(response)
         choices = body.get("choices") if body is not None else None
         if body is None or not isinstance(choices, list) or not choices:
             return self._without_choices(response, body, key)
-        used[-1] = _used(body.get("usage")) or bound
+        used[-1] = used_tokens(body.get("usage")) or bound
         return self._read(choices[0], read)
 
     def _read(self, choice, read: Callable):
@@ -257,7 +246,7 @@ class LanguageModel:
             raise _Passing(f"an answer that ended by {ended}", unreadable=True)
         if any(word in ended for word in FILTERED):
             raise LeftOut(f"{self.where} filters its answer ({ended})")
-        said = _said(message.get("content"))
+        said = text_of(message.get("content"))
         if not said:
             raise _Passing("an empty answer", unreadable=True)
         try:
@@ -276,12 +265,12 @@ class LanguageModel:
 
     def _refused(self, response: httpx.Response, request: dict, read: Callable, used: list[int], key: str):
         """Ask again in the endpoint's own terms, if it says which; leave a feature out whose question is too long; or give up."""
-        status, reason = response.status_code, _reason(response, key)
+        status, reason = response.status_code, reason_of(response, key)
         said = response.text.lower()
         if any(word in said for word in UNPAID):
             raise UserError(f"explainer: {self.where} answers {status}{reason}; top the account up, and call again")
         if status not in FAILED_FOR_GOOD:
-            raise _Passing(f"status {status}{reason}", _wanted(response.headers))
+            raise _Passing(f"status {status}{reason}", seconds_to_wait(response.headers))
         if any(word in said for word in FILTERED):
             raise LeftOut(f"{self.where} filters its question{reason}")
         if status in (400, 413, 422):
@@ -303,8 +292,8 @@ class LanguageModel:
     def _without_choices(self, response: httpx.Response, body: dict | None, key: str):
         """What to make of a good status without an answer: some endpoints put their errors there."""
         error = body.get("error") if body else None
-        code = _count(error.get("code")) if isinstance(error, dict) else None
-        reason = _reason(response, key)
+        code = count_of(error.get("code")) if isinstance(error, dict) else None
+        reason = reason_of(response, key)
         if code in FAILED_FOR_GOOD:
             raise UserError(f"explainer: {self.where} answers {code}{reason}; what was answered is kept")
         if response.text.lstrip().startswith("data:"):
@@ -363,109 +352,9 @@ def key_of(settings: Explainer) -> str:
     return key
 
 
-def _json(response: httpx.Response) -> dict | None:
-    try:
-        body = response.json()
-    except ValueError:
-        return None
-    return body if isinstance(body, dict) else None
-
-
-def _count(value) -> int | None:
-    """A whole number that is written as one, or as text; None for anything else."""
-    try:
-        return int(float(value))
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def _used(usage) -> int:
-    """The tokens that an answer says it used; 0 where it does not say."""
-    if not isinstance(usage, dict):
-        return 0
-    total, *parts = (_count(usage.get(f"{part}_tokens")) for part in ("total", "prompt", "completion"))
-    if total is None:
-        total = 0 if None in parts else sum(part for part in parts if part is not None)
-    return max(0, total)
-
-
-def _wanted(headers: httpx.Headers) -> float | None:
-    """After how many seconds an endpoint wants to be asked again: it says a number, or a date (RFC 9110)."""
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        told = headers.get(name)
-        if told is None:
-            continue
-        try:
-            return float(told) / unit
-        except ValueError:
-            with contextlib.suppress(ValueError):
-                return max(0.0, (parsedate_to_datetime(told) - datetime.now(UTC)).total_seconds())
-    return None
-
-
-def _said(content) -> str:
-    """The text of an answer, of one part or several, without the thoughts before it, as signs that can be written down."""
-    if isinstance(content, list):
-        content = "".join(_part(part) for part in content)
-    if not isinstance(content, str) or (ANALYSIS in content and FINAL not in content):
-        return ""
-    text = THOUGHTS.sub("", content.rpartition(FINAL)[2], count=1).strip()
-    return text.encode("utf-8", "replace").decode()  # half of a pair of surrogates is no character
-
-
-def _part(part) -> str:
-    if isinstance(part, dict):
-        part = "" if part.get("type") in ("thinking", "reasoning") else part.get("text")
-    return part if isinstance(part, str) else ""
-
-
-def _reason(response: httpx.Response, key: str) -> str:
-    """What an endpoint says about a failure, in one short line without the key; empty where it says nothing."""
-    try:
-        body = response.json()
-        error = body.get("error", body) if isinstance(body, dict) else body
-        said = error.get("message") or error.get("detail") if isinstance(error, dict) else error
-    except ValueError:  # no JSON
-        said = response.text
-    line = " ".join(str(said or "").replace(key, "***").split())
-    return f" ({line[:SAID]})" if line else ""
-
-
 def _messages(instruction: str, text: str) -> list[dict]:
     return [{"role": "system", "content": instruction}, {"role": "user", "content": text}]
 
 
 def _numbered(pieces: list[str]) -> str:
     return "\n".join(f"{number}. {piece}" for number, piece in enumerate(pieces, 1))
-
-
-def _flags(answer: str, count: int) -> list[bool]:
-    """The flags in an answer: a JSON list, an object by number, numbered lines, or words between commas.
-
-    Raises `ValueError` where there are not as many.
-    """
-    found = _listed(answer)
-    words = [str(word).strip().strip('"').lower() for word in found]
-    if len(words) != count or not set(words) <= YES | NO:
-        raise ValueError(f"no list of {count} flags")
-    return [word in YES for word in words]
-
-
-def _listed(answer: str) -> list:
-    """The items of a list in an answer, however it is written: of several the last, of an object in the order of its numbers."""
-    text = re.sub(r",(\s*[\]}])", r"\1", answer.lower())
-    for pattern in (r"\[[^\[\]{}]*\]", r"\{[^{}]*\}"):
-        for found in reversed(re.findall(pattern, text)):
-            try:
-                value = json.loads(found)
-            except ValueError:
-                continue
-            return value if isinstance(value, list) else [value[key] for key in sorted(value, key=_by_number)]
-    lines = re.findall(r"^\s*\d+\s*[.):-]\s*\**(\w+)", answer, re.MULTILINE)
-    return lines or re.split(r"[\s,;]+", answer.strip().rstrip("."))
-
-
-def _by_number(key: str) -> tuple[int, str]:
-    """Keys such as `2` and `piece 10` in the order of their numbers."""
-    number = re.search(r"\d+", key)
-    return (int(number[0]) if number else 0, "" if number else key)
