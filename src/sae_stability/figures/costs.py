@@ -29,7 +29,7 @@ def expected_seconds(jobs: pd.DataFrame, kinds: list[str], title: str) -> Figure
         axis.scatter(known["seconds"][chosen], expected[chosen], color=colour, marker=MARKERS[position], s=36, label=kind)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set(xlabel="seconds that a stage took", ylabel="seconds expected from the others of its kind")
+    axis.set(xlabel="seconds that a stage took", ylabel="seconds expected from its kind")
     legend_below(figure, axis, columns=3)
     return figure
 
