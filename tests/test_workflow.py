@@ -4,6 +4,7 @@ import json
 import random
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -74,7 +75,9 @@ def test_the_plan_for_snakemake_names_each_stage_once_and_marks_what_is_done(sma
     study = load_study("embedded", [*small, FEW], "study")
     pipeline.check(study)
     plan = pipeline.Plan(study)
-    made = {row["name"]: row for row in json.loads(workflow.write(plan, arguments).read_text())["jobs"]}
+    written = json.loads(workflow.write(plan, arguments).read_text())
+    assert written["called_in"] == str(Path.cwd())  # from which the paths in the arguments count
+    made = {row["name"]: row for row in written["jobs"]}
     named = [shlex.split(row["command"])[5] for row in made.values()]
     assert named == [stage.name for stage in plan.stages]
     marks = house / "study" / "workflow" / "marks"

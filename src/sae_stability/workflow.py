@@ -117,7 +117,8 @@ def write(plan: Plan, arguments: Sequence[str]) -> Path:
         row |= {"runtime": math.ceil(SPARE * job.seconds / 60), "mem_mb": math.ceil(1000 * SPARE_MEMORY * job.memory_gb)}
         rows.append(row)
     path = folder / "plan.json"
-    write_json(path, {"study": plan.study.name, "jobs": rows})
+    # Paths that a study names count from where it was called, and Snakemake works in a folder of its own.
+    write_json(path, {"study": plan.study.name, "called_in": str(Path.cwd()), "jobs": rows})
     return path
 
 
