@@ -85,7 +85,7 @@ class Ours:
         self.training = Training(
             recipe, job.seeds, job.coefficients, visits, data.d_in, None, device, np.inf, tqdm(disable=True)
         )  # fmt: skip
-        self.data, self.seeds, self.visit = data, seeds, 0
+        self.data, self.seeds, self.visit = data.to(device), seeds, 0  # where training brings a block once for all its steps
         self.step()
 
     def step(self) -> int:

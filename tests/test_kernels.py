@@ -27,17 +27,21 @@ def random_codes(rows: int, d_sae: int, seed: int) -> tuple[Codes, torch.Tensor]
     return Codes(starts, fires.nonzero()[:, 1], dense[fires]), dense
 
 
+def check_top(kernels, rows: int, d_sae: int, k: int, seed: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The k largest are all there, and no feature twice."""
+    k = min(k, d_sae)
+    pre = normal(rows, d_sae, seed=seed).to(dtype)  # bfloat16 has many ties
+    features = kernels.top(pre.to(device), k).cpu()
+    assert all(len(set(row)) == k for row in features.tolist())
+    ours, best = pre.gather(1, features).float(), torch.topk(pre.float(), k, dim=1).values
+    torch.testing.assert_close(ours.relu().sort(1, descending=True).values, best.relu(), rtol=0, atol=0)
+
+
 @DTYPES
 @given(shape=shapes)
 @settings(max_examples=60, deadline=None)
 def test_top_finds_the_k_largest(shape, dtype):
-    rows, d_sae, k, seed = shape
-    k = min(k, d_sae)
-    pre = normal(rows, d_sae, seed=seed).to(dtype)  # bfloat16 has many ties
-    features = compiled.top(pre, k)
-    assert all(len(set(row)) == k for row in features.tolist())
-    ours, best = pre.gather(1, features).float(), torch.topk(pre.float(), k, dim=1).values
-    torch.testing.assert_close(ours.relu().sort(1, descending=True).values, best.relu(), rtol=0, atol=0)
+    check_top(compiled, *shape, dtype)
 
 
 def test_top_fills_up_where_too_few_are_positive():
@@ -128,23 +132,27 @@ def test_above_finds_what_exceeds_each_features_bound(shape, dtype):
     assert torch.equal(fires, pre > bound.to(dtype))
 
 
+def check_products(kernels, rows: int, d_sae: int, d_in: int, seed: int, device: str = "cpu") -> None:
+    """Sparse products are dense ones, and firings are sorted as by the reference."""
+    codes, dense = random_codes(rows, d_sae, seed)
+    W, x = normal(d_sae, d_in, seed=seed + 2), normal(rows, d_in, seed=seed + 3)
+    starts, features, values = (tensor.to(device) for tensor in codes)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(kernels.combine(values, W.to(device), starts, features).cpu(), dense @ W, **close)
+    torch.testing.assert_close(kernels.dots(x.to(device), W.to(device), starts, features).cpu(), (x @ W.T)[dense != 0], **close)
+    firings, out = kernels.transposed(starts, features, d_sae), torch.full((d_sae, d_in), 7.0, device=device)
+    kernels.sums(firings, values, x.to(device), out)
+    torch.testing.assert_close(out.cpu(), dense.T @ x, **close)
+    torch.testing.assert_close(kernels.totals(firings, values).cpu(), dense.sum(0), **close)
+    for ours, theirs in zip(firings, plain.transposed(codes.starts, codes.features, d_sae), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+
+
 @BOTH
 @given(shape=shapes)
 @settings(max_examples=40, deadline=None)
 def test_sparse_products_are_dense_products(shape, kernels):
-    rows, d_sae, d_in, seed = shape
-    codes, dense = random_codes(rows, d_sae, seed)
-    W, x = normal(d_sae, d_in, seed=seed + 2), normal(rows, d_in, seed=seed + 3)
-    close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(kernels.combine(codes.values, W, codes.starts, codes.features), dense @ W, **close)
-    torch.testing.assert_close(kernels.dots(x, W, codes.starts, codes.features), (x @ W.T)[dense != 0], **close)
-    out = torch.full((d_sae, d_in), 7.0)
-    kernels.sums(kernels.transposed(codes.starts, codes.features, d_sae), codes.values, x, out)
-    torch.testing.assert_close(out, dense.T @ x, **close)
-    for ours, theirs in zip(
-        kernels.transposed(codes.starts, codes.features, d_sae), plain.transposed(codes.starts, codes.features, d_sae), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    check_products(kernels, *shape)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -29,8 +29,9 @@ def auxiliary_loss(sae: Parameters, x: torch.Tensor, error: torch.Tensor, dead: 
 
 
 @pytest.mark.parametrize("count", [1, D_IN // 2, D_IN // 2 + 1, D_SAE])
+@pytest.mark.parametrize("more", [None, 0, 7])  # than there are, in the bound on dead features that replayed steps need
 @pytest.mark.parametrize("seed", range(2))
-def test_the_gradient_is_that_of_the_auxiliary_loss_but_for_b_dec(count, seed):
+def test_the_gradient_is_that_of_the_auxiliary_loss_but_for_b_dec(count, seed, more):
     sae, x, error = start(seed)
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[torch.randperm(D_SAE, generator=torch.Generator().manual_seed(seed))[:count]] = True
@@ -39,7 +40,7 @@ def test_the_gradient_is_that_of_the_auxiliary_loss_but_for_b_dec(count, seed):
 
     before = Parameters(*(torch.randn(tensor.shape) for tensor in sae))  # it is added to what stands there
     gradient = Parameters(*(tensor.clone() for tensor in before))
-    revive(sae, gradient, x - sae.b_dec, error, dead)
+    revive(sae, gradient, x - sae.b_dec, error, dead, None if more is None else min(D_SAE, count + more))
     for name in ("W_enc_rows", "b_enc", "W_dec"):
         added = getattr(gradient, name) - getattr(before, name)
         torch.testing.assert_close(added, getattr(leaves, name).grad, atol=1e-5, rtol=1e-4)

@@ -18,7 +18,7 @@ from sae_stability.saes import variant
 from sae_stability.saes.sparse import Parameters
 from sae_stability.saes.topk import TopK
 from sae_stability.study import Cell, Variants
-from sae_stability.training import loop, steering, train, train_all
+from sae_stability.training import descent, loop, steering, train, train_all
 from sae_stability.training.loop import schedule
 from sae_stability.training.shards import Job, _groups
 from sae_stability.training.shuffling import ROUNDS, shuffled
@@ -104,10 +104,10 @@ def test_an_interrupted_run_resumes_to_the_same_bits(fixed, name, tmp_path, monk
     undisturbed = train(cell, x, [0, 1, 2], tmp_path / "a", at_once=2, checkpoint_seconds=0)
     step = loop.Training._step
 
-    def dies(self, trainee, gradient, x, at):
+    def dies(self, trainee, gradient, most_dead, x, at):
         if trainee.seed == 1 and at == stop_at:
             raise KeyboardInterrupt
-        step(self, trainee, gradient, x, at)
+        return step(self, trainee, gradient, most_dead, x, at)
 
     monkeypatch.setattr(loop.Training, "_step", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -188,9 +188,9 @@ def test_where_every_seed_diverges_the_rate_is_named(cell):
 
 def test_clipping_bounds_the_gradient_of_one_seed():
     gradient = Parameters(torch.full((3, 2), 2.0), torch.full((3,), 2.0), torch.full((3, 2), 2.0), torch.full((2,), 2.0))
-    loop._clip(gradient, 1.0)
+    descent._clip(gradient, 1.0)
     assert torch.cat([part.flatten() for part in gradient]).norm() == pytest.approx(1.0)
-    loop._clip(gradient, 5.0)
+    descent._clip(gradient, 5.0)
     assert torch.cat([part.flatten() for part in gradient]).norm() == pytest.approx(1.0)
 
 
@@ -343,7 +343,7 @@ def test_clipping_many_features_gives_the_same_bits_for_any_number_of_threads():
         for threads in (1, 2):
             torch.set_num_threads(threads)
             clipped.append([part.clone() for part in gradient])
-            loop._clip(clipped[-1], 1.0)
+            descent._clip(clipped[-1], 1.0)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(*clipped, strict=True))

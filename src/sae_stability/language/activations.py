@@ -68,6 +68,10 @@ class Activations:
         chosen = self.data[rows] if isinstance(rows, slice) else self.data.index_select(0, rows)
         return (chosen.float() - self.mean) * self.scale
 
+    def to(self, device: torch.device) -> "Activations":
+        """The same in the memory of a device."""
+        return replace(self, data=self.data.to(device), mean=self.mean.to(device))
+
     def first(self, rows: int) -> "Activations":
         """The first `rows` tokens, under the same normalisation."""
         return replace(self, data=self.data[:rows])

@@ -86,6 +86,13 @@ def sums(
     threads.call(_weighted_rows, weights.numpy(), rows.numpy(), starts, chosen, _blocks(), out.numpy())
 
 
+def totals(by_feature: ByFeature, weights: Float[Tensor, "firing"]) -> Float[Tensor, "d_sae"]:
+    """For each feature, the sum of the weights of its firings."""
+    d_sae, order = len(by_feature.starts) - 1, by_feature.order
+    _require_firings(by_feature.starts, order, d_sae, len(weights))
+    return torch.from_numpy(_totals(weights.numpy(), by_feature.starts.numpy(), order.numpy()))
+
+
 def _blocks() -> int:
     """Into how many pieces of about equal work a kernel cuts its rows."""
     return 8 * torch.get_num_threads()
@@ -243,6 +250,15 @@ def _weighted_rows(weights, rows, starts, chosen, blocks, out):
                 for c in range(d_in):
                     total[c] += weight * row[c]
                 p += 1
+
+
+@njit(nogil=True, cache=True)
+def _totals(weights, starts, order):
+    out = np.zeros(len(starts) - 1, np.float32)
+    for f in range(len(out)):
+        for p in range(starts[f], starts[f + 1]):
+            out[f] += weights[order[p]]
+    return out
 
 
 @njit(nogil=True, cache=True)

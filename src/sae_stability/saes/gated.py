@@ -67,11 +67,13 @@ class Gated(Variant):
         into_magnitude = codes.into(upstream, sae.W_dec) * (codes.values > 0)
         into_gate = (gate.into(frozen_upstream, sae.W_dec) + self.coefficient / len(x)) * opened
         stretch = sae.r_mag.exp()[codes.features]
-        backpropagate(sae, gradient, codes, centred, upstream, into_magnitude * stretch + into_gate, upstream.sum(0))
+        into_pre = into_magnitude * stretch + into_gate
+        firings = backpropagate(sae, gradient, codes, centred, upstream, into_pre, upstream.sum(0))
+        totals = sparse.kernels(x).totals
         # b_enc is the gate's alone, and b_dec is frozen where the gate's reconstruction adds it.
-        gradient.b_enc.zero_().index_add_(0, codes.features, into_gate)
-        gradient.b_mag.zero_().index_add_(0, codes.features, into_magnitude)
-        gradient.r_mag.zero_().index_add_(0, codes.features, into_magnitude * scaled)
+        gradient.b_enc.copy_(totals(firings, into_gate))
+        gradient.b_mag.copy_(totals(firings, into_magnitude))
+        gradient.r_mag.copy_(totals(firings, into_magnitude * scaled))
         return error, codes
 
     def saelens(self) -> dict:

@@ -70,11 +70,11 @@ class JumpReLU(Variant):
         error = codes.decode(sae.W_dec).sub_(centred)
         upstream = error * (2 / len(x))
         into_codes = codes.into(upstream, sae.W_dec)
-        backpropagate(sae, gradient, codes, centred, upstream, into_codes * fires, upstream.sum(0))
+        firings = backpropagate(sae, gradient, codes, centred, upstream, into_codes * fires, upstream.sum(0))
 
         window = ((near.values - theta).abs() < BANDWIDTH / 2) / BANDWIDTH
         into_threshold = -window * (theta * into_codes + self.coefficient / len(x))
-        gradient.log_threshold.zero_().index_add_(0, codes.features, into_threshold * theta)
+        gradient.log_threshold.copy_(sparse.kernels(x).totals(firings, into_threshold * theta))
         return error, codes
 
     def saelens(self) -> dict:

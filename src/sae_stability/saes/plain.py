@@ -36,7 +36,7 @@ def dots(
     rows: Float[Tensor, "row d_in"], W: Float[Tensor, "d_sae d_in"], starts: Int[Tensor, "row+1"], features: Int[Tensor, "firing"]
 ) -> Float[Tensor, "firing"]:
     """For each firing, its row times its feature's direction."""
-    row = torch.arange(len(rows), device=rows.device).repeat_interleave(starts.diff())
+    row = row_of(starts, len(features))
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(rows, W, features, starts[:-1], row, 0)
 
 
@@ -52,9 +52,9 @@ def combine(
 
 def transposed(starts: Int[Tensor, "row+1"], features: Int[Tensor, "firing"], d_sae: int) -> ByFeature:
     """Firings sorted by feature, and by row within a feature."""
-    row = torch.arange(len(starts) - 1, device=starts.device).repeat_interleave(starts.diff())
-    order = torch.sort(features, stable=True).indices
-    return ByFeature(_starts(torch.bincount(features, minlength=d_sae)), row[order], order)
+    found, order = torch.sort(features.int(), stable=True)
+    begins = torch.searchsorted(found, torch.arange(d_sae + 1, dtype=torch.int32, device=found.device))
+    return ByFeature(begins, row_of(starts, len(features))[order], order)
 
 
 def sums(
@@ -62,6 +62,18 @@ def sums(
 ) -> None:
     """For each feature, the rows on which it fires weighted by `weights`."""
     out.copy_(combine(weights[by_feature.order], rows, by_feature.starts, by_feature.rows))
+
+
+def totals(by_feature: ByFeature, weights: Float[Tensor, "firing"]) -> Float[Tensor, "d_sae"]:
+    """For each feature, the sum of the weights of its firings."""
+    # `unsafe` leaves out a check of the offsets, which would wait for a device.
+    return torch.segment_reduce(weights[by_feature.order], "sum", offsets=by_feature.starts, initial=0, unsafe=True)
+
+
+def row_of(starts: Int[Tensor, "row+1"], firings: int) -> Int[Tensor, "firing"]:
+    """The row of each firing. With their number known, a device need not be waited for."""
+    rows = torch.arange(len(starts) - 1, device=starts.device)
+    return rows.repeat_interleave(starts.diff(), output_size=firings)
 
 
 def _starts(counts: Int[Tensor, "row"]) -> Int[Tensor, "row+1"]:

@@ -44,8 +44,8 @@ class ReLU(Variant):
         norms = sae.W_dec.norm(dim=1)
         penalty = norms * (self.coefficient / len(x))
         into_pre = (codes.into(upstream, sae.W_dec) + penalty[codes.features]) * (codes.values > 0)
-        backpropagate(sae, gradient, codes, centred, upstream, into_pre, upstream.sum(0))
-        total = torch.zeros_like(norms).index_add_(0, codes.features, codes.values)
+        firings = backpropagate(sae, gradient, codes, centred, upstream, into_pre, upstream.sum(0))
+        total = sparse.kernels(x).totals(firings, codes.values)
         gradient.W_dec.addcmul_(sae.W_dec, (total * (self.coefficient / len(x)) / norms.clamp_min(1e-12))[:, None])
         return error, codes
 

@@ -5,6 +5,8 @@ is computed again in float32, so that weights, codes and gradients have full pre
 """
 
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -61,7 +63,7 @@ class Codes(NamedTuple):
 
     def rows(self) -> Int[Tensor, "firing"]:
         """The row of each firing."""
-        return torch.arange(len(self.starts) - 1, device=self.starts.device).repeat_interleave(self.starts.diff())
+        return plain.row_of(self.starts, len(self.features))
 
     def dense(self, d_sae: int) -> Float[Tensor, "row d_sae"]:
         return self.values.new_zeros(len(self.starts) - 1, d_sae).index_put_((self.rows(), self.features), self.values)
@@ -69,7 +71,19 @@ class Codes(NamedTuple):
 
 def kernels(tensor: Tensor):
     """The module whose kernels work on `tensor`."""
-    return compiled if tensor.device.type == "cpu" else plain
+    if tensor.device.type == "cpu":
+        return compiled
+    return _of_cuda() if tensor.device.type == "cuda" else plain
+
+
+@cache
+def _of_cuda():
+    """The Triton kernels, where PyTorch comes with Triton."""
+    if find_spec("triton") is None:
+        return plain
+    from sae_stability.saes import cuda
+
+    return cuda
 
 
 def top(sae: Parameters, centred: Float[Tensor, "token d_in"], k: int, dtype: torch.dtype) -> Codes:

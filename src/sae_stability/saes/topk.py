@@ -4,6 +4,7 @@ z = TopK(ReLU(W_enc (x - b_dec) + b_enc)),   x_hat = W_dec z + b_dec,   loss = |
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,8 @@ from sae_stability.saes.variant import Variant, backpropagate
 
 @dataclass(frozen=True)
 class TopK(Variant):
+    steady: ClassVar[bool] = True
+
     def encode(self, sae: Parameters, x: Float[Tensor, "token d_in"]) -> Codes:
         return self._fire(sae, x - sae.b_dec, x.dtype)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae_stability.errors import UserError
 from sae_stability.saes.parameters import Parameters
+from sae_stability.saes.plain import ByFeature
 from sae_stability.saes.sparse import Codes, kernels
 
 
@@ -32,6 +33,8 @@ class Variant(ABC):
 
     steered: ClassVar[bool] = False
     """Whether L0 follows from the coefficient, which must then be found."""
+    steady: ClassVar[bool] = False
+    """Whether `gradients` does work of the same shapes whatever fires, so that a device can replay it."""
     unit_decoder: ClassVar[bool] = True
     """Whether training keeps the decoder's rows at unit length."""
     parameters: ClassVar[type[Parameters]] = Parameters
@@ -79,16 +82,17 @@ def backpropagate(
     upstream: Float[Tensor, "row d_in"],
     into_pre: Float[Tensor, "firing"],
     into_b_dec: Float[Tensor, "d_in"],
-) -> None:
-    """Write the gradients of the four weights that every variant has.
+) -> ByFeature:
+    """Write the gradients of the four weights that every variant has; return the firings by feature.
 
     `upstream` is the gradient of what the codes decode to, `into_pre` that of the pre-activations W_enc (x - b_dec) + b_enc,
     `into_b_dec` that of b_dec as part of the reconstruction. Rows are tokens, or equally many parts of each token.
     """
     parts = len(upstream) // len(centred)
-    sums = kernels(centred).sums
+    of_device = kernels(centred)
     firings = codes.by_feature(len(sae.W_dec))
-    sums(firings, codes.values, upstream, gradient.W_dec)
-    sums(firings._replace(rows=firings.rows // parts), into_pre, centred, gradient.W_enc_rows)
-    gradient.b_enc.zero_().index_add_(0, codes.features, into_pre)
+    of_device.sums(firings, codes.values, upstream, gradient.W_dec)
+    of_device.sums(firings._replace(rows=firings.rows // parts), into_pre, centred, gradient.W_enc_rows)
+    gradient.b_enc.copy_(of_device.totals(firings, into_pre))
     gradient.b_dec.copy_(into_b_dec - gradient.b_enc @ sae.W_enc_rows)
+    return firings

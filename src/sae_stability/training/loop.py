@@ -6,7 +6,7 @@ but the activations: a seed trained alone and the same seed trained in company g
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,7 @@ from queue import SimpleQueue
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -28,6 +27,8 @@ from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sparse import Parameters
 from sae_stability.saes.variant import Variant
 from sae_stability.study import Recipe
+from sae_stability.training.descent import descend, total
+from sae_stability.training.replay import Buffers
 from sae_stability.training.revival import revive
 from sae_stability.training.shuffling import ROUNDS, shuffled
 
@@ -35,7 +36,9 @@ CURVE_POINTS = 100  # the training curve's resolution
 SNAPSHOT_SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of the steps: decoders kept to see stability grow
 DIVERGED = 100  # times the squared norm of the activations: a larger squared error is no training any more
 FINISHING_BATCHES = 16  # of the last tokens, for what a variant measures once its training has ended
-STRETCH = 16  # steps that a seed takes before the others get their turn
+STRETCH = 16  # steps that a seed takes before the others get their turn, and before anybody waits for a device
+POWER = 4  # bounds on dead features are powers of it, so that few kinds of steps are recorded
+DEVICE_SHARE = 0.5  # of what is free on a device, that a block of activations may take
 CHECKPOINT = "checkpoint.safetensors"
 SNAPSHOTS = "snapshots"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
@@ -56,6 +59,8 @@ class Trainee:
     """Squared error, squared norm and firings a token, summed over the steps since the curve's last point."""
     diverged: int | None = None
     """The step at which it was stopped."""
+    recorded: dict[int, torch.cuda.CUDAGraph | None] = field(default_factory=dict)
+    """On a CUDA device, its step by the bound on dead features; None where such a step was taken, and not recorded yet."""
 
 
 class Training:
@@ -90,6 +95,7 @@ class Training:
                 self.parameters = kind.parameters(*(torch.empty(len(seeds), *tensor.shape, device=device) for tensor in begun))
             for stacked, tensor in zip(self.parameters, begun, strict=True):
                 stacked[position] = tensor
+        self.buffers = Buffers(STRETCH, recipe.batch, d_in, device) if device.type == "cuda" else None
         self.trainees = [self._trainee(position, *of) for position, of in enumerate(zip(seeds, methods, strict=True))]
         self.workers = threads.workers(len(seeds)) if device.type == "cpu" else 1
         self.gradients: SimpleQueue[Parameters] = SimpleQueue()  # one a worker, not one a seed
@@ -111,14 +117,24 @@ class Training:
         """Take the steps of one visit to a block."""
         first = sum(self.visits[:visit])
         end = first + self.visits[visit]
+        block = self._brought(block)
         with threads.pool(self.workers) as pool:
             while self.step < end and self.running:
                 stop = min(end, self.step + STRETCH, min(event for event in self.events if event > self.step))
                 steps = range(self.step, stop)
-                list(pool.map(partial(self._advance, steps=steps, visit=visit, first=first, block=block), self.running))
+                advance = partial(self._advance, steps=steps, visit=visit, first=first, block=block)
+                measured = list(pool.map(advance, self.running, self._most_dead(stop - 1)))
+                for trainee, of_steps in zip(self.running, measured, strict=True):
+                    self._judge(trainee, steps, of_steps)
                 self.step = stop
                 self.bar.update(self.recipe.batch * len(steps) * len(self.trainees))
                 self._mark()
+
+    def _brought(self, block: Activations) -> Activations:
+        """The block in the memory of the device, where that has room for it: gathering its rows there is a hundred times faster."""
+        if self.device.type == "cpu" or block.data.nbytes > DEVICE_SHARE * torch.cuda.mem_get_info(self.device)[0]:
+            return block
+        return block.to(self.device)
 
     def _mark(self) -> None:
         """Keep what is due at this step: a snapshot, a point of the curve, a checkpoint."""
@@ -139,8 +155,8 @@ class Training:
         """The ensemble of the seeds that did not diverge; `block` is that of `last_visit`."""
         last = self.last_visit
         for trainee in self.running:
-            batches = range(max(0, self.visits[last] - FINISHING_BATCHES), self.visits[last])
-            trainee.method.finish(trainee.sae, (self._batch(trainee, last, place, block) for place in batches))
+            places = range(max(0, self.visits[last] - FINISHING_BATCHES), self.visits[last])
+            trainee.method.finish(trainee.sae, self._batches(trainee, last, places, block))
         kept = [position for position, trainee in enumerate(self.trainees) if trainee.diverged is None]
         parameters = self.parameters
         if len(kept) < len(self.trainees):
@@ -152,63 +168,90 @@ class Training:
 
     def _trainee(self, position: int, seed: int, method: Variant) -> Trainee:
         sae = type(self.parameters)(*(tensor[position] for tensor in self.parameters))
-        optimizer = torch.optim.Adam(list(sae), lr=self.recipe.rate, fused=True)
+        if self.buffers is None:
+            optimizer = torch.optim.Adam(list(sae), lr=self.recipe.rate, fused=True)
+        else:
+            optimizer = torch.optim.Adam(list(sae), lr=self.buffers.rate, fused=True, capturable=True)
         return Trainee(seed, method, sae, optimizer, torch.zeros(self.recipe.d_sae, dtype=torch.int64, device=self.device))
 
-    def _batch(self, trainee: Trainee, visit: int, place: int, block: Activations) -> Float[Tensor, "batch d_in"]:
+    def _batches(self, trainee: Trainee, visit: int, places: range, block: Activations) -> Iterator[Float[Tensor, "batch d_in"]]:
+        """Some batches of a visit, in a row, by their places in it."""
+        for rows in self._rows(trainee, visit, places, block).split(self.recipe.batch):
+            yield block.normalised(rows).to(self.device)
+
+    def _rows(self, trainee: Trainee, visit: int, places: range, block: Activations) -> Int[Tensor, "row"]:
+        """Which tokens of a block are in some batches."""
         recipe = self.recipe
         keys = _random(0 if recipe.fixed_order else trainee.seed, ORDER, visit).generate_state(ROUNDS, np.uint64)
-        rows = shuffled(len(block), keys, place * recipe.batch, (place + 1) * recipe.batch)
-        return block.normalised(torch.from_numpy(rows)).to(self.device)
+        rows = torch.from_numpy(shuffled(len(block), keys, places.start * recipe.batch, places.stop * recipe.batch))
+        return rows if block.data.device.type == "cpu" else rows.pin_memory().to(block.data.device, non_blocking=True)
 
-    def _advance(self, trainee: Trainee, steps: range, visit: int, first: int, block: Activations) -> None:
-        """Take steps of one seed, until it diverges. `first` is the visit's first step."""
+    def _advance(
+        self, trainee: Trainee, most_dead: int, steps: range, visit: int, first: int, block: Activations
+    ) -> Float[Tensor, "step 3"]:
+        """Take steps of one seed; what they measured, on its device. `first` is the visit's first step."""
+        places = range(steps.start - first, steps.stop - first)
+        rates = [self.recipe.rate * schedule(step / self.steps, self.recipe.warmup, self.recipe.decay) for step in steps]
         gradient = self.gradients.get()
         try:
-            for step in steps:
-                if trainee.diverged is None:
-                    self._step(trainee, gradient, self._batch(trainee, visit, step - first, block), step)
+            if self.buffers is not None:
+                most_dead = min(self.recipe.d_sae, POWER ** math.ceil(math.log(most_dead, POWER))) if most_dead else 0
+                batches = block.normalised(self._rows(trainee, visit, places, block)).to(self.device)
+                one_step = partial(self._step, trainee, gradient, most_dead)
+                if most_dead in trainee.recorded and trainee.recorded[most_dead] is None and trainee.method.steady:
+                    trainee.recorded[most_dead] = self.buffers.record(one_step)
+                return self.buffers.take(steps.start, batches, rates, one_step, trainee.recorded.setdefault(most_dead))
+            measured = []
+            for step, rate, x in zip(steps, rates, self._batches(trainee, visit, places, block), strict=True):
+                trainee.optimizer.param_groups[0]["lr"] = rate
+                measured.append(self._step(trainee, gradient, most_dead, x, step))
+            return torch.stack(measured)
         finally:
             self.gradients.put(gradient)
 
-    def _step(self, trainee: Trainee, gradient: Parameters, x: Float[Tensor, "batch d_in"], step: int) -> None:
-        """One step of Adam. A seed that diverges takes no more."""
+    def _judge(self, trainee: Trainee, steps: range, measured: Float[Tensor, "step 3"]) -> None:
+        """Keep what the steps of a seed measured, and stop it where it diverged.
+
+        Steps are judged some at a time, so that a device is not waited for at each.
+        """
+        for step, (squared_error, squared_norm, firings) in zip(steps, measured.tolist(), strict=True):
+            if not squared_error <= DIVERGED * squared_norm:  # NaN compares as false
+                trainee.diverged = step
+                self.bar.write(f"seed {trainee.seed} diverged at step {step} and stops; the others go on")
+                return
+            for place, value in enumerate((squared_error, squared_norm, firings)):
+                trainee.sums[place] += value
+
+    def _most_dead(self, step: int) -> list[int]:
+        """How many features of each seed can be dead at a step or before it: those that do not fire until then."""
+        return torch.stack([self._dead(trainee, step).sum() for trainee in self.running]).tolist()
+
+    def _dead(self, trainee: Trainee, step: int | Int[Tensor, ""]) -> Bool[Tensor, "d_sae"]:
+        """Features that have not fired for too long at a step."""
+        return (step - trainee.last_fired) * self.recipe.batch > self.recipe.dead_after
+
+    def _step(
+        self, trainee: Trainee, gradient: Parameters, most_dead: int, x: Float[Tensor, "batch d_in"], step: int | Int[Tensor, ""]
+    ) -> Float[Tensor, "3"]:
+        """One step of Adam. Returns what it measured: the mean of |x_hat - x|^2, that of |x|^2, and firings a token."""
         recipe, sae = self.recipe, trainee.sae
         error, codes = trainee.method.gradients(sae, gradient, x)
-        squared_error, squared_norm = _mean_square(error), _mean_square(x)
-        if not squared_error <= DIVERGED * squared_norm:  # NaN compares as false
-            trainee.diverged = step
-            self.bar.write(f"seed {trainee.seed} diverged at step {step} and stops; the others go on")
-            return
-        dead = (step - trainee.last_fired) * recipe.batch > recipe.dead_after
-        if dead.any():
-            revive(sae, gradient, x - sae.b_dec, error, dead)
-        if trainee.method.unit_decoder:
-            # A direction has no length to learn: the gradient along it would only fight the normalisation below.
-            gradient.W_dec.addcmul_(sae.W_dec, torch.linalg.vecdot(gradient.W_dec, sae.W_dec)[:, None], value=-1)
-        if recipe.clip is not None:
-            _clip(gradient, recipe.clip)
-        for parameter, its in zip(sae, gradient, strict=True):
-            parameter.grad = its
-        trainee.optimizer.param_groups[0]["lr"] = recipe.rate * schedule(step / self.steps, recipe.warmup, recipe.decay)
-        trainee.optimizer.step()
-        if trainee.method.unit_decoder:
-            F.normalize(sae.W_dec, dim=1, out=sae.W_dec)
-        fired = codes.fired()
-        trainee.last_fired[fired] = step
-        for place, value in enumerate((squared_error, squared_norm, len(fired) / len(x))):
-            trainee.sums[place] += value
+        if most_dead:
+            revive(sae, gradient, x - sae.b_dec, error, self._dead(trainee, step), None if self.buffers is None else most_dead)
+        descend(trainee.optimizer, sae, gradient, trainee.method.unit_decoder, recipe.clip)
+        fires = codes.values > 0
+        trainee.last_fired.scatter_reduce_(0, codes.features, fires * step, "amax")
+        return torch.stack([_mean_square(error), _mean_square(x), fires.sum().double() / len(x)])
 
     def _record(self) -> None:
         """Add a point to the curve, and show the mean over seeds."""
-        dead_steps = self.recipe.dead_after / self.recipe.batch
         rows = [
             {
                 "seed": trainee.seed,
                 "tokens": self.step * self.recipe.batch,
                 "explained_variance": 1 - trainee.sums[0] / trainee.sums[1],
                 "l0": trainee.sums[2] / (self.step - self.since),
-                "dead": int((self.step - 1 - trainee.last_fired > dead_steps).sum()),
+                "dead": int(self._dead(trainee, self.step - 1).sum()),
             }
             for trainee in self.running
         ]
@@ -259,21 +302,9 @@ def schedule(progress: float, warmup: float, decay: float) -> float:
     return min(1.0, rising, falling)
 
 
-def _mean_square(x: Float[Tensor, "token d_in"]) -> float:
+def _mean_square(x: Float[Tensor, "token d_in"]) -> Float[Tensor, ""]:
     """The mean of |x|^2 over tokens."""
-    return _total(torch.linalg.vecdot(x, x)) / len(x)
-
-
-def _clip(gradient: Parameters, most: float) -> None:
-    """Scale the gradient of one seed down to norm `most`."""
-    rows = [part.reshape(len(part) if part.dim() else 1, -1) for part in gradient]
-    norm = math.sqrt(sum(_total(torch.linalg.vecdot(part, part)) for part in rows))
-    torch._foreach_mul_(list(gradient), min(1.0, most / norm))
-
-
-def _total(values: Float[Tensor, "row"]) -> float:
-    """A sum by one thread: the bits of PyTorch's depend on their number."""
-    return float(values.cpu().numpy().sum(dtype=np.float64))
+    return total(torch.linalg.vecdot(x, x)) / len(x)
 
 
 def _generator(recipe: Recipe, seed: int) -> torch.Generator:

@@ -15,6 +15,7 @@ def revive(
     centred: Float[Tensor, "token d_in"],
     error: Float[Tensor, "token d_in"],
     dead: Bool[Tensor, "d_sae"],
+    most: int | None = None,
 ) -> None:
     """Add the gradient of the auxiliary loss |x - x_hat - e_hat|^2 / 32, a mean over tokens, for the weights of `dead` features.
 
@@ -23,11 +24,18 @@ def revive(
 
     b_dec gets none of it, on purpose, although the pre-activations depend on b_dec too and autograd would add a term: b_dec is part
     of the live features' reconstruction, which the auxiliary loss is not to move.
+
+    Where `most` says how many features are dead at most, the same is computed with living ones silent among them, and a device is
+    not waited for.
     """
-    features = dead.nonzero().squeeze(1)
+    features = dead.nonzero().squeeze(1) if most is None else torch.argsort(dead.byte(), descending=True, stable=True)[:most]
+    if len(features) == 0:
+        return
     k_aux = min(len(features), centred.shape[1] // 2)
     W_dec, W_enc_rows = sae.W_dec.index_select(0, features), sae.W_enc_rows.index_select(0, features)
     pre = torch.addmm(sae.b_enc.index_select(0, features), centred, W_enc_rows.T).relu_()
+    if most is not None:
+        pre *= dead[features]
     z = pre
     if k_aux < len(features):
         strongest = torch.topk(pre, k_aux, dim=1, sorted=False)
