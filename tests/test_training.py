@@ -287,12 +287,12 @@ def test_snapshots_hold_the_seeds_that_lasted(fixed, tmp_path, monkeypatch, at_o
     """And one seed's NaN stays its own: not even the shared gradient carries it to the others."""
     step = loop.Training._step
 
-    def breaks(self, trainee, gradient, x, at):
+    def breaks(self, trainee, gradient, most_dead, x, at):
         if trainee.seed == 0 and at == 1:
             for part in gradient:
                 part.fill_(math.nan)
             x = x * math.nan
-        step(self, trainee, gradient, x, at)
+        return step(self, trainee, gradient, most_dead, x, at)
 
     monkeypatch.setattr(loop.Training, "_step", breaks)
     ensemble = train(fixed("batchtopk", clip=1.0), sparse_data(), [0, 1, 2], tmp_path, at_once=at_once)
