@@ -31,7 +31,10 @@ def engine(cell, monkeypatch):
     monkeypatch.setattr(loop, "_generator", lambda cell, seed: torch.Generator().manual_seed(seed))
 
     def run(name: str, given: list[torch.Tensor]):
-        monkeypatch.setattr(loop.Training, "_batches", lambda self, trainee, visit, places, block: given[places.start : places.stop])
+        def batches_of(self, trainee, visit, places, block):
+            return given[places.start : places.stop]
+
+        monkeypatch.setattr(loop.Training, "_batches", batches_of)
         keys = {"variant": name, "coefficient": 0.3, "encoder": "float32", "dead_after": 10**9, "tokens": BATCH * len(given)}
         return train(cell.model_copy(update=keys), torch.cat(given), [0]).saes[0]
 

@@ -36,6 +36,8 @@ class Forward(NamedTuple):
 class Dense(Variant):
     """A variant that is given by its loss. A subclass writes `forward`; `training/` takes it like any other variant."""
 
+    steady = False  # even where the fast variant is: codes are read off dense ones
+
     @abstractmethod
     def forward(self, sae: Parameters, x: Float[Tensor, "token d_in"], training: bool) -> Forward:
         """Codes, reconstruction and loss; `training` tells a batch that is trained on from inference."""
