@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from sae_stability import places
 from sae_stability.errors import UserError
+from sae_stability.experiments.explanations import language_model
+from sae_stability.explanations import LanguageModel, LocalModel
 from sae_stability.loading import load_study
 from sae_stability.study import Cell, Recipe, Study, model_name
 
@@ -66,7 +68,7 @@ def test_whatever_stands_in_a_file_it_is_a_study_or_is_refused_in_one_line(tmp_p
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("explainer.base_url=http://localhost", "explainer.model: missing; add 'explainer.model: as the endpoint calls it'"),
+        ("explainer.base_url=http://localhost", "explainer.model: missing; add 'explainer.model: as the endpoint calls it;"),
         ("seeds=1000000000000", "seeds:"),
         ("seeds=[99999999999]", "seeds"),
         ("d_sae=99999999999999999999999", "d_sae:"),
@@ -185,3 +187,14 @@ def test_paths_beside_a_study_are_found_and_options_stay(tmp_path, monkeypatch):
 )
 def test_a_snapshot_in_the_hubs_cache_is_called_by_its_model(model, called):
     assert model_name(model) == called
+
+
+def test_an_endpoint_needs_a_budget_and_a_model_on_this_machine_none(tmp_path):
+    with pytest.raises(UserError, match="budget: missing; give the tokens that the endpoint may use"):
+        load_study("quick", ["explainer.base_url=https://host/v1", "explainer.model=m"])
+    paid = load_study("quick", ["explainer.base_url=https://host/v1", "explainer.model=m", "explainer.budget=10"])
+    free = load_study("quick", ["explainer.model=smollm2-135m"])
+    assert isinstance(language_model(paid, tmp_path), LanguageModel)
+    engine = language_model(free, tmp_path)
+    assert isinstance(engine, LocalModel)
+    assert engine.name == "smollm2-135m (on this machine)"

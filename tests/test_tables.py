@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers import drawn
+from sae_stability.book import page
 from sae_stability.experiments import ensembles, families, matching, quality, stability
 from sae_stability.experiments.explanations import judge_c6
 from sae_stability.matching import Banding, Stability, mcc, mean_mcc
@@ -107,8 +108,11 @@ def test_each_sae_has_the_mean_stability_of_its_live_features(quick):
         assert saes.loc[seed, "mean_stability"] == pytest.approx(expected, abs=1e-6)
 
 
-def explained(unstable: float, stable: float, engine: str = "model") -> tuple[pd.DataFrame, Banding]:
-    """Explanations of twenty features of each band of five seeds, of which about the given shares are of surface form."""
+def explained(unstable: float, stable: float, engine: str = "model", told: float = 0.8) -> tuple[pd.DataFrame, Banding]:
+    """Explanations of twenty features of each band of five seeds, of which about the given shares are of surface form.
+
+    `told` is how well they tell where features fire.
+    """
     bands = ("unstable", "stable", "intermediate")
     rows = [
         {
@@ -117,6 +121,7 @@ def explained(unstable: float, stable: float, engine: str = "model") -> tuple[pd
             "engine": engine,
             "band": band,
             "surface": place < round(20 * share) + seed % 2,
+            "balanced_accuracy": told + 0.01 * (seed - 2),
         }
         for seed in range(5)
         for number, (band, share) in enumerate(zip(bands, (unstable, stable, 0.5), strict=True))
@@ -139,3 +144,15 @@ def test_c6_asks_for_most_unstable_features_and_more_of_them_than_of_stable_ones
     assert judge_c6(*explained(unstable=0.7, stable=0.9))[0]["verdict"] == "opposite"  # most, but fewer than of stable ones
     assert judge_c6(*explained(unstable=0.3, stable=0.1))[0]["verdict"] == "weaker than the bound"
     assert judge_c6(*explained(0.8, 0.2, engine="rules")) == []  # an engine that knows nothing but the surface tests nothing
+
+
+def test_c6_is_not_tested_by_explanations_that_tell_nothing_of_where_features_fire():
+    (line,) = judge_c6(*explained(unstable=0.8, stable=0.2, told=0.5))
+    assert line["verdict"] == "not tested"
+    (needed, *others) = line["conditions"]
+    assert "balanced accuracy" in needed["what"]
+    assert (needed["value"], needed["bound"], needed["met"]) == (pytest.approx(0.5), 0.5, None)
+    assert all(condition["met"] for condition in others)
+    assert judge_c6(*explained(unstable=0.8, stable=0.2, told=0.4))[0]["verdict"] == "not tested"
+    assert page.judged([line]).startswith("**C6, as stated: not tested**")
+    assert "balanced accuracy" in page.judged([line])

@@ -300,11 +300,14 @@ def explain(
 ) -> None:
     """Explain features of a study's main cell in words: by rules, and by a language model where the study names one.
 
-    Any OpenAI-compatible endpoint will do. The key comes from the environment, and a budget of tokens is never exceeded. Examples:
+    Any OpenAI-compatible endpoint will do. The key comes from the environment, and a budget of tokens is never exceeded. Without an
+    endpoint the model is a chat model on this machine. Examples:
 
       sae-stability explain embedded --dry-run
 
       sae-stability explain embedded --set explainer.base_url=URL --set explainer.model=NAME --set explainer.budget=2_000_000
+
+      sae-stability explain embedded --set explainer.model=FOLDER
     """
     chosen = load_study(study, overrides or (), name)
     _no_widgets()

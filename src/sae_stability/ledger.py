@@ -6,6 +6,7 @@ conditions. A claim has up to three lines, which are never folded into one.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,15 +99,23 @@ def verdict(conditions: list[Condition]) -> str:
 
 
 def judged(
-    rule: Rule, value: Interval, null: Interval, conditions: list[Condition], other_definition: list[Condition] | None = None
+    rule: Rule,
+    value: Interval,
+    null: Interval,
+    conditions: list[Condition],
+    other_definition: list[Condition] | None = None,
+    needed: Sequence[Condition] = (),
 ) -> dict:
     """A line of the ledger, of a cell that is named when lines are put together. The null's value stands beside the statistic's.
 
     Where the same conditions by another definition (`other_definition`) give another verdict, it `depends on the definition`.
+    Where conditions that the test itself needs are not met (`needed`), the claim is `not tested`, and the line says by what.
     """
     found = verdict(conditions)
     if other_definition is not None and verdict(other_definition) != found:
         found = "depends on the definition"
+    if not all(condition.met for condition in needed):
+        found = "not tested"
     return {
         "id": rule.claim,
         "claim": CLAIMS[rule.claim],
@@ -125,7 +134,7 @@ def judged(
                 "below": condition.below,
                 "met": condition.met,
             }
-            for condition in conditions
+            for condition in (*needed, *conditions)
         ],
     }
 

@@ -185,15 +185,21 @@ class Cell(Recipe):
 
 
 class Explainer(BaseModel):
-    """A language model that explains features, behind any OpenAI-compatible endpoint."""
+    """A language model that explains features: behind any OpenAI-compatible endpoint, or a chat model on this machine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base_url: str = Field(
-        pattern=r"^(?i:https?)://", description="such as http://localhost:8000/v1; /chat/completions is added to it"
+    base_url: str | None = Field(
+        None,
+        pattern=r"^(?i:https?)://",
+        description="such as http://localhost:8000/v1; /chat/completions is added to it. Without it the model runs on this machine",
     )
-    model: str = Field(min_length=1, description="as the endpoint calls it")
-    budget: PositiveInt = Field(description="tokens, read and written, that may be used in all; it is never exceeded")
+    model: str = Field(
+        min_length=1, description="as the endpoint calls it; of one on this machine, its folder, .gguf file or hub id"
+    )
+    budget: PositiveInt | None = Field(
+        None, description="tokens, read and written, that an endpoint may use in all; it is never exceeded"
+    )
     key: str = Field(
         "OPENAI_API_KEY",
         pattern=r"^([A-Z0-9_]+_)?API_KEY$",
@@ -202,7 +208,9 @@ class Explainer(BaseModel):
 
     @field_validator("base_url")
     @classmethod
-    def _encrypted(cls, value: str) -> str:
+    def _encrypted(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         # A study may come from somebody else: the key that it names is sent to nobody in the clear.
         try:
             parts = urlsplit(value)
@@ -216,6 +224,12 @@ class Explainer(BaseModel):
         if parts.scheme != "https" and host not in LOCAL:
             raise ValueError("the key would be sent in the clear; give an https address, or one of this machine")
         return value
+
+    @model_validator(mode="after")
+    def _paid_for(self) -> "Explainer":
+        if self.base_url is not None and self.budget is None:
+            raise ValueError("budget: missing; give the tokens that the endpoint may use in all")
+        return self
 
 
 class Study(Cell):

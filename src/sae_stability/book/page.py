@@ -185,7 +185,7 @@ def rules(lines: list[dict]) -> str:
 
 def judged(lines: list[dict]) -> str:
     """The verdicts of the lines of a claim, each with its conditions, as Markdown. A page of its own spells every rule out."""
-    if lines[0]["verdict"] == "not tested":
+    if "conditions" not in lines[0]:
         return f"**{lines[0]['id']} is not tested** in this study."
     signs = {True: "met", False: "failed", None: "open"}
     columns: dict[str, Column] = {

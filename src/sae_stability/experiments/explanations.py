@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 from sae_stability import explanations
@@ -20,15 +21,20 @@ from sae_stability.language import models
 from sae_stability.language.tokens import pieces
 from sae_stability.ledger import MOST, Condition, Rule, judged
 from sae_stability.matching import BANDS, Banding
+from sae_stability.saes import fastest_dtype
+from sae_stability.study import Study
 
 EXPLAINED_SEEDS, EXPLAINED = 4, 15  # seeds of the cell, and features of each band of each, that are explained
+
+CHANCE = 0.5  # balanced accuracy of whoever guesses
 
 C6 = Rule(
     "C6",
     "share of the unstable features whose explanation by a language model is of surface form, by a written rule",
     f"supported in this model if the 95 % intervals over seeds lie above their bounds: the statistic above {MOST:g}, and above the "
     "same share of stable features; weaker than the bound if one misses it, opposite if fewer are than of the stable ones, and "
-    "inconclusive otherwise; not tested unless a language model that does not see the band wrote the explanations",
+    "inconclusive otherwise; not tested unless a language model that does not see the band wrote the explanations, and these tell "
+    f"where features fire: the balanced accuracy of detection lies above {CHANCE:g}",
 )
 
 
@@ -59,7 +65,7 @@ def compute(results: Results, folder: Path) -> None:
     """
     engines: list[explanations.Engine] = [Rules()]
     if results.study.explainer is not None:
-        engines.append(explanations.LanguageModel(results.study.explainer, results.store.folder / "answers"))
+        engines.append(language_model(results.study, results.store.folder / "answers"))
     rows: list[dict] = []
     failed: list[dict] = []
     for seed, given in tasks(results):
@@ -79,6 +85,14 @@ def compute(results: Results, folder: Path) -> None:
     write_table(folder / "left_out.parquet", pd.DataFrame(failed, columns=["seed", "engine", "feature", "reason"]))
 
 
+def language_model(study: Study, answers: Path) -> explanations.Engine:
+    """What a study asks to explain features: an endpoint, or a chat model on this machine, where the study's device is."""
+    assert study.explainer is not None
+    if study.explainer.base_url is not None:
+        return explanations.LanguageModel(study.explainer, answers)
+    return explanations.LocalModel(study.explainer.model, answers, study.device, fastest_dtype(torch.device(study.device)))
+
+
 def by_band(results: Results) -> pd.DataFrame:
     """One row per engine and explained feature, with its band: engines do not know it."""
     return triggers.bands(results).banded(pd.read_parquet(results.folder("explanations") / "explanations.parquet"))
@@ -94,7 +108,10 @@ def judge(results: Results) -> list[dict]:
 
 
 def judge_c6(explained: pd.DataFrame, bands: Banding) -> list[dict]:
-    """C6 on one cell, by what language models wrote; no line where none did. The null's value is that of stable features."""
+    """C6 on one cell, by what language models wrote; no line where none did. The null's value is that of stable features.
+
+    Explanations that do not tell where features fire better than chance say nothing of features: with them C6 is not tested.
+    """
     by_model = explained[explained["engine"] != Rules.name]
     if by_model.empty:
         return []
@@ -104,11 +121,16 @@ def judge_c6(explained: pd.DataFrame, bands: Banding) -> list[dict]:
 
     unstable, stable = (bands.jackknife(by_model, partial(share, band=band)) for band in ("unstable", "stable"))
     more = bands.jackknife(by_model, lambda part: share(part, "unstable") - share(part, "stable"))
+    told = Condition("balanced accuracy of detection by the explanations", bands.jackknife(by_model, _told), CHANCE)
     conditions = [
         Condition("explanations of unstable features of surface form", unstable, MOST, no_effect=0.0),
         Condition("the same, less that of stable features", more, 0.0),
     ]
-    return [judged(C6, unstable, stable, conditions)]
+    return [judged(C6, unstable, stable, conditions, needed=[told])]
+
+
+def _told(part: pd.DataFrame) -> float:
+    return part["balanced_accuracy"].mean()
 
 
 EXPERIMENT = Experiment(

@@ -3,6 +3,8 @@
     windows          the contexts that are shown and those that explanations are scored on
     rules            a deterministic engine: a rule of the surface of the text
     language_model   an engine behind any OpenAI-compatible endpoint
+    local_model      an engine on this machine, from a chat model's files
+    asking           what both are asked
     answers          what endpoints answer, in whatever form
     scoring          precision, recall and F1
     surface          whether an explanation is of surface form
@@ -12,7 +14,9 @@ No engine is told the band of a feature.
 """
 
 from sae_stability.explanations.agreement import Agreement, agreement
-from sae_stability.explanations.language_model import BudgetSpent, LanguageModel, explain_messages
+from sae_stability.explanations.asking import explain_messages
+from sae_stability.explanations.language_model import BudgetSpent, LanguageModel
+from sae_stability.explanations.local_model import LocalModel
 from sae_stability.explanations.rules import Rules
 from sae_stability.explanations.scoring import Engine, Explanation, explain
 from sae_stability.explanations.surface import says_surface
@@ -24,6 +28,7 @@ __all__ = [
     "Engine",
     "Explanation",
     "LanguageModel",
+    "LocalModel",
     "Rules",
     "Task",
     "Window",

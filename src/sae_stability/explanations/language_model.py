@@ -6,8 +6,6 @@ leaves that feature out; what no question will get past ends in one line. Tokens
 bound, so that a budget is never exceeded.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,15 +19,16 @@ from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception_ty
 
 from sae_stability.errors import UserError
 from sae_stability.explanations.answers import count_of, flags, json_of, reason_of, seconds_to_wait, text_of, used_tokens
+from sae_stability.explanations.asking import LONGEST_EXPLANATION, detect_messages, explain_messages, place_of
 from sae_stability.explanations.rules import Rules
-from sae_stability.explanations.scoring import LeftOut
+from sae_stability.explanations.scoring import Described, LeftOut
 from sae_stability.explanations.windows import Window
 from sae_stability.files import read_json, write_json
 from sae_stability.study import Explainer
 
 ATTEMPTS = 5  # of a question that an endpoint fails to answer
 TIMEOUT = 60  # seconds for an answer
-LONGEST = {"explain": 120, "detect": 200}  # tokens of an answer
+LONGEST = {"explain": LONGEST_EXPLANATION, "detect": 200}  # tokens of an answer
 ROOM = 16  # times as many, for models that think before they answer
 LONGEST_WAIT = 120  # seconds that an endpoint may ask for
 HOPELESS = 5  # features in a row that were left out, without one that was explained, after which no other is tried
@@ -46,16 +45,6 @@ FILTERED = ("content_filter", "content filter", "content_policy", "moderation", 
 CUT_SHORT, BROKEN_OFF = {"length", "model_length", "max_tokens"}, {"error", "abort", "cancelled"}
 """How answers end that the model had no tokens left for, and those that something else broke off."""
 UNPAID = ("insufficient_quota", "insufficient quota", "billing")
-
-
-EXPLAIN = (
-    "You see pieces of text. In each, the tokens on which one feature of a language model is active stand between << and >>. Say "
-    "in one short sentence what these tokens, or the texts around them, have in common. Be specific. Answer with the sentence only."
-)
-DETECT = (
-    "A feature of a language model is described in one sentence. You see numbered pieces of text. Is the feature active somewhere "
-    "in each? Answer with a JSON list of 0 and 1, one for each piece in order, and nothing else."
-)
 
 
 class BudgetSpent(Exception):
@@ -102,6 +91,16 @@ class LanguageModel:
         """As the endpoint calls the model; apart from the engine of rules."""
         return f"{self.settings.model} (a language model)" if self.settings.model == Rules.name else self.settings.model
 
+    @property
+    def base_url(self) -> str:
+        assert self.settings.base_url is not None  # without one, a model on this machine is asked
+        return self.settings.base_url
+
+    @property
+    def budget(self) -> int:
+        assert self.settings.budget is not None  # as the schema asks of every endpoint
+        return self.settings.budget
+
     def __post_init__(self):
         self.cache.mkdir(parents=True, exist_ok=True)
         if (self.cache / SPENT).is_file():
@@ -110,12 +109,12 @@ class LanguageModel:
     @property
     def where(self) -> str:
         """The address without its query, for messages."""
-        return self.settings.base_url.partition("?")[0]
+        return self.base_url.partition("?")[0]
 
     @property
     def url(self) -> str:
         """Where questions go: the path of `base_url`, with its query."""
-        parts = urlsplit(self.settings.base_url)
+        parts = urlsplit(self.base_url)
         path = parts.path.rstrip("/")
         return urlunsplit(parts._replace(path=path if path.endswith(ANSWERS) else path + ANSWERS))
 
@@ -127,14 +126,14 @@ class LanguageModel:
         try:
             return httpx.Client(timeout=TIMEOUT, follow_redirects=True)
         except (ValueError, ImportError) as error:
-            if proxy_bypass(urlsplit(self.settings.base_url).hostname or ""):
+            if proxy_bypass(urlsplit(self.base_url).hostname or ""):
                 return httpx.Client(timeout=TIMEOUT, follow_redirects=True, trust_env=False)
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"explainer: a proxy of the environment can't be used ({reason}); correct ALL_PROXY, or name the host in NO_PROXY"
             ) from None
 
-    def explain(self, shown: list[Window]) -> "Described | None":
+    def explain(self, shown: list[Window]) -> Described | None:
         text = self._answered("explain", explain_messages(shown), lambda answer: answer.strip() or None)
         return Described(text, self) if text else None
 
@@ -163,8 +162,8 @@ class LanguageModel:
         One that was cut short is asked for once more, with more room, and is not kept.
         """
         request = {"model": self.settings.model, "messages": messages, "temperature": 0, "max_tokens": LONGEST[kind]}
-        asked = {"base_url": self.settings.base_url, **request}
-        kept = self.cache / f"{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]}.json"
+        asked = {"base_url": self.base_url, **request}
+        kept = place_of(asked, self.cache)
         if kept.is_file():
             return read_json(kept)["answer"]
         retrying = Retrying(
@@ -206,8 +205,8 @@ class LanguageModel:
     def _once(self, request: dict, read: Callable, used: list[int]):
         """One try; what it used, or may have used, goes to `used`, and to disk before it is sent: a kill forgets nothing."""
         bound = bound_on_tokens(request)
-        if self.spent + sum(used) + bound > self.settings.budget:
-            spent = f"{self.spent + sum(used):,} of {self.settings.budget:,} tokens"
+        if self.spent + sum(used) + bound > self.budget:
+            spent = f"{self.spent + sum(used):,} of {self.budget:,} tokens"
             raise BudgetSpent(f"{spent} are spent, and the next question may take {bound:,}")
         key, client = key_of(self.settings), self._http
         used.append(bound)  # until an answer says what it used; what fails on the way may have been answered all the same
@@ -301,40 +300,6 @@ class LanguageModel:
         raise _Passing(f"an answer without choices{reason}", unreadable=error is None)
 
 
-@dataclass(frozen=True)
-class Described:
-    """An explanation that the language model wrote, and reads again to be scored."""
-
-    text: str
-    engine: LanguageModel
-
-    def detect(self, windows: list[list[str]]) -> list[bool]:
-        return self.engine.detect(self.text, windows)
-
-
-def explain_messages(shown: list[Window]) -> list[dict]:
-    return _messages(EXPLAIN, _numbered([_marked(window) for window in shown]))
-
-
-def _marked(window: Window) -> str:
-    """A window in one line, its firing tokens between << and >>, which the text itself has with a space inside.
-
-    A token that is part of a character has no text: the one that ends the character is marked in its place.
-    """
-    parts, fires = [], False
-    for token, activation in zip(window.tokens, window.activations, strict=True):
-        fires = fires or activation > 0
-        if token:
-            plain = token.replace("<<", "< <").replace(">>", "> >").replace("\n", "\\n")
-            parts.append(f"<<{plain}>>" if fires else plain)
-            fires = False
-    return "".join(parts)
-
-
-def detect_messages(text: str, windows: list[list[str]]) -> list[dict]:
-    return _messages(DETECT, f"Description: {text}\n\n" + _numbered(["".join(tokens).replace("\n", "\\n") for tokens in windows]))
-
-
 def bound_on_tokens(request: dict) -> int:
     """No tokenizer makes more tokens of a text than it has bytes."""
     return sum(len(message["content"].encode()) + OVERHEAD for message in request["messages"]) + request["max_tokens"]
@@ -350,11 +315,3 @@ def key_of(settings: Explainer) -> str:
     if not key.isascii() or not key.isprintable() or " " in key:
         raise UserError(f"explainer.key: {settings.key} holds signs that no key has, such as an invisible one; copy the key again")
     return key
-
-
-def _messages(instruction: str, text: str) -> list[dict]:
-    return [{"role": "system", "content": instruction}, {"role": "user", "content": text}]
-
-
-def _numbered(pieces: list[str]) -> str:
-    return "\n".join(f"{number}. {piece}" for number, piece in enumerate(pieces, 1))

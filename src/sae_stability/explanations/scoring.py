@@ -2,6 +2,7 @@
 contexts the feature fires?
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Protocol
@@ -34,6 +35,23 @@ class Engine(Protocol):
         """What the feature fires on; None where the engine has nothing to say."""
 
 
+class Reader(Protocol):
+    """A language model that reads an explanation."""
+
+    def detect(self, text: str, windows: list[list[str]]) -> list[bool]: ...
+
+
+@dataclass(frozen=True)
+class Described:
+    """An explanation that a language model wrote, and reads again to be scored."""
+
+    text: str
+    engine: Reader
+
+    def detect(self, windows: list[list[str]]) -> list[bool]:
+        return self.engine.detect(self.text, windows)
+
+
 @dataclass(frozen=True)
 class Explanation:
     """An explanation of a feature, and how well it tells where the feature fires."""
@@ -45,6 +63,8 @@ class Explanation:
     precision: float
     recall: float
     f1: float
+    balanced_accuracy: float
+    """The mean of recall and of the share of silent windows that are called silent: one half for whoever guesses."""
     scored: int
     """Windows that it was scored on."""
 
@@ -71,4 +91,7 @@ def explain(engine: Engine, given: Iterable[Task], left_out: dict[int, str] | No
         precision = right / sum(found) if any(found) else 0.0
         recall = right / sum(truth)
         f1 = 2 * precision * recall / (precision + recall) if right else 0.0
-        yield Explanation(task.feature, said.text, says_surface(said.text), precision, recall, f1, len(truth))
+        silent = len(truth) - sum(truth)
+        quiet = sum(not one and not other for one, other in zip(found, truth, strict=True))
+        balanced = (recall + quiet / silent) / 2 if silent else math.nan
+        yield Explanation(task.feature, said.text, says_surface(said.text), precision, recall, f1, balanced, len(truth))

@@ -69,8 +69,32 @@ def load(name: str, randomised: bool = False, device: str = "cpu", dtype: torch.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)
     from transformer_lens.model_bridge import TransformerBridge  # ten seconds of imports
+
+    try:
+        weights = load_weights(name, dtype)
+        if randomised:
+            shuffle_weights(weights)
+        bridge = TransformerBridge.boot_transformers(
+            where, hf_model=weights.to(torch.device(device)), tokenizer=load_tokenizer(name), dtype=dtype, device=device
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise _not_loaded(name, error) from None
+    if bridge.tokenizer is None or len(bridge.tokenizer) == 0:
+        raise UserError(f"model: {name} comes without a tokenizer; save one beside it with tokenizer.save_pretrained")
+    bridge.eval()
+    return bridge
+
+
+def load_weights(name: str, dtype: torch.dtype):
+    """The model called `name` as Transformers has it; nothing is unpickled or run from it.
+
+    Raises `UserError` in one line where it can't be loaded, or its weights are of another model.
+    """
     from transformers import AutoModelForCausalLM
 
+    where = locate(name)
     try:
         weights, told = AutoModelForCausalLM.from_pretrained(
             where,
@@ -80,21 +104,16 @@ def load(name: str, randomised: bool = False, device: str = "cpu", dtype: torch.
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told, and refused below
         )
-        _check_weights(name, told)
-        if randomised:
-            shuffle_weights(weights)
-        bridge = TransformerBridge.boot_transformers(
-            where, hf_model=weights.to(torch.device(device)), tokenizer=load_tokenizer(name), dtype=dtype, device=device
-        )
-    except UserError:
-        raise
-    except Exception as error:  # the hub, Transformers and TransformerLens each raise their own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model: {name} can't be loaded: {reason}") from None
-    if bridge.tokenizer is None or len(bridge.tokenizer) == 0:
-        raise UserError(f"model: {name} comes without a tokenizer; save one beside it with tokenizer.save_pretrained")
-    bridge.eval()
-    return bridge
+    except Exception as error:
+        raise _not_loaded(name, error) from None
+    _check_weights(name, told)
+    return weights
+
+
+def _not_loaded(name: str, error: Exception) -> UserError:
+    """The hub, Transformers and TransformerLens each raise their own kinds."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(f"model: {name} can't be loaded: {reason}")
 
 
 def _check_weights(name: str, told: dict) -> None:
