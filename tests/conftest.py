@@ -108,8 +108,10 @@ def text_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory, text_file) -> dict[str, Path]:
-    """Untrained models of three architectures, saved with a tokenizer as anyone would."""
+    """Untrained models of four architectures, saved with a tokenizer as anyone would."""
     from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
         GPT2Config,
         GPT2LMHeadModel,
         GPTNeoXConfig,
@@ -132,6 +134,7 @@ def model_folders(tmp_path_factory, text_file) -> dict[str, Path]:
         "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=2, n_positions=64, **common)),
         "neox": GPTNeoXForCausalLM(GPTNeoXConfig(**wide, **common)),
         "llama": LlamaForCausalLM(LlamaConfig(**wide, num_key_value_heads=2, **common)),
+        "gemma2": Gemma2ForCausalLM(Gemma2Config(**wide, num_key_value_heads=1, head_dim=16, sliding_window=32, **common)),
     }
     folder = tmp_path_factory.mktemp("models")
     for name, model in models.items():

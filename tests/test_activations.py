@@ -17,7 +17,7 @@ from sae_stability.sources import Surrogate, write_drawn
 from sae_stability.study import HOOKS
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama", "gemma2"])
 def test_activations_are_those_of_hugging_face_without_bos(model_folders, text_file, tmp_path, architecture):
     from transformers import AutoModelForCausalLM
 
@@ -109,7 +109,7 @@ def test_no_position_without_text_is_collected(model_folders, tmp_path):
     assert len(Activations.open(tmp_path / "x.bin")) == 15
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt2", "neox", "llama", "gemma2"])
 @pytest.mark.parametrize(
     "hook_name", ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.2.hook_resid_post", "blocks.1.hook_mlp_out"]
 )

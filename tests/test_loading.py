@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_stability import places
+from sae_stability import pipeline, places
 from sae_stability.errors import UserError
 from sae_stability.experiments.explanations import language_model
 from sae_stability.explanations import LanguageModel, LocalModel
@@ -198,3 +198,11 @@ def test_an_endpoint_needs_a_budget_and_a_model_on_this_machine_none(tmp_path):
     engine = language_model(free, tmp_path)
     assert isinstance(engine, LocalModel)
     assert engine.name == "smollm2-135m (on this machine)"
+
+
+@pytest.mark.parametrize(("name", "architecture"), [("gpt2", "gpt2"), ("pythia-160m", "neox"), ("gemma-2-2b", "gemma2")])
+def test_studies_for_the_hub_take_models_of_their_architecture(model_folders, small, house, name, architecture):
+    study = load_study(name)
+    assert (study.device, study.stream) == ("cuda", True)
+    assert study.notes.startswith("Not run yet.")
+    pipeline.check(load_study(name, [*small, f"model={model_folders[architecture]}", "device=cpu"]))
