@@ -11,10 +11,18 @@ export PIP_USER := 0
 export PIP_REQUIRE_VIRTUALENV := 0
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
-.PHONY: book test bench intervals worlds jobs costs publish lint lock clean
+.PHONY: book lab test bench intervals worlds jobs costs publish lint lock clean
 
 book: $(READY)  ## compute a study and build its book: make book, make book STUDY=quick
 	$(VENV)/bin/sae-stability run $(STUDY)
+
+lab: $(VENV)/lab  ## open the chapters in JupyterLab
+	$(VENV)/bin/jupyter lab book
+
+# An editor is for those who change chapters: readers do without. Constrained by the lock, it changes nothing that computes.
+$(VENV)/lab: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --constraint requirements.lock jupyterlab
+	touch $@
 
 test: $(READY)  ## lint, types, the order of imports, then the whole test suite
 	$(VENV)/bin/ruff check .

@@ -40,6 +40,22 @@ def test_the_citation_names_the_paper():
     assert "2606.12138" in str(citation["references"])
 
 
+def test_all_metadata_say_the_same():
+    project = tomllib.loads((places.root() / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((places.root() / "CITATION.cff").read_text())
+    codemeta, zenodo = (read_json(places.root() / name) for name in ("codemeta.json", ".zenodo.json"))
+    assert project["version"] == citation["version"] == codemeta["version"] == zenodo["version"]
+    assert project["license"] == citation["license"] == zenodo["license"] == codemeta["license"].rpartition("/")[2]
+    assert project["name"] == codemeta["name"]
+    assert citation["title"] == zenodo["title"]
+    assert str(citation["date-released"]) == codemeta["datePublished"]
+    assert project["keywords"] == codemeta["keywords"] == zenodo["keywords"]
+    (paper,) = citation["references"]
+    assert paper["title"] == codemeta["referencePublication"]["name"]
+    identifiers = {codemeta["referencePublication"]["identifier"], zenodo["related_identifiers"][0]["identifier"]}
+    assert identifiers == {paper["identifiers"][0]["value"]}
+
+
 def test_published_tables_are_those_that_their_provenance_names():
     folders = {path.parent for path in (places.root() / "published").rglob("*.parquet")}
     assert folders
