@@ -130,15 +130,15 @@ def test_shares_of_a_band_add_up_and_names_that_nothing_has_are_zero():
 
 
 def explanations_table() -> pd.DataFrame:
-    columns = ["seed", "engine", "band", "feature", "text", "f1", "precision", "recall", "surface"]
+    columns = ["seed", "engine", "band", "feature", "text", "f1", "precision", "recall", "balanced_accuracy", "surface"]
     rows = [
-        (3, "rules", "unstable", 1, "two words", 0.2, 0.5, 0.1, True),
-        (3, "rules", "unstable", 2, "the word 'of'", 0.6, 0.7, 0.3, True),
-        (3, "rules", "stable", 3, "a", 0.9, 1.0, 0.9, False),
-        (5, "rules", "stable", 4, "a b c", 0.5, 0.2, 0.7, True),
-        (5, "rules", "unstable", 5, "one", 0.7, 0.4, 0.2, False),
-        (7, "rules", "unstable", 6, "one", 0.0, 0.4, 0.2, False),
-        (3, "a model", "intermediate", 7, "one", 0.4, 0.4, 0.2, False),
+        (3, "rules", "unstable", 1, "two words", 0.2, 0.5, 0.1, 0.4, True),
+        (3, "rules", "unstable", 2, "the word 'of'", 0.6, 0.7, 0.3, 0.5, True),
+        (3, "rules", "stable", 3, "a", 0.9, 1.0, 0.9, 0.9, False),
+        (5, "rules", "stable", 4, "a b c", 0.5, 0.2, 0.7, 0.8, True),
+        (5, "rules", "unstable", 5, "one", 0.7, 0.4, 0.2, 0.3, False),
+        (7, "rules", "unstable", 6, "one", 0.0, 0.4, 0.2, 0.3, False),
+        (3, "a model", "intermediate", 7, "one", 0.4, 0.4, 0.2, 0.3, False),
     ]
     return pd.DataFrame(rows, columns=columns)
 
@@ -152,7 +152,8 @@ def test_explanations_are_scored_by_engine_and_band():
     ]
     stable = scores.iloc[0]
     assert stable["features"] == 2
-    assert stable[["f1", "precision", "recall", "words", "surface"]].to_list() == pytest.approx([0.7, 0.6, 0.8, 2, 0.5])
+    means = stable[["f1", "precision", "recall", "balanced_accuracy", "words", "surface"]].to_list()
+    assert means == pytest.approx([0.7, 0.6, 0.8, 0.85, 2, 0.5])
 
 
 def test_the_difference_of_f1_is_the_mean_over_seeds_that_have_both_bands():
