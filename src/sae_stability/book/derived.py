@@ -330,7 +330,7 @@ def shares_by_band(features: pd.DataFrame, column: str, names: Iterable[str]) ->
 def explanation_scores(explanations: pd.DataFrame) -> pd.DataFrame:
     """How well explanations tell when features fire, by engine and band: means over features.
 
-    Columns: engine, band, features (how many), f1, precision, recall, balanced_accuracy, surface (the share that is of surface form).
+    Columns: engine, band, features (how many), f1, precision, recall, balanced_accuracy, surface (share of surface form).
     """
     by_band = explanations.groupby(["engine", "band"])
     scores = by_band[["f1", "precision", "recall", "balanced_accuracy", "surface"]].mean()
