@@ -1,6 +1,7 @@
 """The sparse products of `plain.py` as Triton kernels for a CUDA device: same functions, same results up to rounding.
 
-Nothing here waits for the device, and nothing adds atomically: equal inputs give equal bits.
+Nothing here but `above`, whose result has as many firings as there are, waits for the device, and nothing adds atomically: equal
+inputs give equal bits.
 """
 
 import math
@@ -31,8 +32,11 @@ def top(pre: Float[Tensor, "token d_sae"], k: int) -> Int[Tensor, "token k"]:
     if features.numel():
         dtype, bits = KEYS[pre.dtype]
         few, depth = triton.next_power_of_2(2 * k), triton.next_power_of_2(triton.cdiv(d_sae, LANES))
+        looks_at_few = few * depth <= MOST
+        if not looks_at_few:
+            few, depth = 1, 1  # nothing is held, but what would be is compiled
         lanes = torch.empty(tokens, few, dtype=torch.int32, device=pre.device)
-        sizes = {"LANES": LANES, "BITS": bits, "FEW": few, "DEPTH": depth, "LOOKS_AT_FEW": few * depth <= MOST}
+        sizes = {"LANES": LANES, "BITS": bits, "FEW": few, "DEPTH": depth, "LOOKS_AT_FEW": looks_at_few}
         _top[(tokens,)](pre.contiguous().view(dtype), lanes, features, d_sae, k, **sizes, num_warps=8)
     return features
 
