@@ -9,12 +9,14 @@ import torch
 from hypothesis import given, settings
 from tqdm import tqdm
 
+from sae_stability.ablation.refitting import refitted
 from sae_stability.language.activations import Activations
 from sae_stability.saes import fastest_dtype, sparse, variant
 from sae_stability.study import Variants
 from sae_stability.training import train
 from sae_stability.training.loop import STRETCH, Training
-from test_kernels import DTYPES, check_products, check_top, shapes
+from test_kernels import DTYPES, check_products, check_pursuit, check_top, shapes
+from test_refitting import problem
 from test_training import sparse_data
 
 pytestmark = pytest.mark.skipif(
@@ -73,6 +75,23 @@ def test_a_device_fills_up_where_too_few_are_positive():
     features = kernels().top(pre, 4)
     assert all(len(set(row)) == 4 for row in features.tolist())
     assert 7 in features[1]
+
+
+@given(shape=shapes)
+@settings(max_examples=60, deadline=None)
+def test_a_device_pursues_as_the_cpu_does(shape):
+    check_pursuit(kernels(), *shape, "cuda")
+
+
+def test_a_device_pursues_over_many_directions():
+    check_pursuit(kernels(), 50, 20_000, 8, 0, "cuda")
+
+
+def test_a_device_fits_the_decoder_that_the_cpu_fits():
+    (features, values, *rest), _ = problem()
+    torch.testing.assert_close(
+        refitted(features.cuda(), values.cuda(), *rest), refitted(features, values, *rest), atol=1e-6, rtol=0
+    )
 
 
 @given(shape=shapes)

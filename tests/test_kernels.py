@@ -215,3 +215,26 @@ def test_seeds_share_the_threads_and_come_back_in_order(seeds):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def check_pursuit(kernels, rows: int, d_sae: int, k: int, seed: int, device: str = "cpu") -> None:
+    """What is taken is what the plain kernel takes; where two directions lie alike, either may be."""
+    directions = torch.nn.functional.normalize(normal(d_sae, 24, seed=seed), dim=1)
+    x, gram = normal(rows, 24, seed=seed + 1), directions @ directions.T
+    expected = plain.pursue(x @ directions.T, gram, k)
+    features, values = (found.cpu() for found in kernels.pursue((x @ directions.T).to(device), gram.to(device), k))
+    assert features.shape == values.shape == (rows, k)
+    torch.testing.assert_close(values, expected[1], atol=1e-4, rtol=1e-4)
+    same = (features == expected[0]) | (values < 1e-3)
+    assert same.double().mean() > 0.98
+
+
+@given(shape=shapes)
+@settings(max_examples=60, deadline=None)
+def test_pursuit_takes_what_the_plain_kernel_takes(shape):
+    check_pursuit(compiled, *shape)
+
+
+def test_cosines_must_be_those_of_the_directions():
+    with pytest.raises(ValueError, match=r"gram: \[3, 3\] does not fit 4 directions"):
+        compiled.pursue(torch.ones(2, 4), torch.eye(3), 1)

@@ -14,9 +14,9 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 
-def each_seed(work: Callable[[int], object], seeds: int, described: str) -> list:
-    """What `work` gives for each seed, by its position: several at a time, with a progress bar."""
-    with pool(workers(seeds)) as shared:
+def each_seed(work: Callable[[int], object], seeds: int, described: str, one_at_a_time: bool = False) -> list:
+    """What `work` gives for each seed, by its position: several at a time on the CPU, with a progress bar."""
+    with pool(1 if one_at_a_time else workers(seeds)) as shared:
         return list(tqdm(shared.map(work, range(seeds)), described, total=seeds, unit="seed", disable=None))
 
 

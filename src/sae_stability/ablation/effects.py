@@ -14,6 +14,7 @@ from sae_stability.ablation.removal import on_prediction, on_reconstruction, res
 from sae_stability.evaluation import Encoded
 from sae_stability.language.activations import Activations
 from sae_stability.language.interventions import Reading
+from sae_stability.language.models import device_of
 from sae_stability.matching import BANDS, Stability
 
 MEASURES = ("reconstruction", "reselected", "prediction", "divergence")
@@ -94,7 +95,7 @@ def measure(
         again = {name: sets.members[name] for name in CHOSEN_AGAIN}
         begins = np.sort(np.unique(cluster, return_index=True)[1])[:SOME]  # of long documents it takes more to judge on others
         tokens = refitted_on.first(max(2 * REFITTED * ensemble.d_sae, int(begins[-1]) + 1))
-        residuals_of["reselected"] = reselected(ensemble, tokens, cluster, sets.members[ALL], again)
+        residuals_of["reselected"] = reselected(ensemble, tokens, cluster, sets.members[ALL], again, device_of(site.bridge))
     for measure_name, residuals in residuals_of.items():
         sums |= {f"{measure_name}/intact": residuals.intact, f"{measure_name}/size": residuals.total}
         for reading, of in (("removed", residuals.removed), ("kept", residuals.kept)):

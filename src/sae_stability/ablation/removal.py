@@ -14,27 +14,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from scipy import sparse
-from scipy.linalg import cho_factor, cho_solve
-from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 from tqdm import tqdm
 
 from sae_stability import threads
 from sae_stability.ablation.controls import Name
+from sae_stability.ablation.refitting import refitted
 from sae_stability.evaluation import Encoded
 from sae_stability.language.activations import Activations
 from sae_stability.language.interventions import Predictions, Reading, intervene
 from sae_stability.methods.pursuit import matching_pursuit
 from sae_stability.saes.ensemble import Ensemble
 
-RIDGE = 1e-6  # of a feature's mean energy: refitted directions of features that hardly fire stay finite
 JUDGED = (
     100_000  # tokens at most on which refitted decoders are judged: what they are fitted on grows with the width, this need not
 )
-EXACT = 16_384  # features, up to which the refitted decoder is solved for directly
-TOLERANCE = 1e-6  # of the residual of the normal equations, above that
-STEPS = 1000  # of conjugate gradients at most
 
 Key = TypeVar("Key", bound=Hashable)
 Members = dict[Name, Bool[Tensor, "seed d_sae"]]
@@ -89,13 +83,14 @@ def reselected(
     cluster: Int[np.ndarray, "token"],
     alive: Bool[Tensor, "seed d_sae"],
     members: Members,
+    device: torch.device | str = "cpu",
 ) -> Residuals:
     """The squared error without each set once codes are chosen again and the decoder is fitted again.
 
     Codes are chosen by one encoder for all variants, matching pursuit with k atoms among the live features that are left, since
     an SAE's own encoder was trained with the others in place. The decoder is fitted on every other cluster and judged on the
-    rest, at most `JUDGED` tokens, with nothing removed (`intact`) as well as without each set. Memory beside the codes is that of
-    `matching_pursuit`, and then of `_least_squares`, for each thread.
+    rest, at most `JUDGED` tokens, with nothing removed (`intact`) as well as without each set. Both are done on `device`. Memory
+    beside the codes is that of `matching_pursuit`, and then of `refitted`, for each seed at work: a device takes one at a time.
     """
     kinds, cluster = np.unique(cluster[: len(activations)], return_inverse=True)
     judged = cluster % 2 == 1
@@ -111,12 +106,13 @@ def reselected(
         sae, found = ensemble.saes[seed], {}
         directions, centred = F.normalize(sae.W_dec, dim=1), x - sae.b_dec
         for name, gone in _of_seed(without, seed).items():
-            codes = matching_pursuit(centred, directions[alive[seed] & ~gone], ensemble.k)
-            error = target[judged] - _least_squares(codes, target, judged)
-            found[name] = np.bincount(cluster[judged], np.square(error).sum(1), len(kinds))
+            left = directions[alive[seed] & ~gone].to(device)
+            predicted = refitted(*matching_pursuit(centred, left, ensemble.k), len(left), x, torch.from_numpy(judged)).numpy()
+            found[name] = np.bincount(cluster[judged], np.square(target[judged] - predicted).sum(1), len(kinds))
         return found
 
-    by_seed = threads.each_seed(errors, len(ensemble.seeds), "removal, chosen again")
+    one_at_a_time = torch.device(device).type != "cpu"
+    by_seed = threads.each_seed(errors, len(ensemble.seeds), "removal, chosen again", one_at_a_time)
     seen = np.bincount(cluster[judged], minlength=len(kinds)) > 0
     intact, *removed = (np.stack([found[name][seen] for found in by_seed]) for name in without)
     return Residuals(total[seen], intact, dict(zip(members, removed, strict=True)), {})
@@ -156,40 +152,3 @@ def on_prediction(site: Reading, ensemble: Ensemble, members: Members, readings:
 def _of_seed(members: Mapping[Key, Bool[Tensor, "seed d_sae"]], seed: int) -> dict[Key, Bool[Tensor, "d_sae"]]:
     """The sets that are given for a seed."""
     return {name: member[seed] for name, member in members.items() if seed < len(member)}
-
-
-def _least_squares(codes: sparse.csr_array, x: np.ndarray, judged: np.ndarray) -> np.ndarray:
-    """What codes predict of x, on the judged tokens, by directions and an offset fitted on the others.
-
-    Up to `EXACT` features the normal equations are solved by a Cholesky factor in place: one matrix of d_sae^2 float64 (2.1 GB at
-    16,384) beside the sparse one. Above, by conjugate gradients (Hestenes & Stiefel 1952, doi:10.6028/jres.049.044) to a residual
-    of `TOLERANCE`, or at most `STEPS` of them: a few matrices [d_sae, d_in], but many minutes for each set.
-    """
-    codes = sparse.hstack([codes, np.ones((codes.shape[0], 1))], format="csr", dtype=np.float64)  # squares lose half the digits
-    fitted = codes[~judged]
-    if codes.shape[1] > EXACT + 1:  # the offset is one more
-        return codes[judged] @ _conjugate_gradients(fitted, x[~judged])
-    squares = (fitted.T @ fitted).toarray(order="F")
-    squares[np.diag_indices_from(squares)] += RIDGE * max(squares.trace() / len(squares), 1e-12)
-    return codes[judged] @ cho_solve(cho_factor(squares, overwrite_a=True), fitted.T @ x[~judged])
-
-
-def _conjugate_gradients(
-    codes: Float[sparse.csr_array, "token feature"], x: Float[np.ndarray, "token d_in"]
-) -> Float[np.ndarray, "feature d_in"]:
-    """The same directions from products with codes alone. All columns of x are one system, each direction scaled by its energy."""
-    energy = np.asarray(codes.multiply(codes).sum(0)).ravel()
-    ridge = RIDGE * max(energy.mean(), 1e-12)
-    shape, by_feature, scale = (codes.shape[1], x.shape[1]), codes.T.tocsr(), (energy + ridge)[:, None]
-
-    def operator(function) -> LinearOperator:
-        return LinearOperator((np.prod(shape),) * 2, lambda flat: function(flat.reshape(shape)).ravel(), dtype=np.float64)
-
-    solution, _ = cg(
-        operator(lambda directions: by_feature @ (codes @ directions) + ridge * directions),
-        (by_feature @ x).ravel(),
-        rtol=TOLERANCE,
-        maxiter=STEPS,
-        M=operator(lambda directions: directions / scale),
-    )
-    return solution.reshape(shape)

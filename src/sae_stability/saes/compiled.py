@@ -17,6 +17,7 @@ from sae_stability import threads
 from sae_stability.saes.plain import ByFeature
 
 LANES = 128  # a row is scanned in so many interleaved lanes; a vector register holds 16 or 32 of them
+TOGETHER = 32  # directions whose largest product is found together, in registers
 REASSOCIATED = {"nsz", "arcp", "contract", "reassoc"}  # sums may be vectorised; NaN and infinity keep their meaning
 KEYS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
@@ -91,6 +92,19 @@ def totals(by_feature: ByFeature, weights: Float[Tensor, "firing"]) -> Float[Ten
     d_sae, order = len(by_feature.starts) - 1, by_feature.order
     _require_firings(by_feature.starts, order, d_sae, len(weights))
     return torch.from_numpy(_totals(weights.numpy(), by_feature.starts.numpy(), order.numpy()))
+
+
+def pursue(
+    along: Float[Tensor, "token d_sae"], gram: Float[Tensor, "d_sae d_sae"], k: int
+) -> tuple[Int[Tensor, "token k"], Float[Tensor, "token k"]]:
+    """Take, k times, the direction along which most of each row's residual lies: which, and how much of it; zero where none does.
+
+    `along` holds the inner product of each residual with each direction, and is kept up to date; `gram` those of directions.
+    """
+    _require(gram.shape == (along.shape[1],) * 2, f"gram: {list(gram.shape)} does not fit {along.shape[1]} directions")
+    features, values = torch.zeros(len(along), k, dtype=torch.int64), torch.zeros(len(along), k)
+    threads.call(_pursue, along.numpy(), gram.numpy(), features.numpy(), values.numpy())
+    return features, values
 
 
 def _blocks() -> int:
@@ -276,3 +290,30 @@ def _transposed(starts, features, d_sae):
             place[features[p]] = q + 1
             rows[q], order[q] = i, p
     return begins, rows, order
+
+
+@njit(parallel=True, nogil=True, cache=True, fastmath=True)
+def _pursue(along, gram, features, values):
+    for token in prange(len(along)):
+        left = along[token]
+        whole = len(left) // TOGETHER * TOGETHER
+        for step in range(features.shape[1]):
+            most, first = np.float32(0), 0
+            for start in range(0, whole, TOGETHER):
+                here = left[start]
+                for j in range(start, start + TOGETHER):
+                    here = left[j] if left[j] > here else here
+                if here > most:
+                    most, first = here, start
+            for j in range(whole, len(left)):
+                if left[j] > most:
+                    most, first = left[j], j
+            if most <= 0:
+                break
+            best = first
+            while left[best] != most:
+                best += 1
+            features[token, step], values[token, step] = best, most
+            row = gram[best]
+            for j in range(len(left)):
+                left[j] -= most * row[j]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae_stability.saes.plain import ByFeature, above, totals, transposed
 
-__all__ = ["above", "combine", "dots", "sums", "top", "totals", "transposed", "unit_step"]
+__all__ = ["above", "combine", "dots", "pursue", "sums", "top", "totals", "transposed", "unit_step"]
 
 LANES = 1024  # a row is read in so many interleaved lanes
 MOST = 8192  # keys that a program can hold at a time
@@ -88,6 +88,22 @@ def unit_step(
     _unit_step[(len(W),)](
         W, gradient, *moments, rate, step, W.shape[1], *betas, *logs, epsilon, BLOCK=block, num_warps=max(1, min(16, block // 256))
     )  # fmt: skip
+
+
+def pursue(
+    along: Float[Tensor, "token d_sae"], gram: Float[Tensor, "d_sae d_sae"], k: int
+) -> tuple[Int[Tensor, "token k"], Float[Tensor, "token k"]]:
+    """Take, k times, the direction along which most of each row's residual lies: which, and how much of it; zero where none does.
+
+    `along` holds the inner product of each residual with each direction; `gram` those of directions. A program holds a row.
+    """
+    features = torch.zeros(len(along), k, dtype=torch.int64, device=along.device)
+    values = torch.zeros(len(along), k, device=along.device)
+    if features.numel() and gram.numel():
+        block = triton.next_power_of_2(along.shape[1])
+        warps = max(1, min(16, block // 256))
+        _pursue[(len(along),)](along.contiguous(), gram, features, values, along.shape[1], k, BLOCK=block, num_warps=warps)
+    return features, values
 
 
 def _weighted_rows_into(out: Tensor, weights: Tensor, rows: Tensor, starts: Tensor, chosen: Tensor) -> None:
@@ -244,3 +260,18 @@ def _unit_step(
     tl.store(W + at, w, mask=inside)
     tl.store(first_moments + at, m, mask=inside)
     tl.store(second_moments + at, v, mask=inside)
+
+
+@triton.jit
+def _pursue(along, gram, features, values, d_sae, k, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < d_sae
+    left = tl.load(along + row * d_sae + column, mask=inside, other=0.0)
+    for step in range(k):
+        most = tl.max(left, 0)
+        if most > 0:
+            best = tl.min(tl.where(left == most, column, BLOCK), 0)
+            tl.store(features + row * k + step, best.to(tl.int64))
+            tl.store(values + row * k + step, most)
+            left -= most * tl.load(gram + best.to(tl.int64) * d_sae + column, mask=inside, other=0.0)

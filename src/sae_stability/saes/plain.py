@@ -70,6 +70,22 @@ def totals(by_feature: ByFeature, weights: Float[Tensor, "firing"]) -> Float[Ten
     return torch.segment_reduce(weights[by_feature.order], "sum", offsets=by_feature.starts, initial=0, unsafe=True)
 
 
+def pursue(
+    along: Float[Tensor, "token d_sae"], gram: Float[Tensor, "d_sae d_sae"], k: int
+) -> tuple[Int[Tensor, "token k"], Float[Tensor, "token k"]]:
+    """Take, k times, the direction along which most of each row's residual lies: which, and how much of it; zero where none does.
+
+    `along` holds the inner product of each residual with each direction, and is kept up to date; `gram` those of directions.
+    """
+    features = torch.zeros(len(along), k, dtype=torch.int64, device=along.device)
+    values = torch.zeros(len(along), k, device=along.device)
+    for step in range(k if gram.numel() else 0):
+        most, features[:, step] = along.max(1)
+        values[:, step] = most.clamp_min(0)
+        along.addcmul_(gram[features[:, step]], values[:, step, None], value=-1)
+    return features, values
+
+
 def row_of(starts: Int[Tensor, "row+1"], firings: int) -> Int[Tensor, "firing"]:
     """The row of each firing. With their number known, a device need not be waited for."""
     rows = torch.arange(len(starts) - 1, device=starts.device)
