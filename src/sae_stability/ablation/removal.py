@@ -111,8 +111,8 @@ def reselected(
             found[name] = np.bincount(cluster[judged], np.square(target[judged] - predicted).sum(1), len(kinds))
         return found
 
-    one_at_a_time = torch.device(device).type != "cpu"
-    by_seed = threads.each_seed(errors, len(ensemble.seeds), "removal, chosen again", one_at_a_time)
+    on_cpu = torch.device(device).type == "cpu"
+    by_seed = threads.each_seed(errors, len(ensemble.seeds), "removal, chosen again", one_at_a_time=not on_cpu)
     seen = np.bincount(cluster[judged], minlength=len(kinds)) > 0
     intact, *removed = (np.stack([found[name][seen] for found in by_seed]) for name in without)
     return Residuals(total[seen], intact, dict(zip(members, removed, strict=True)), {})

@@ -170,7 +170,7 @@ def fine_tuned(start: Ensemble, recipe: Recipe, seeds: Seeds, device: str, decod
         own = train.with_data(train.data[begin : begin + tokens])
         return calibrated(finetune(start.of(position), short, own, device, decoder_alone).dictionary(0), x, seeds.l0)
 
-    return joined(threads.each_seed(tuned, count, "fine-tuning"), start)
+    return joined(threads.each_seed(tuned, count, "fine-tuning", one_at_a_time=device != "cpu"), start)
 
 
 def shares(alike: Stability, energy: Float[Tensor, "sae d_sae"], calibrated: float) -> pd.DataFrame:

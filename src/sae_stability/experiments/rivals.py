@@ -84,15 +84,23 @@ def bagged(seeds: Seeds) -> list[Sum]:
 
 def boosted(seeds: Seeds, recipe: Recipe, device: str = "cpu") -> list[Sum]:
     """The first seed of each group, and SAEs of its other seeds that are trained on what is left, one after another."""
-    chains = []
+    chains, data = [], seeds.train.data
     for group in tqdm(seeds.groups[:PAID], BOOSTED, unit="chain", disable=None):
-        chain = Sum([seeds.saes[group[0]]], boosted=True)
+        saes, left = [seeds.saes[group[0]]], data.to(torch.float32, copy=True)
         for one in group[1:]:
-            left = torch.cat([(x.float() - chain.rebuild(x.float())).to(x.dtype) for x in seeds.train.data.split(ROWS)])
-            added = training.train(recipe, Activations.of(left), [seeds.ensemble.seeds[one]], described=BOOSTED, device=device)
-            chain = Sum([*chain.saes, added.dictionary(0)], boosted=True)
-        chains.append(chain)
+            _take_away(left, saes[-1], device)
+            its_seed, rest = [seeds.ensemble.seeds[one]], Activations.of(left.to(data.dtype))
+            saes.append(training.train(recipe, rest, its_seed, described=BOOSTED, device=device).dictionary(0))
+        chains.append(Sum(saes, boosted=True))
     return chains
+
+
+def _take_away(left: Float[Tensor, "token d_in"], sae: SAE, device: str) -> None:
+    """What an SAE makes of activations, from these, in place; it is computed on `device`."""
+    there = replace(sae, parameters=type(sae.parameters)(*(tensor.to(device) for tensor in sae.parameters)))
+    for rows in left.split(ROWS):
+        x = rows.to(device)
+        rows.copy_(x - there.codes(x).decode(there.W_dec) - there.parameters.b_dec)
 
 
 def fit(
