@@ -181,6 +181,21 @@ def test_verdicts_are_counted_by_claim():
     assert derived.verdicts_by_claim([]) == ""
 
 
+def test_where_verdicts_fall_is_told_by_names_in_their_order():
+    fell = {
+        ("C2", "a"): "supported",
+        ("C2", "b"): "opposite",
+        ("C2", "c"): "supported",
+        ("C1", "a"): "inconclusive",
+        ("C6", "a"): "not tested",
+    }
+    ledger = [{"id": claim, "line": "as stated", "verdict": verdict, "cell": cell} for (claim, cell), verdict in fell.items()]
+    ledger.append({"id": "C2", "line": "beyond size and noise", "verdict": "opposite", "cell": "a"})
+    told = derived.where_verdicts_fall(ledger, {"c": "wide", "b": "middle", "a": "narrow"})
+    assert told == "- C1: *inconclusive* at all\n- C2: *supported* at wide, narrow; *opposite* at middle"
+    assert derived.where_verdicts_fall([], {}) == ""
+
+
 def test_what_was_judged_by_earlier_rules_is_named():
     def line(claim: str, rule: str) -> dict:
         return {"id": claim, "line": "as stated", "rule": rule}

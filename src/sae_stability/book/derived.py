@@ -232,6 +232,20 @@ def verdicts_by_claim(ledger: Iterable[dict]) -> str:
     )
 
 
+def where_verdicts_fall(ledger: Iterable[dict], names: Mapping[str, str]) -> str:
+    """As a list: of each claim as stated, which verdict fell on which cells, by their names and in their order."""
+    fallen: dict[str, dict[str, list[str]]] = {}
+    place = list(names).index
+    for line in sorted((line for line in ledger if line["cell"] in names), key=lambda line: place(line["cell"])):
+        if line["line"] == "as stated" and line["verdict"] != "not tested":
+            fallen.setdefault(line["id"], {}).setdefault(line["verdict"], []).append(names[line["cell"]])
+    told = []
+    for claim, of in sorted(fallen.items()):
+        where = [f"*{verdict}* at {', '.join(cells)}" for verdict, cells in of.items()]
+        told.append(f"- {claim}: " + ("; ".join(where) if len(where) > 1 else f"*{next(iter(of))}* at all"))
+    return "\n".join(told)
+
+
 def by_earlier_rules(here: Iterable[dict], there: Iterable[dict]) -> str:
     """Which claims of another ledger were judged by other rules than those of this one; nothing where none was."""
     rules = {(line["id"], line["line"]): line["rule"] for line in here}

@@ -27,17 +27,22 @@ def against_tokens(cells: pd.DataFrame, title: str) -> Figure:
 
 def against_width(cells: pd.DataFrame, title: str) -> Figure:
     """The same against the number of features: with k fixed, and with k in proportion. Columns: d_sae, k, and those of `SERIES`."""
-    main = cells.iloc[0]
-    proportional = cells["k"] * main["d_sae"] == cells["d_sae"] * main["k"]
-    panels = {f"k = {main['k']}": cells["k"] == main["k"], f"k = features / {main['d_sae'] // main['k']}": proportional}
     figure, axes = new_axes(title, height=4.2, columns=2, sharey=True)
-    for axis, (name, chosen) in zip(axes, panels.items(), strict=True):
-        _draw(axis, cells[chosen], "d_sae")
+    for axis, (name, chosen) in zip(axes, by_sparsity(cells).items(), strict=True):
+        _draw(axis, chosen, "d_sae")
         axis.set_title(name, fontsize="medium")
         axis.set_xlabel("features")
     axes[0].set_ylabel("share of live features")
     legend_below(figure, axes[0])
     return figure
+
+
+def by_sparsity(cells: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The cells with the first one's k, and those whose k is in proportion to their features, narrow ones first; by what they have
+    in common."""
+    main, cells = cells.iloc[0], cells.sort_values("d_sae")
+    proportional = cells["k"] * main["d_sae"] == cells["d_sae"] * main["k"]
+    return {f"k = {main['k']}": cells[cells["k"] == main["k"]], f"k = features / {main['d_sae'] // main['k']}": cells[proportional]}
 
 
 def _draw(axis, cells: pd.DataFrame, x: str) -> None:
