@@ -13,6 +13,7 @@ from helpers import drawn
 from sae_stability.experiments import asked, ensembles, function, impacts, matching, sharing
 from sae_stability.figures import sharing as figures
 from sae_stability.matching import Stability, stability
+from sae_stability.statistics import jackknife
 
 SEEDS, D_IN = 5, 40
 
@@ -95,7 +96,29 @@ def test_what_masking_nothing_costs_is_not_defined():
         "reconstruction/stable": np.ones((3, 2)),
         "features/stable": np.zeros(3),
     }
-    assert all(np.isnan(each.value) for each in asked._lost(arrays, "reconstruction", "stable"))
+    nothing = torch.zeros(3, 4, dtype=torch.bool)
+    lost = asked._lost(arrays, "reconstruction", "stable", lambda kept: nothing[kept], np.ones((3, 4)))
+    assert all(np.isnan(each.value) for each in lost)
+
+
+def test_what_masking_costs_is_jackknifed_with_the_sets_of_each_choice_of_seeds():
+    """Where features cost what they cost alone, the interval is that of a study that masks again without each seed."""
+    rng = np.random.default_rng(0)
+    seeds, d_sae, clusters = 8, 20, 5
+    weight = rng.exponential(size=(seeds, d_sae))
+    order = torch.from_numpy(rng.random((seeds, d_sae))).argsort(1)
+
+    def members(kept: list[int]) -> torch.Tensor:  # one feature fewer where seed 2 or 5 takes part
+        return order[kept] < 10 - len({2, 5} & set(kept))
+
+    lost = (weight * members(list(range(seeds))).numpy()).sum(1)
+    arrays = {"intact": np.zeros((seeds, clusters)), "total": np.ones(clusters), "features/stable": np.full(seeds, 8)}
+    arrays["reconstruction/stable"] = np.repeat(lost[:, None], clusters, 1)
+    _, every = asked._lost(arrays, "reconstruction", "stable", members, weight)
+    again = jackknife(lambda kept: float((weight[kept] * members(kept).numpy()).sum(1).mean()), seeds)
+    assert every == pytest.approx(again)
+    fixed = jackknife(lambda kept: float(lost[kept].mean()), seeds)
+    assert every.high - every.low > 1.05 * (fixed.high - fixed.low)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_stability import ablation
 from sae_stability.ablation.controls import Name, own_ranks, some_of
 from sae_stability.evaluation import Encoded
-from sae_stability.experiments import ensembles, explanations, matching, quality, texts
+from sae_stability.experiments import ensembles, explanations, impacts, matching, quality, texts
 from sae_stability.experiments.columns import interval_columns
 from sae_stability.experiments.experiment import Experiment, Results, is_main
 from sae_stability.experiments.explanations import EXPLAINED_SEEDS
@@ -56,10 +56,13 @@ def bands(matched: Stability, seeds: list[int]) -> dict[str, Bool[Tensor, "kept 
     return {name: band == matching_bands.index(name) for name in BANDS}
 
 
-def masked(matched: Stability) -> dict[Name, Bool[Tensor, "seed d_sae"]]:
-    """N random stable features of each seed, and `TIMES` N random unstable ones: as many as both bands allow."""
-    everyone = list(range(len(matched.alive)))
-    found, ranks = bands(matched, everyone), own_ranks(everyone, matched.alive.shape[1])
+def masked(matched: Stability, seeds: list[int] | None = None) -> dict[Name, Bool[Tensor, "kept d_sae"]]:
+    """N random stable features of each seed, and `TIMES` N random unstable ones: as many as both bands allow.
+
+    Of some seeds (positions) or of all, with bands as `bands` derives them.
+    """
+    kept = list(range(len(matched.alive))) if seeds is None else seeds
+    found, ranks = bands(matched, kept), own_ranks(kept, matched.alive.shape[1])
     counts = torch.minimum(found["stable"].sum(1), found["unstable"].sum(1) // TIMES)
     return {("masked", band): some_of(found[band], times * counts, ranks) for band, times in (("stable", 1), ("unstable", TIMES))}
 
@@ -83,14 +86,15 @@ def compute(results: Results, folder: Path) -> None:
 def asked(results: Results) -> pd.DataFrame:
     """One row per quantity, set of features and choice of anchors: our value with its interval, and what is reported.
 
-    Anchors are the `first` seed or `every` one. What follows from bands alone is jackknifed with bands derived again; what masking
-    costs, with the sets that were masked, and documents resampled. What is of one seed alone has no interval over seeds.
+    Anchors are the `first` seed or `every` one. Over all of them intervals are jackknives with bands and masked sets derived again;
+    for what masking costs, documents are resampled too. What is of one seed alone has no interval over seeds.
     """
     matched, arrays = matching.stability(results), load_file(results.folder("asked") / "masked.safetensors")
     everyone = list(range(len(matched.alive)))
     frequency, directions = quality.fit(results).frequency.numpy(), ensembles.ensemble(results).W_dec
     banded = cache(lambda kept: bands(matched, list(kept)))  # derived again for each seed that is left out
     as_many = cache(lambda kept: _as_many(banded(kept), own_ranks(list(kept), directions.shape[1])))
+    sets = cache(lambda kept: masked(matched, list(kept)))
     rows: list[dict] = []
 
     def add(quantity: str, of: str, anchors: str, value: Interval) -> None:
@@ -112,6 +116,9 @@ def asked(results: Results) -> pd.DataFrame:
 
     def some_of(band: str, kept: list[int]) -> Tensor:
         return as_many(tuple(kept))[band]
+
+    def masks_of(band: str, kept: list[int]) -> Tensor:
+        return sets(tuple(kept))["masked", band]
 
     def share(seed: int, member: Tensor) -> float:
         return float(member.sum() / matched.alive[seed].sum())
@@ -135,12 +142,12 @@ def asked(results: Results) -> pd.DataFrame:
     of_seeds("rows over d", "each", partial(some_of, "stable"), lambda seed, member: float(member.sum()) / directions.shape[2])
     add("agreement of one to one and many to one", "matched", "every", over_pairs(agreement(results)))
     for band in BANDS:
-        masks = arrays[f"features/{band}"]
-        add("features masked", band, "first", _alone(masks[0]))
-        add("features masked", band, "every", _alone(masks.mean()))
+        of_seeds("features masked", band, partial(masks_of, band), lambda _, member: float(member.sum()))
+    single = impacts.single(results)
     for measure, what in (("reconstruction", "explained variance lost"), ("prediction", "cross-entropy added, nats")):
+        weight = single.weight(measure) / (arrays["total"].sum() if measure == "reconstruction" else 1.0)
         for band in BANDS:
-            first, every = _lost(arrays, measure, band)
+            first, every = _lost(arrays, measure, band, partial(masks_of, band), weight)
             add(what, band, "first", first)
             add(what, band, "every", every)
     for ablated, of in SITE.items():
@@ -159,18 +166,35 @@ def agreement(results: Results) -> Float[np.ndarray, "seed seed"]:
     return shared
 
 
-def _lost(arrays: dict[str, np.ndarray], measure: str, band: str) -> tuple[Interval, Interval]:
+def _lost(
+    arrays: dict[str, np.ndarray],
+    measure: str,
+    band: str,
+    members: Callable[[list[int]], Bool[Tensor, "kept d_sae"]],
+    weight: Float[np.ndarray, "seed d_sae"],
+) -> tuple[Interval, Interval]:
     """What masking costs, with the first seed as the anchor (documents are resampled) and with every one (and seeds left out).
 
-    Not defined where nothing could be masked.
+    With a seed left out, `members` gives other sets. What masking these would cost is what was measured, moved by what the sets
+    gain or lose in `weight`: what each feature costs alone (as in `ablation.estimates`). Not defined where nothing was masked.
     """
     start, size = (arrays[name] for name in (("intact", "total") if measure == "reconstruction" else ("clean", "tokens")))
     lost, there = arrays[f"{measure}/{band}"] - start, arrays[f"features/{band}"] > 0
     by_seed, weights = np.where(there, lost.sum(1) / size.sum(), np.nan), resampled(len(size))
     if not there[0]:
         return _alone(np.nan), _alone(np.nan)
+
+    def additive(kept: list[int]) -> Float[np.ndarray, "kept"]:
+        return (weight[kept] * members(kept).numpy()).sum(1)
+
+    everyone = list(range(len(by_seed)))
+    measured = additive(everyone)
+
+    def estimate(kept: list[int]) -> float:
+        return float(np.nanmean(by_seed[kept] + additive(kept) - measured[kept]))
+
     drawn = ((weights @ lost[there].T) / (weights @ size)[:, None]).mean(1)
-    return bootstrap_ratio(lost[0], size), jackknife(lambda kept: float(np.nanmean(by_seed[kept])), len(by_seed), drawn)
+    return bootstrap_ratio(lost[0], size), jackknife(estimate, len(by_seed), drawn)
 
 
 def _as_many(of_bands: dict[str, Bool[Tensor, "seed d_sae"]], ranks: Float[Tensor, "seed d_sae"]) -> dict[str, Tensor]:
@@ -209,6 +233,6 @@ EXPERIMENT = Experiment(
     after=("matching",),
     reads=("threshold", "evaluation_tokens", "ablation_tokens"),
     tables={"asked": asked},
-    report_after=("explanations", "quality"),
+    report_after=("explanations", "impacts", "quality"),
     asked=_many,
 )
