@@ -30,9 +30,11 @@ from sae_stability.language.activations import Activations
 from sae_stability.matching import stability
 from sae_stability.matching.theory import expected_stability
 from sae_stability.saes.ensemble import Ensemble
+from sae_stability.saes.parameters import Parameters
+from sae_stability.saes.topk import TopK
 from sae_stability.study import Recipe
-from sae_stability.training import prepare
-from sae_stability.training.loop import Training
+from sae_stability.training.loop import generator
+from sae_stability.training.together import train_together
 
 FOUND = 0.9
 """Cosine from which a latent is a true feature, and share of its length inside a block from which it is one of the block's."""
@@ -285,19 +287,18 @@ def _spanned(directions: Tensor, of_block: Bool[Tensor, "block seed d_sae"], spa
 
 
 def trained(world: World, seeds: Sequence[int]) -> Ensemble:
-    """SAEs of a world, by the engine that trains all others."""
-    job = prepare(world.recipe, Activations.of(world.activations(world.unique, draw=1)), seeds)
-    with tqdm(disable=True) as bar:
-        inputs = (job.recipe, job.seeds, job.coefficients, job.visits, job.blocks.d_in, job.folder)
-        training = Training(*inputs, torch.device("cpu"), np.inf, bar)
-        if world.from_truth:
-            features, block = world.truth.features[: world.d_sae], job.blocks.block(0)
-            training.parameters.b_dec[:] = -block.mean * block.scale  # activations are centred, and sums of features are not
-            for directions in (training.parameters.W_dec, training.parameters.W_enc_rows):
-                directions[:, : len(features)] = features
-        for visit in range(len(job.visits)):
-            training.consume(visit, job.blocks.block(0))
-        return training.finish(job.blocks.block(0))
+    """SAEs of a world, all seeds side by side."""
+    recipe, x = world.recipe, Activations.of(world.activations(world.unique, draw=1))
+    method = TopK(recipe.k)
+    begun = [method.initialise(x.d_in, recipe.d_sae, generator(recipe, seed)) for seed in seeds]
+    sae = Parameters(*(torch.stack(tensors) for tensors in zip(*begun, strict=True)))
+    if world.from_truth:
+        features = world.truth.features[: world.d_sae]
+        sae.b_dec[:] = -x.mean * x.scale  # activations are centred, and sums of features are not
+        for directions in (sae.W_dec, sae.W_enc_rows):
+            directions[:, : len(features)] = features
+    train_together(recipe, x, seeds, sae)
+    return Ensemble(recipe.variant, recipe.k, list(seeds), sae, x.mean, x.scale)
 
 
 def measure(world: World, seeds: int) -> dict:

@@ -17,6 +17,7 @@ from sae_stability import threads
 from sae_stability.saes.plain import ByFeature
 
 LANES = 128  # a row is scanned in so many interleaved lanes; a vector register holds 16 or 32 of them
+FEW = 8  # keys, up to which the largest are kept in order rather than counted
 TOGETHER = 32  # directions whose largest product is found together, in registers
 REASSOCIATED = {"nsz", "arcp", "contract", "reassoc"}  # sums may be vectorised; NaN and infinity keep their meaning
 KEYS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
@@ -151,6 +152,22 @@ def _kth_largest(keys, count, k, least, most):
     return least
 
 
+@njit(cache=True)
+def _kth_of_few(keys, count, k, largest):
+    """The same of a small k, where at least k of the first `count` keys are positive: the largest are kept in order on the way."""
+    for place in range(k):
+        largest[place] = 0
+    for i in range(count):
+        key = keys[i]
+        if key > largest[0]:
+            place = 0
+            while place + 1 < k and largest[place + 1] < key:
+                largest[place] = largest[place + 1]
+                place += 1
+            largest[place] = key
+    return largest[0]
+
+
 @njit(parallel=True, nogil=True, cache=True)
 def _top(keys, k, most, blocks, features):
     rows, d_sae = keys.shape
@@ -161,6 +178,7 @@ def _top(keys, k, most, blocks, features):
         largest = np.empty(LANES, keys.dtype)
         candidates = np.empty(d_sae + 1, np.int64)
         found = np.empty(d_sae, keys.dtype)
+        few = np.empty(FEW, keys.dtype)
         for i in range(block * rows // blocks, (block + 1) * rows // blocks):
             row = keys[i]
             # k lanes have their largest key at or above `floor`, so the k largest keys are there too.
@@ -187,7 +205,7 @@ def _top(keys, k, most, blocks, features):
                 found[c] = row[candidates[c]]
             kth = floor
             if count > k:
-                kth = _kth_largest(found, count, k, floor, most)
+                kth = _kth_of_few(found, count, k, few) if 0 < k <= FEW else _kth_largest(found, count, k, floor, most)
             ties = k
             for c in range(count):
                 ties -= found[c] > kth

@@ -25,12 +25,12 @@ def descend(optimizer: torch.optim.Adam, sae: Parameters, gradient: Parameters, 
         return
     if unit_decoder:
         # A direction has no length to learn: the gradient along it would only fight the normalisation below.
-        gradient.W_dec.addcmul_(sae.W_dec, torch.linalg.vecdot(gradient.W_dec, sae.W_dec)[:, None], value=-1)
+        gradient.W_dec.addcmul_(sae.W_dec, torch.linalg.vecdot(gradient.W_dec, sae.W_dec)[..., None], value=-1)
     if clip is not None:
         _clip(gradient, clip)
     optimizer.step()
     if unit_decoder:
-        F.normalize(sae.W_dec, dim=1, out=sae.W_dec)
+        F.normalize(sae.W_dec, dim=-1, out=sae.W_dec)
 
 
 def _state(optimizer: torch.optim.Adam, parameter: Tensor) -> dict[str, Tensor]:

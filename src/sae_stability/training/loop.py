@@ -90,7 +90,7 @@ class Training:
         kind, dtype = variant(recipe.variant), fastest_dtype(device) if recipe.encoder == "fastest" else torch.float32
         methods = [kind(recipe.k, coefficient, dtype) for coefficient in coefficients]
         for position, (method, seed) in enumerate(zip(methods, seeds, strict=True)):
-            begun = method.initialise(d_in, recipe.d_sae, _generator(recipe, seed))
+            begun = method.initialise(d_in, recipe.d_sae, generator(recipe, seed))
             if position == 0:
                 self.parameters = kind.parameters(*(torch.empty(len(seeds), *tensor.shape, device=device) for tensor in begun))
             for stacked, tensor in zip(self.parameters, begun, strict=True):
@@ -181,9 +181,7 @@ class Training:
 
     def _rows(self, trainee: Trainee, visit: int, places: range, block: Activations) -> Int[Tensor, "row"]:
         """Which tokens of a block are in some batches."""
-        recipe = self.recipe
-        keys = _random(0 if recipe.fixed_order else trainee.seed, ORDER, visit).generate_state(ROUNDS, np.uint64)
-        rows = torch.from_numpy(shuffled(len(block), keys, places.start * recipe.batch, places.stop * recipe.batch))
+        rows = shuffled_rows(self.recipe, trainee.seed, visit, places, len(block))
         return rows if block.data.device.type == "cpu" else rows.pin_memory().to(block.data.device, non_blocking=True)
 
     def _advance(
@@ -307,7 +305,14 @@ def _mean_square(x: Float[Tensor, "token d_in"]) -> Float[Tensor, ""]:
     return total(torch.linalg.vecdot(x, x)) / len(x)
 
 
-def _generator(recipe: Recipe, seed: int) -> torch.Generator:
+def shuffled_rows(recipe: Recipe, seed: int, visit: int, places: range, tokens: int) -> Int[Tensor, "row"]:
+    """Which of the tokens of a block are in some batches, by their places in a seed's visit to it."""
+    keys = _random(0 if recipe.fixed_order else seed, ORDER, visit).generate_state(ROUNDS, np.uint64)
+    return torch.from_numpy(shuffled(tokens, keys, places.start * recipe.batch, places.stop * recipe.batch))
+
+
+def generator(recipe: Recipe, seed: int) -> torch.Generator:
+    """From which the weights that a seed begins with are drawn."""
     state = _random(0 if recipe.fixed_initialisation else seed, INITIALISATION).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> 1))
 
