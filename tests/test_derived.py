@@ -204,3 +204,20 @@ def test_what_was_judged_by_earlier_rules_is_named():
     assert derived.by_earlier_rules(here, here) == ""
     there = [line("C1", "one"), line("C5", "as before"), line("C9", "unknown")]
     assert derived.by_earlier_rules(here, there).startswith("There C5 was")
+
+
+def test_typical_features_lie_in_the_middle_of_their_band(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    shared, own = torch.randn(5, 60, generator=generator), torch.randn(4, 7, 60, generator=generator)
+    apart = torch.linspace(0, 0.5, 5)[:, None] * torch.randn(4, 5, 60, generator=generator)
+    found = stability(torch.cat([shared + apart, own], 1))
+    monkeypatch.setattr(derived.matching, "stability", lambda results, kind: found)
+    typical = derived.typical_features(None, 0.7)
+    assert typical.groupby("band").size().to_dict() == {"stable": 3, "unstable": 3}
+    for band, of in typical.groupby("band"):
+        members = np.flatnonzero(found.band[0] == BANDS.index(band))
+        means = found.best_cosine[0, 1:].mean(0).numpy()[members]
+        assert of["cosine"].mean() == pytest.approx(np.sort(means)[len(means) // 2], abs=1e-6)
+        np.testing.assert_allclose(of["cosine"], found.best_cosine[0, 1:, of["feature"].iloc[0]])
+    monkeypatch.setattr(derived.matching, "stability", lambda results, kind: stability(shared.expand(3, 5, 60)))
+    assert set(derived.typical_features(None, 0.7)["band"]) == {"stable"}  # no feature is unstable

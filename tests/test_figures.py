@@ -361,3 +361,17 @@ def test_what_is_kept_is_drawn_in_the_order_of_features():
     drawn = next(line for line in axis.get_lines() if line.get_label() == "most energetic first")
     assert drawn.get_ydata().tolist() == [0, 0.7, 1]
     assert [line.get_xdata()[0] for line in axis.get_lines()[-2:]] == [0.2, 0.7]
+
+
+def test_typical_features_are_drawn_at_the_angles_of_their_cosines():
+    closest = pd.DataFrame({"band": ["stable"] * 3 + ["unstable"] * 3, "cosine": [1.0, 0.9, 0.8, 0.7, 0.5, 0.1]})
+    figure = stability.typical_features(closest, 0.7, "title")
+    told = []
+    for axis, (_, of) in zip(figure.axes, closest.groupby("band"), strict=True):
+        tips = np.array([arrow.xy for arrow in axis.texts])
+        np.testing.assert_allclose(np.hypot(*tips.T), 1)  # unit length
+        np.testing.assert_allclose(sorted(tips[:, 0]), sorted([1, *of["cosine"]]))
+        wedge = axis.patches[0].get_xy()
+        assert np.arctan2(*wedge.T[::-1]).max() == pytest.approx(np.arccos(0.7))
+        told.append(axis.get_title())
+    assert told == ["stable: back in 3\nof 3 other seeds", "unstable: back in 1\nof 3 other seeds"]

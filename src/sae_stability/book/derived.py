@@ -56,6 +56,21 @@ def stability_by_kind(results: Results, threshold: float) -> dict[str, Stability
     return {kind: matching.stability(results, kind).at(threshold) for kind in results.cell.kinds}
 
 
+def typical_features(results: Results, threshold: float) -> pd.DataFrame:
+    """A stable and an unstable feature of the first seed, each in the middle of its band by the mean of its best cosines.
+
+    One row a feature and other seed, nothing of a band that is empty. Columns: band, feature, cosine (the best in that seed).
+    """
+    found = matching.stability(results, "real").at(threshold)
+    best, band, rows = found.best_cosine[0, 1:].numpy(), found.band[0], []
+    for name in ("stable", "unstable"):
+        members = np.flatnonzero(band == BANDS.index(name))
+        if len(members):
+            middle = members[np.argsort(best[:, members].mean(0), kind="stable")[len(members) // 2]]
+            rows += [{"band": name, "feature": int(middle), "cosine": float(cosine)} for cosine in best[:, middle]]
+    return pd.DataFrame(rows, columns=["band", "feature", "cosine"])
+
+
 def reappearance_curves(results: Results, kinds: Iterable[str], cosines: Iterable[float]) -> pd.DataFrame:
     """How often unstable features come back in another seed at any cosine: a row a kind and cosine.
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sae_stability.figures.style import (
@@ -33,6 +34,34 @@ def stability_histogram(features: pd.DataFrame, latent: LatentShares, title: str
     axis.set(xlabel=f"other seeds in which the feature reappears (of {trials})", ylabel="% of live features")
     axis.set_xticks(range(trials + 1))
     return figure
+
+
+def typical_features(closest: pd.DataFrame, threshold: float, title: str) -> Figure:
+    """One panel a feature: its direction, and the closest one in each other seed at the angle that lies between them.
+
+    Which side of it they are drawn on means nothing. Columns: band, cosine.
+    """
+    bands = list(dict.fromkeys(closest["band"]))
+    figure, axes = new_axes(title, height=3.5, columns=len(bands))
+    reach = np.arccos(threshold)
+    edge = np.linspace(-reach, reach, 50)
+    for axis, band in zip(axes, bands, strict=True):
+        cosines, colour = np.sort(closest.loc[closest["band"] == band, "cosine"])[::-1], BAND_STYLES[band].colour
+        back = int((cosines >= threshold).sum())
+        axis.fill(np.append(np.cos(edge), 0), np.append(np.sin(edge), 0), color="#E5E5E5", linewidth=0)
+        for place, angle in enumerate(np.arccos(np.clip(cosines, -1, 1))):
+            side = 1 if place % 2 else -1
+            _arrow(axis, (np.cos(angle), side * np.sin(angle)), colour, 1.4)
+        _arrow(axis, (1, 0), "black", 2.4)
+        axis.set_title(f"{band}: back in {back}\nof {len(cosines)} other seeds", fontsize="medium", color=colour)
+        axis.set(xlim=(-0.15, 1.1), ylim=(-1.05, 1.05), aspect="equal")
+        axis.axis("off")
+    return figure
+
+
+def _arrow(axis: Axes, tip: tuple[float, float], colour: str, width: float) -> None:
+    style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
+    axis.annotate("", tip, (0, 0), arrowprops=style)
 
 
 def against_nulls(features: pd.DataFrame, title: str) -> Figure:
