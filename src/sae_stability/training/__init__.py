@@ -1,5 +1,5 @@
 """Trains all seeds of a recipe together: `loop.py` takes the steps, `shards.py` makes ensembles of them, `steering.py` finds the
-penalty of variants that have one.
+penalty of variants that have one. `together.py` takes the steps of SAEs that are small in fewer calls.
 """
 
 from collections.abc import Sequence
