@@ -107,3 +107,18 @@ def test_chapters_say_what_is_not_published(quick, tmp_path, monkeypatch):
     assert "sae-stability run unseen" in executed("rules", monkeypatch)
     assert "sae-stability run many-seeds" in executed("asked", monkeypatch)
     assert executed("synthetic", monkeypatch).count("`make worlds` makes them") == 2  # slices of the diagram, and the reverse test
+
+
+@pytest.mark.parametrize(("table", "key"), [("removals", ["measure", "reading", "set", "of"]), ("reappearing", ["weight"])])
+def test_what_a_gpu_found_of_a_recipe_is_what_a_cpu_found(table, key):
+    """`widths` was computed on a GPU and `lengths` on a CPU; their main cells are one recipe."""
+    studies = [page.published(name) for name in ("lengths", "widths")]
+    recipes = [study.study.main for study in studies]
+    assert recipes[0] == recipes[1]
+    of_main = [study.table(table) for study in studies]
+    both = of_main[0].merge(of_main[1], on=["kind", *key], suffixes=("", "_gpu"), validate="one_to_one")
+    assert len(both) == len(of_main[0]) == len(of_main[1])
+    known = both.dropna(subset=["share_low", "share_low_gpu"])
+    overlap = (known["share_low"] <= known["share_high_gpu"]) & (known["share_low_gpu"] <= known["share_high"])
+    assert overlap.mean() > 0.95
+    assert len(known) > 0.9 * len(both)
