@@ -5,6 +5,7 @@ reported of its answers by readers of its full text (PAPER.md, second hand).
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -34,6 +35,11 @@ STABLE, UNSTABLE = 0.95, 0.05
 BANDS = ("stable", "unstable")
 TIMES = 4  # as many unstable features are masked as stable ones
 SITE = {"mean": "the site at its mean", "zero": "the site at zero"}
+COSTS: dict[Literal["reconstruction", "prediction"], str] = {
+    "reconstruction": "explained variance lost",
+    "prediction": "cross-entropy added, nats",
+}
+"""What masking is read by."""
 PART_OF_WORD = ("words that begin with", "words that end with")
 """How the rules engine names a part of a word; the reported explanations say *substring*."""
 REPORTED = {
@@ -144,7 +150,7 @@ def asked(results: Results) -> pd.DataFrame:
     for band in BANDS:
         of_seeds("features masked", band, partial(masks_of, band), lambda _, member: float(member.sum()))
     single = impacts.single(results)
-    for measure, what in (("reconstruction", "explained variance lost"), ("prediction", "cross-entropy added, nats")):
+    for measure, what in COSTS.items():
         weight = single.weight(measure) / (arrays["total"].sum() if measure == "reconstruction" else 1.0)
         for band in BANDS:
             first, every = _lost(arrays, measure, band, partial(masks_of, band), weight)
