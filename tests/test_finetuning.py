@@ -7,7 +7,7 @@ from sae_stability.saes import variant
 from sae_stability.study import Recipe
 from sae_stability.training import train
 from sae_stability.training.finetuning import finetune
-from sae_stability.training.loop import _generator
+from sae_stability.training.loop import generator
 
 RECIPE = Recipe(model="none", hook_name="blocks.0.hook_resid_post", d_sae=24, k=3, tokens=4096, batch=256, encoder="float32")
 
@@ -20,7 +20,7 @@ def activations() -> Activations:
 def test_from_the_initial_weights_it_is_the_training():
     x = activations()
     trained = train(RECIPE, x, [3, 5])
-    begun = [variant("topk")(RECIPE.k).initialise(16, RECIPE.d_sae, _generator(RECIPE, seed)) for seed in (3, 5)]
+    begun = [variant("topk")(RECIPE.k).initialise(16, RECIPE.d_sae, generator(RECIPE, seed)) for seed in (3, 5)]
     start = trained.with_parameters(**{name: torch.stack([getattr(each, name) for each in begun]) for name in begun[0]._asdict()})
     again = finetune(start, RECIPE, x)
     assert all(torch.equal(one, other) for one, other in zip(again.parameters, trained.parameters, strict=True))

@@ -28,7 +28,7 @@ def batches(steps: int = STEPS) -> list[torch.Tensor]:
 @pytest.fixture
 def engine(cell, monkeypatch):
     """Trains the one seed 0 of a variant by the fast engine on given batches; nothing is revived."""
-    monkeypatch.setattr(loop, "_generator", lambda cell, seed: torch.Generator().manual_seed(seed))
+    monkeypatch.setattr(loop, "generator", lambda cell, seed: torch.Generator().manual_seed(seed))
 
     def run(name: str, given: list[torch.Tensor]):
         def batches_of(self, trainee, visit, places, block):
