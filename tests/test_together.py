@@ -14,10 +14,11 @@ from sae_stability.training.together import train_together
 SEEDS = [3, 0, 7]
 
 
-@pytest.mark.parametrize("dead_after", [200, 10**6])  # with more dead features than a token revives at a time, and with none
-def test_seeds_side_by_side_become_what_they_are_alone(cell, dead_after):
+# With some dead features, with more than a token revives at a time, and with none.
+@pytest.mark.parametrize(("dead_after", "d_sae", "k"), [(200, 40, 2), (64, 200, 1), (10**6, 40, 2)])
+def test_seeds_side_by_side_become_what_they_are_alone(cell, dead_after, d_sae, k):
     x = drawn(2048, 12) * torch.linspace(2, 0.1, 12) + 1
-    changed = {"tokens": 2048, "passes": 2, "encoder": "float32", "dead_after": dead_after, "d_sae": 40, "k": 2, "rate": 0.01}
+    changed = {"tokens": 2048, "passes": 2, "encoder": "float32", "dead_after": dead_after, "d_sae": d_sae, "k": k, "rate": 0.01}
     recipe, activations = cell.recipe.model_copy(update=changed), Activations.of(x)
     alone = train(recipe, activations, SEEDS)
     begun = [TopK(recipe.k).initialise(12, recipe.d_sae, generator(recipe, seed)) for seed in SEEDS]
