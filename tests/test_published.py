@@ -115,6 +115,7 @@ def test_what_a_gpu_found_of_a_recipe_is_what_a_cpu_found(table, key):
     studies = [page.published(name) for name in ("lengths", "widths")]
     recipes = [study.study.main for study in studies]
     assert recipes[0] == recipes[1]
+    assert ["GPU" in study.origin for study in studies] == [False, True]
     of_main = [study.table(table) for study in studies]
     both = of_main[0].merge(of_main[1], on=["kind", *key], suffixes=("", "_gpu"), validate="one_to_one")
     assert len(both) == len(of_main[0]) == len(of_main[1])

@@ -166,9 +166,10 @@ class Published(Tables):
 
     @property
     def origin(self) -> str:  # type: ignore[override]
+        machine = self.provenance["machine"] + (" and a GPU" if self.study.device == "cuda" else "")
         return (
             f"These tables are published with the book: they come from commit `{short(self.provenance['commit'])}`, on "
-            f"{self.provenance['machine']}, and `sae-stability run {self.study.name}` computes them again."
+            f"{machine}, and `sae-stability run {self.study.name}` computes them again."
         )
 
 
