@@ -52,13 +52,13 @@ class Generated(World):
 
 
 def test_isolated_features_are_found():
-    assert measure(Generated(blocks=0, tokens=TOKENS), SEEDS)["isolated"] > 0.95
+    assert measure(Generated(blocks=0, tokens=TOKENS), SEEDS)["found_isolated"] > 0.95
 
 
 @pytest.mark.parametrize("r", [8, 12])
 def test_blocks_without_preferred_directions_are_found_as_a_space_and_not_one_by_one(r):
     found = measure(Generated(r=r, tokens=TOKENS), 2 * SEEDS)
-    assert found["in_blocks"] < LOST
+    assert found["found_in_blocks"] < LOST
     assert found["subspace"] > SPANNED
     assert abs(found["p_in_blocks"] - found["expected_p"]) < NEAR
 
@@ -67,7 +67,7 @@ def test_features_of_sparse_blocks_are_found_with_a_tight_budget_and_lost_with_s
     """On average over worlds, as the rule asks: single worlds lie on both sides of its bound."""
     tight = [Generated(r=r, active=1, tokens=LONGER * TOKENS, seed=seed) for r in (8, 12) for seed in range(10, 14)]
     slack = [replace(world, budget=(world.isolated_active + world.r) / world.l0) for world in tight[::4]]
-    found, lost = (jackknifed_mean(measure(world, SEEDS)["in_blocks"] for world in worlds) for worlds in (tight, slack))
+    found, lost = (jackknifed_mean(measure(world, SEEDS)["found_in_blocks"] for world in worlds) for worlds in (tight, slack))
     print(f"tight {found:.3f}, slack {lost:.3f}")
     assert found.value > TOLD
     assert lost.value < 0.5

@@ -41,7 +41,7 @@ def test_what_is_found_agrees_with_a_count(many):
 
 def test_pools_do_not_tell_what_can_not_be_told():
     found = recovery.pooled(World(r=8, tokens=150_000), 4).set_index("product")
-    assert (found.loc[["union", "consensus", "width"], "in_blocks"] < 0.15).all()
+    assert (found.loc[["union", "consensus", "width"], "found_in_blocks"] < 0.15).all()
     assert (found.loc[["union", "width"], "subspace"] > 0.9).all()
     assert found.loc["union", "latents"] > 1.5 * found.loc[recovery.SINGLE, "latents"]  # axes of each seed stand side by side
 

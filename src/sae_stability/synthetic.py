@@ -221,10 +221,10 @@ class Recovery:
     """What seeds of SAEs found of a world. Shares are means over seeds; NaN where there is nothing of the kind, and stabilities of
     one seed alone."""
 
-    isolated: float
+    found_isolated: float
     """Share of isolated features with a latent at a cosine of `FOUND`."""
-    rare: float
-    in_blocks: float
+    found_rare: float
+    found_in_blocks: float
     """The same of the features of blocks."""
     subspace: float
     """How much of a block's space its latents span: their top r axes, ||V^T B||^2 / r."""
@@ -259,9 +259,9 @@ def recovery(truth: Truth, W_dec: Float[Tensor, "seed d_sae d_in"], alive: Bool[
 
     stable = alive & (p >= 0.9)
     return Recovery(
-        isolated=found(truth.isolated),
-        rare=found(truth.rare),
-        in_blocks=found(truth.in_blocks.flatten(0, 1)),
+        found_isolated=found(truth.isolated),
+        found_rare=found(truth.rare),
+        found_in_blocks=found(truth.in_blocks.flatten(0, 1)),
         subspace=_spanned(directions, of_block, truth.spaces),
         latents=float(of_block.float().sum(2).mean()) if len(truth.spaces) else np.nan,
         p_isolated=mean(isolated),

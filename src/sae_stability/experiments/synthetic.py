@@ -150,11 +150,11 @@ def judge(results: Results) -> list[dict]:
 def judge_c8(worlds: pd.DataFrame) -> list[dict]:
     """C8, from its worlds, each a draw of its own. The null's value of the first two lines is that of the other kind of block."""
     by_kind = {kind: worlds[worlds["kind"] == kind] for kind in (INVARIANT, TIGHT, INVARIANT_TIGHT, SLACK)}
-    lost, told, not_told = (jackknifed_mean(by_kind[kind]["in_blocks"]) for kind in (INVARIANT, TIGHT, INVARIANT_TIGHT))
+    lost, told, not_told = (jackknifed_mean(by_kind[kind]["found_in_blocks"]) for kind in (INVARIANT, TIGHT, INVARIANT_TIGHT))
     spanned = jackknifed_mean(by_kind[INVARIANT]["subspace"])
     off = jackknifed_mean((by_kind[INVARIANT]["p_in_blocks"] - by_kind[INVARIANT]["expected_p"]).abs())
-    slack = by_kind[SLACK].set_index("seed")["in_blocks"]
-    same = by_kind[TIGHT].set_index("seed")["in_blocks"].loc[slack.index]  # the same draws with a tight budget
+    slack = by_kind[SLACK].set_index("seed")["found_in_blocks"]
+    same = by_kind[TIGHT].set_index("seed")["found_in_blocks"].loc[slack.index]  # the same draws with a tight budget
     stated, beyond_noise, beyond_frequency = C8
     lines = [
         judged(

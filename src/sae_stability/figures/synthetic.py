@@ -57,7 +57,7 @@ def phase(worlds: pd.DataFrame, rows: str, columns: str, value: str, labels: tup
 
 def stable_or_true(worlds: pd.DataFrame, title: str) -> Figure:
     """Stability of the latents of blocks against the share of their features that is found, a mark a world. Columns: active,
-    in_blocks, p_in_blocks."""
+    found_in_blocks, p_in_blocks."""
     figure, (axis,) = new_axes(title, height=4.6)
     laws = worlds["active"].fillna(0)
     for position, law in enumerate(sorted(set(laws))):
@@ -65,7 +65,7 @@ def stable_or_true(worlds: pd.DataFrame, title: str) -> Figure:
         of_law = worlds[laws == law]
         name = f"{law:.0f} active at a time" if law else "no preferred directions"
         axis.plot(
-            of_law["in_blocks"], of_law["p_in_blocks"], MARKERS[position % len(MARKERS)], color=colour, alpha=0.75, label=name
+            of_law["found_in_blocks"], of_law["p_in_blocks"], MARKERS[position % len(MARKERS)], color=colour, alpha=0.75, label=name
         )
     axis.axvline(0.9, color="#999999", linestyle=":", zorder=0)
     axis.axhline(0.9, color="#999999", linestyle=":", zorder=0)

@@ -1,22 +1,25 @@
-"""Small TopK SAEs trained side by side in one tensor: the steps of `loop.py`, in as few calls as one SAE takes.
+"""Small TopK SAEs trained side by side: the steps of `loop.py`, in as few calls as one SAE takes.
 
-A step of an SAE of a hundred features is less work than the calls that do it. Here the features of all seeds are those of one long
-SAE, in which a token's features are chosen among its own seed's. Nothing is kept on the way, and nobody watches for divergence.
+A step of an SAE of a hundred features is less work than the calls that do it. Here pre-activations and Adam take one call for all
+seeds, and one kernel does the rest token by token: chooses features, reconstructs, and adds to the gradient while all of it is in
+the first cache. Nothing is kept on the way, and nobody watches for divergence.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from numba import njit
 
 from sae_stability.language.activations import Activations
-from sae_stability.saes import compiled
+from sae_stability.saes.compiled import REASSOCIATED
 from sae_stability.saes.parameters import Parameters
 from sae_stability.study import Recipe
 from sae_stability.training.descent import descend
 from sae_stability.training.loop import STRETCH, schedule, shuffled_rows
 from sae_stability.training.revival import AUX_COEFFICIENT
+
+GROUP = 16  # pre-activations whose largest is found together, in a vector register
 
 
 def train_together(recipe: Recipe, activations: Activations, seeds: Sequence[int], sae: Parameters) -> None:
@@ -24,13 +27,10 @@ def train_together(recipe: Recipe, activations: Activations, seeds: Sequence[int
     count, d_sae, d_in = sae.W_dec.shape
     batch, steps_a_pass = recipe.batch, len(activations) // recipe.batch
     gradient = Parameters(*(torch.zeros_like(tensor) for tensor in sae))
-    W_enc_rows, b_enc, W_dec = _end_to_end(sae)
-    into_W_enc_rows, into_b_enc, into_W_dec = _end_to_end(gradient)
+    weights, into = (tuple(tensor.numpy() for tensor in each) for each in (sae, gradient))
     optimizer = torch.optim.Adam(list(sae), lr=recipe.rate, fused=True)
-    rows = count * batch
-    starts = torch.arange(0, rows * recipe.k + 1, recipe.k)
-    first_of_own = torch.arange(0, count * d_sae, d_sae).repeat_interleave(batch * recipe.k)
-    last_fired = torch.zeros(count, d_sae, dtype=torch.int64)
+    error = np.empty((count, batch, d_in), np.float32)
+    last_fired = np.zeros((count, d_sae), np.int64)
     steps = recipe.passes * steps_a_pass
     for step in range(steps):
         visit, place = divmod(step, steps_a_pass)
@@ -39,55 +39,114 @@ def train_together(recipe: Recipe, activations: Activations, seeds: Sequence[int
             stretch = [activations.normalised(shuffled_rows(recipe, seed, visit, places, len(activations))) for seed in seeds]
             batches = torch.stack(stretch).view(count, len(places), batch, d_in)
         centred = batches[:, place % STRETCH] - sae.b_dec[:, None]
-        tokens = centred.view(rows, d_in)
         pre = torch.baddbmm(sae.b_enc[:, None], centred, sae.W_enc_rows.mT)
-        features = compiled.top(pre.view(rows, d_sae), recipe.k).flatten().add_(first_of_own)
-        values = compiled.dots(tokens, W_enc_rows, starts, features).add_(b_enc.index_select(0, features)).relu_()
-        fires = values > 0
-        error = compiled.combine(values, W_dec, starts, features).sub_(tokens)
-        upstream = error * (2 / batch)
-        into_pre = compiled.dots(upstream, W_dec, starts, features) * fires
-        firings = compiled.transposed(starts, features, count * d_sae)
-        compiled.sums(firings, values, upstream, into_W_dec)
-        compiled.sums(firings, into_pre, tokens, into_W_enc_rows)
-        into_b_enc.copy_(compiled.totals(firings, into_pre))
-        through_encoder = torch.bmm(gradient.b_enc[:, None], sae.W_enc_rows)[:, 0]
-        gradient.b_dec.copy_(upstream.view(centred.shape).sum(1) - through_encoder)
+        seen = centred.numpy(), pre.numpy()
         dead = (step - last_fired) * batch > recipe.dead_after
+        _gradients(*seen, recipe.k, step, weights, into, error, last_fired)
         if dead.any():
-            _revive(sae, gradient, centred, error.view(centred.shape), pre, dead)
+            _revive(*seen, error, dead, weights, into)
         optimizer.param_groups[0]["lr"] = recipe.rate * schedule(step / steps, recipe.warmup, recipe.decay)
         descend(optimizer, sae, gradient, unit_decoder=True, clip=None)
-        last_fired.view(-1).scatter_reduce_(0, features, fires * step, "amax")
 
 
-def _end_to_end(sae: Parameters) -> list[Tensor]:
-    """The encoder, its biases and the decoder as those of one SAE with the features of all."""
-    return [tensor.flatten(0, 1) for tensor in (sae.W_enc_rows, sae.b_enc, sae.W_dec)]
+@njit(nogil=True, cache=True)
+def _strongest(row, largest, k, features):
+    """The k largest of `row` in falling order, as far as they are positive: how many there are. `row` is spent.
+
+    `row` comes in groups of `GROUP`, and `largest` holds one number a group.
+    """
+    for group in range(len(row)):
+        largest[group] = _largest(row, group)
+    for found in range(k):
+        best = 0
+        for group in range(1, len(row)):
+            best = group if largest[group] > largest[best] else best
+        if largest[best] <= 0:
+            return found
+        place = 0
+        while row[best, place] != largest[best]:
+            place += 1
+        features[found], row[best, place] = best * GROUP + place, 0
+        largest[best] = _largest(row, best)
+    return k
 
 
-def _revive(
-    sae: Parameters,
-    gradient: Parameters,
-    centred: Float[Tensor, "seed token d_in"],
-    error: Float[Tensor, "seed token d_in"],
-    pre: Float[Tensor, "seed token d_sae"],
-    dead: Bool[Tensor, "seed d_sae"],
-) -> None:
-    """As `revival.revive` with as many features of each seed as one has dead ones, living ones silent among them; `pre` are the
-    pre-activations of all."""
-    (count, batch, d_in), d_sae = centred.shape, pre.shape[2]
-    most = int(dead.sum(1).max())
-    chosen = torch.argsort(dead.byte(), dim=1, descending=True, stable=True)[:, :most]
-    place = (chosen + torch.arange(0, count * d_sae, d_sae)[:, None]).flatten()  # among the features of all
-    z = pre.gather(2, chosen[:, None].expand(-1, batch, -1)).relu_() * dead.gather(1, chosen)[:, None]
-    if most > d_in // 2:
-        strongest = torch.topk(z, d_in // 2, dim=2, sorted=False)
-        z = torch.zeros_like(z).scatter_(2, strongest.indices, strongest.values)
-    directions = sae.W_dec.flatten(0, 1).index_select(0, place).view(count, most, d_in)
-    upstream = torch.baddbmm(error, z, directions) * (2 * AUX_COEFFICIENT / batch)
-    into_pre = torch.bmm(upstream, directions.mT) * (z > 0)
-    into_W_enc_rows, into_b_enc, into_W_dec = _end_to_end(gradient)
-    into_W_dec.index_add_(0, place, torch.bmm(z.mT, upstream).flatten(0, 1))
-    into_W_enc_rows.index_add_(0, place, torch.bmm(into_pre.mT, centred).flatten(0, 1))
-    into_b_enc.index_add_(0, place, into_pre.sum(1).flatten())
+@njit(nogil=True, cache=True, fastmath=True)
+def _largest(row, group):
+    largest = np.float32(0)
+    for place in range(GROUP):
+        largest = row[group, place] if row[group, place] > largest else largest
+    return largest
+
+
+@njit(nogil=True, cache=True, fastmath=REASSOCIATED)
+def _add(x, error, scale, features, values, W_dec, into_W_enc_rows, into_b_enc, into_W_dec):
+    """What `scale` times the squared length of a token's error gives the weights of the features that fire on it."""
+    for feature in features:
+        value, direction, along = scale * values[feature], W_dec[feature], np.float32(0)
+        for c in range(len(x)):
+            along += error[c] * direction[c]
+        along *= scale
+        into_b_enc[feature] += along
+        to_encoder, to_decoder = into_W_enc_rows[feature], into_W_dec[feature]
+        for c in range(len(x)):
+            to_encoder[c] += along * x[c]
+            to_decoder[c] += value * error[c]
+
+
+@njit(nogil=True, cache=True, fastmath=REASSOCIATED)
+def _decode(features, values, W_dec, out):
+    """Add the directions of features, weighted by their values."""
+    for feature in features:
+        value, direction = values[feature], W_dec[feature]
+        for c in range(len(out)):
+            out[c] += value * direction[c]
+
+
+@njit(nogil=True, cache=True, fastmath=REASSOCIATED)
+def _gradients(centred, pre, k, step, weights, into, error, last_fired):
+    """What TopK's loss gives each weight, written to `into`; `error` is x_hat - x; what fires is noted in `last_fired`."""
+    W_enc_rows, _, W_dec, _ = weights
+    into_W_enc_rows, into_b_enc, into_W_dec, into_b_dec = into
+    (seeds, batch, d_in), d_sae = centred.shape, pre.shape[2]
+    groups, scale = (d_sae + GROUP - 1) // GROUP, np.float32(2 / batch)
+    row, largest, features = np.zeros((groups, GROUP), np.float32), np.empty(groups, np.float32), np.empty(k, np.int64)
+    flat = row.reshape(-1)
+    into_W_enc_rows[:], into_b_enc[:], into_W_dec[:], into_b_dec[:] = 0, 0, 0, 0
+    for s in range(seeds):
+        for token in range(batch):
+            x, values, left = centred[s, token], pre[s, token], error[s, token]
+            for feature in range(d_sae):
+                flat[feature] = values[feature]
+            fired = features[: _strongest(row, largest, k, features)]
+            for feature in fired:
+                last_fired[s, feature] = step
+            for c in range(d_in):
+                left[c] = -x[c]
+            _decode(fired, values, W_dec[s], left)
+            for c in range(d_in):
+                into_b_dec[s, c] += scale * left[c]
+            _add(x, left, scale, fired, values, W_dec[s], into_W_enc_rows[s], into_b_enc[s], into_W_dec[s])
+        for feature in range(d_sae):  # tokens are centred on b_dec
+            into_b_dec[s] -= into_b_enc[s, feature] * W_enc_rows[s, feature]
+
+
+@njit(nogil=True, cache=True, fastmath=REASSOCIATED)
+def _revive(centred, pre, error, dead, weights, into):
+    """As `revival.revive`, for each seed."""
+    into_W_enc_rows, into_b_enc, into_W_dec, _ = into
+    (seeds, batch, d_in), W_dec = centred.shape, weights[2]
+    scale, left = np.float32(2 * AUX_COEFFICIENT / batch), np.empty(d_in, np.float32)
+    for s in range(seeds):
+        of_dead = np.flatnonzero(dead[s])
+        most, groups = min(d_in // 2, len(of_dead)), (len(of_dead) + GROUP - 1) // GROUP
+        row, largest, places = np.zeros((groups, GROUP), np.float32), np.empty(groups, np.float32), np.empty(most, np.int64)
+        flat = row.reshape(-1)
+        for token in range(batch if most else 0):
+            x, values = centred[s, token], pre[s, token]
+            for place, feature in enumerate(of_dead):
+                flat[place] = values[feature]
+            fired = of_dead[places[: _strongest(row, largest, most, places)]]
+            left[:] = error[s, token]
+            _decode(fired, values, W_dec[s], left)
+            _add(x, left, scale, fired, values, W_dec[s], into_W_enc_rows[s], into_b_enc[s], into_W_dec[s])
