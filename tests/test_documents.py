@@ -256,3 +256,9 @@ def test_a_folder_without_a_text_says_so(tmp_path):
     written(tmp_path / "pictures" / "one.png", b"\x89PNG\r\n")
     with pytest.raises(UserError, match="pictures holds no text"):
         read(Name.of(str(tmp_path / "pictures")))
+
+
+def test_a_question_mark_may_be_part_of_a_name(tmp_path):
+    assert read(Name.of(str(written(tmp_path / "why?.txt", "one\n\ntwo")))).texts == ["one", "two"]
+    rows = written(tmp_path / "what?.jsonl", json.dumps({"body": "a", "id": 1, "text": "b"}))
+    assert read(Name.of(f"{rows}?column=body")).texts == ["a"]

@@ -207,3 +207,26 @@ def test_an_interpreter_without_docstrings_is_one_line():
     done = subprocess.run([sys.executable, "-OO", "-m", "sae_stability", "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "PYTHONOPTIMIZE" in done.stderr
+
+
+def test_a_working_directory_that_was_removed_is_one_line(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"import os; os.rmdir({str(gone)!r}); from sae_stability.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], cwd=gone, capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "working directory was removed" in done.stderr
+
+
+def test_settings_of_tqdm_that_it_can_t_read_are_one_line():
+    environment = os.environ | {"TQDM_MININTERVAL": "often"}
+    command = [sys.executable, "-m", "sae_stability", "check", "quick"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "TQDM_MININTERVAL" in done.stderr
+
+
+def test_help_waits_for_no_library_that_computes():
+    script = "import sys, sae_stability.cli; print({'torch', 'pandas', 'numba', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "set()"

@@ -235,6 +235,10 @@ class Endpoint:
                 self.end_headers()
                 self.wfile.write(reply.encode())
 
+            def do_GET(self):  # as a redirection may turn a question into
+                self.send_response(200)
+                self.end_headers()
+
             def log_message(self, *_):
                 pass
 
@@ -705,6 +709,14 @@ def test_a_redirection_is_followed(tmp_path):
         assert model(endpoint.url, tmp_path).explain(WINDOWS).text == "Numbers."
 
 
+@pytest.mark.parametrize("status", [301, 302, 303])
+def test_a_redirection_that_drops_the_question_is_said(tmp_path, status):
+    said = rf"has moved \({status}, to http://127.0.0.1:\d+/v2\); correct base_url"
+    with Endpoint((status, "", {"Location": "/v2/chat/completions"})) as endpoint, pytest.raises(UserError, match=said):
+        model(endpoint.url, tmp_path).explain(WINDOWS)
+    assert len(endpoint.requests) == 1
+
+
 @pytest.mark.parametrize(
     ("suffix", "path"),
     [
@@ -728,6 +740,9 @@ def test_the_address_is_completed_where_it_has_to_be(tmp_path, suffix, path):
         ((200, '{"error": {"message": "no credit is left", "code": 402}}'), "402 .no credit is left.", 1),
         ((200, 'data: {"choices": []}\n\ndata: [DONE]\n\n'), "a stream of events", 1),
         ((503, '{"error": {"message": "the model is being loaded"}}'), "503 .the model is being loaded.", 5),
+        ((200, "<!doctype html><title>Sign in</title>"), "a page for people; correct base_url", 1),
+        ((200, "Sign in", {"Content-Type": "text/html; charset=utf-8"}), "a page for people", 1),
+        ((200, '{"model": "m", "message": {"content": "Numbers."}, "done": true}'), "an object of model, message, done", 1),
     ],
 )
 def test_an_endpoint_s_words_are_in_the_line_whatever_its_status(tmp_path, answer, said, asked):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sae_stability import pipeline, places
 from sae_stability.errors import UserError
 from sae_stability.experiments.explanations import language_model
+from sae_stability.experiments.texts import _slug
 from sae_stability.explanations import LanguageModel, LocalModel
 from sae_stability.loading import load_study
 from sae_stability.study import Cell, Recipe, Study, model_name
@@ -206,3 +207,30 @@ def test_studies_for_the_hub_take_models_of_their_architecture(model_folders, sm
     assert (study.device, study.stream) == ("cuda", True)
     assert study.notes.startswith("Not run yet.")
     pipeline.check(load_study(name, [*small, f"model={model_folders[architecture]}", "device=cpu"]))
+
+
+def test_a_file_may_have_a_question_mark_in_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "why?.txt").write_text("one", encoding="utf-8")
+    assert load_study("quick", ["corpus=why?.txt"]).corpus == str(tmp_path / "why?.txt")
+
+
+def test_a_shipped_model_is_one_however_it_is_named(tmp_path, monkeypatch):
+    folder = places.model("docstrings-2l")
+    monkeypatch.chdir(folder.parent)
+    (tmp_path / "link").symlink_to(folder)
+    for named in (str(folder), "./docstrings-2l", str(tmp_path / "link")):
+        assert load_study("quick", [f"model={named}"]).main == load_study("quick").main
+    assert len(load_study("quick", [f"grid={{model: [docstrings-2l, {folder}]}}"]).cells) == 1
+
+
+@pytest.mark.parametrize("grid", ["grid={k: [4, 8]}", "grid.k=[4, 8]"])
+def test_what_is_set_twice_is_said_in_either_order(grid):
+    for overrides in (["k=16", grid], [grid, "k=16"]):
+        assert "--set k: the grid that is set gives k too" in study_or_complaint(overrides=overrides)
+    assert {cell.d_sae for cell in load_study("quick", ["k=4", "grid.d_sae=[128, 256]"]).cells.values()} == {128, 256}
+
+
+def test_names_in_folders_fit_a_file_system_in_every_script():
+    assert len(_slug("文" * 200, "é" * 200).encode()) <= 81
+    assert _slug("models/" + "a" * 100, "b c") == "a" * 40 + "-b_c"

@@ -350,6 +350,13 @@ def main() -> None:
     warnings.showwarning = _warn
     if sys.flags.optimize > 1:
         _fail("PYTHONOPTIMIZE: Transformers reads its own docstrings, which -OO leaves out; unset it", 2)
+    if not _stands():
+        _fail("the working directory was removed; change to one that is there", 2)
+    try:
+        import tqdm  # noqa: F401 - which reads its settings when it is imported
+    except (ValueError, TypeError) as error:
+        settings = ", ".join(sorted(name for name in os.environ if name.startswith("TQDM_")))
+        _fail(f"{settings}: {error}; unset what tqdm can't read", 2)
     try:
         outcome = app(sys.argv[1:] or ["--help"], prog_name="sae-stability", standalone_mode=False)
     except UserError as error:
@@ -369,6 +376,14 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; what was computed is kept, call the same command again to go on", 130)
     sys.exit(outcome if isinstance(outcome, int) else 0)
+
+
+def _stands() -> bool:
+    """Whether there is a working directory: libraries end the process where there is none."""
+    try:
+        return os.path.isdir(os.getcwd())
+    except FileNotFoundError:
+        return False
 
 
 def _warn(

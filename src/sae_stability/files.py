@@ -1,4 +1,7 @@
-"""Files that are whole or not there, and locks. Every result is written through here, and takes its place once it is complete."""
+"""Files that are whole or not there, and locks. Every result is written through here, and takes its place once it is complete.
+
+The command line reads studies through it: PyTorch and pandas, which take seconds to import, are left to what needs them.
+"""
 
 import errno
 import fcntl
@@ -12,14 +15,15 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import safetensors.numpy
-import safetensors.torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
 
 TEMPORARY = ".writing-"
 """How the folders begin that files are written in."""
@@ -96,13 +100,15 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_table(path: Path, table: pd.DataFrame) -> None:
+def write_table(path: Path, table: "pd.DataFrame") -> None:
     with replacing(path) as temporary:
         table.to_parquet(temporary, index=False)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
+def save_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict) -> None:
     """Write tensors with `metadata` (JSON values) in one safetensors file."""
+    import safetensors.torch
+
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         # One entry: safetensors writes several in an order that changes from run to run.
@@ -119,6 +125,31 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def read_metadata(path: Path) -> dict:
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["metadata"])
+
+
+def path_of(name: str) -> Path:
+    """A path as a user writes it; the home of a user that there is not stays as it is written."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def readings(name: str) -> list[tuple[str, str]]:
+    """How a name may be read that can say more behind a question mark: as a place and what is told of it, longest place first.
+
+    A question mark may also be part of a file's name.
+    """
+    marks = [position for position, sign in enumerate(name) if sign == "?"]
+    return [(name, ""), *((name[:mark], name[mark + 1 :]) for mark in reversed(marks))]
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something; at a name that is none, too long or with a null byte, there is nothing."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def sha256(path: Path) -> str:

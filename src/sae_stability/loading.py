@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from sae_stability import places
 from sae_stability.errors import UserError
-from sae_stability.files import read_json
+from sae_stability.files import exists, path_of, read_json, readings
 from sae_stability.study import Study, complaint, grids, nearest
 
 NAMES = {"model": (*places.MODELS, *places.FETCHED), "corpus": (places.CORPUS,)}
@@ -60,10 +61,13 @@ def load_study(study: str, overrides: Sequence[str] = (), name: str | None = Non
         raise UserError(f"{path}: a study is a list of 'key: value' lines; see studies/quick.yaml")
     if overrides:
         fields.pop("notes", None)  # they give the reasons of another choice
+    by_hand = [override.partition("=")[0] for override in overrides]
     for override in overrides:
         _override(fields, override)
-        for grid in grids(fields.get("grid")):  # what is set by hand holds for every cell
-            grid.pop(override.partition("=")[0], None)
+    for grid, key in product(grids(fields.get("grid")), by_hand):
+        if key in grid and {"grid", f"grid.{key}"} & set(by_hand):
+            raise UserError(f"--set {key}: the grid that is set gives {key} too; leave one of them out")
+        grid.pop(key, None)  # what is set by hand holds for every cell
     if name is not None:
         fields["name"] = name
     for key, names in NAMES.items():
@@ -112,10 +116,9 @@ def _absolute(value: Any, names: Sequence[str], beside: Path) -> Any:
     folder than the command. Names of what is shipped stay, and so does what stands behind a question mark."""
     if not isinstance(value, str) or not value or value in names:
         return value
-    place, mark, options = value.partition("?")
-    try:
-        given = Path(place).expanduser()
-        found = next((path for path in (given, beside / given) if path.exists()), None)
-        return value if found is None else f"{found.resolve()}{mark}{options}"
-    except (OSError, ValueError, RuntimeError):  # a name that is no path: too long, or with a null byte
-        return value
+    for place, told in readings(value):
+        for path in (path_of(place), beside / path_of(place)):
+            if exists(path):
+                shipped = (name for name in names if path.resolve() == places.model(name))  # one model, however it is named
+                return next(shipped, f"{path.resolve()}?{told}" if told else str(path.resolve()))
+    return value

@@ -26,6 +26,11 @@ def root() -> Path:
     return checkout if (checkout / "studies").is_dir() else Path.cwd()
 
 
+def model(name: str) -> Path:
+    """The folder of a language model that the project ships or fetches."""
+    return root() / "models" / name
+
+
 def results() -> Path:
     """Where results are written: `SAE_STABILITY_RESULTS`, or `results/` in the checkout.
 

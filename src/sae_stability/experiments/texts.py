@@ -307,4 +307,4 @@ def _widest(group: list[Cell]) -> Cell:
 def _slug(*names: str) -> str:
     """The last parts of names, for a reader of the folder; what tells entries apart is the key behind it."""
     plain = ("".join(c if c.isalnum() or c in "._-" else "_" for c in Path(name).name) for name in names)
-    return "-".join(name[:40] for name in plain)
+    return "-".join(name.encode()[:40].decode(errors="ignore") for name in plain)  # file systems count bytes

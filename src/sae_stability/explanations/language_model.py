@@ -220,6 +220,9 @@ class LanguageModel:
             if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.UnsupportedProtocol):
                 used[-1] = 0  # nothing was sent
             raise _Passing(type(error).__name__) from None
+        if response.request.method != "POST":  # which standards allow, and which drops the question
+            moved = f"{response.history[0].status_code}, to {str(response.url).partition('?')[0].removesuffix(ANSWERS)}"
+            raise UserError(f"explainer: {self.where} has moved ({moved}); correct base_url")
         if response.status_code != 200:
             if response.status_code < 500:  # behind a gateway that gave up, a model may have answered
                 used[-1] = 0
@@ -297,6 +300,11 @@ class LanguageModel:
             raise UserError(f"explainer: {self.where} answers {code}{reason}; what was answered is kept")
         if response.text.lstrip().startswith("data:"):
             raise UserError(f"explainer: {self.where} answers with a stream of events; name an endpoint that does not")
+        page = "html" in response.headers.get("content-type", "") or response.text.lstrip().startswith("<")
+        foreign = body is not None and error is None and "choices" not in body and len(body) > 0
+        if page or foreign:
+            what = "a page for people" if page else f"an object of {', '.join(list(body or ())[:3])} and no choices"
+            raise UserError(f"explainer: {self.where} answers with {what}; correct base_url: {ANSWERS} is added to it")
         raise _Passing(f"an answer without choices{reason}", unreadable=error is None)
 
 

@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl
 import pandas as pd
 
 from sae_stability.errors import UserError
+from sae_stability.files import exists, path_of, readings
 
 OPTIONS = ("column", "split", "config")
 COLUMN, SPLIT = "text", "train"
@@ -51,8 +52,9 @@ class Name:
 
     @classmethod
     def of(cls, name: str) -> "Name":
-        """Raises `UserError` for an option that there is none of."""
-        place, _, told = name.partition("?")
+        """A file whose name has a question mark is that file. Raises `UserError` for an option that there is none of."""
+        there = (read for read in readings(name) if exists(path_of(read[0])))
+        place, told = next(there, readings(name)[-1])
         options = dict(parse_qsl(told, keep_blank_values=True))
         for option in options:
             if option not in OPTIONS:
@@ -61,10 +63,7 @@ class Name:
 
     @property
     def path(self) -> Path:
-        try:
-            return Path(self.place).expanduser()
-        except RuntimeError:  # there is no such user
-            return Path(self.place)
+        return path_of(self.place)
 
 
 @dataclass

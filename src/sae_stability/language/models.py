@@ -30,7 +30,7 @@ def locate(name: str) -> str:
     Raises `UserError` for a folder or file that can't be a model.
     """
     ours = name in OURS
-    folder = places.root() / "models" / name if ours else Path(name).expanduser()
+    folder = places.model(name) if ours else Path(name).expanduser()
     if not ours and folder.suffix == ".gguf" and folder.is_file():
         return str(fetching.converted(folder))
     if not ours and not folder.exists():

@@ -55,7 +55,7 @@ def train_model(name: str, out: Path | None = None, epochs: float | None = None,
     """
     if name not in RECIPES:
         raise UserError(f"train-model: there is no recipe {name}; take {' or '.join(RECIPES)}")
-    out = out or places.root() / "models" / name
+    out = out or places.model(name)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"train-model: {out} holds something already; give another folder with --out, or remove it")
     recipe = RECIPES[name] if epochs is None else replace(RECIPES[name], epochs=epochs)
