@@ -50,11 +50,17 @@ def train_together(recipe: Recipe, activations: Activations, seeds: Sequence[int
 
 
 @njit(nogil=True, cache=True)
-def _strongest(row, largest, k, features):
-    """The k largest of `row` in falling order, as far as they are positive: how many there are. `row` is spent.
+def _strongest(row, count, largest, k, features):
+    """The k largest of the first `count` numbers of `row`, as far as they are positive: how many there are. `row` is spent.
 
     `row` comes in groups of `GROUP`, and `largest` holds one number a group.
     """
+    if count <= k:
+        found = 0
+        for place in range(count):
+            features[found] = place
+            found += row[place // GROUP, place % GROUP] > 0
+        return found
     for group in range(len(row)):
         largest[group] = _largest(row, group)
     for found in range(k):
@@ -118,7 +124,7 @@ def _gradients(centred, pre, k, step, weights, into, error, last_fired):
             x, values, left = centred[s, token], pre[s, token], error[s, token]
             for feature in range(d_sae):
                 flat[feature] = values[feature]
-            fired = features[: _strongest(row, largest, k, features)]
+            fired = features[: _strongest(row, d_sae, largest, k, features)]
             for feature in fired:
                 last_fired[s, feature] = step
             for c in range(d_in):
@@ -140,13 +146,15 @@ def _revive(centred, pre, error, dead, weights, into):
     for s in range(seeds):
         of_dead = np.flatnonzero(dead[s])
         most, groups = min(d_in // 2, len(of_dead)), (len(of_dead) + GROUP - 1) // GROUP
-        row, largest, places = np.zeros((groups, GROUP), np.float32), np.empty(groups, np.float32), np.empty(most, np.int64)
+        row, largest, features = np.zeros((groups, GROUP), np.float32), np.empty(groups, np.float32), np.empty(most, np.int64)
         flat = row.reshape(-1)
         for token in range(batch if most else 0):
             x, values = centred[s, token], pre[s, token]
             for place, feature in enumerate(of_dead):
                 flat[place] = values[feature]
-            fired = of_dead[places[: _strongest(row, largest, most, places)]]
+            fired = features[: _strongest(row, len(of_dead), largest, most, features)]
+            for number, place in enumerate(fired):
+                fired[number] = of_dead[place]
             left[:] = error[s, token]
             _decode(fired, values, W_dec[s], left)
             _add(x, left, scale, fired, values, W_dec[s], into_W_enc_rows[s], into_b_enc[s], into_W_dec[s])
