@@ -72,6 +72,10 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
     told = executed("scale", monkeypatch)
     assert "not been run" not in told
     assert told.count("published with the book") == 2
+    told = executed("across", monkeypatch)
+    assert "Beyond its bound in every cell" in told
+    assert "**C10 is not tested**" in told
+    assert f"of one model, `{quick.model}`" in told
     told = executed("rules", monkeypatch)
     assert "not been judged" not in told
     assert derived.verdicts_by_claim(elsewhere.ledger) in told

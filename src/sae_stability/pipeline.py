@@ -15,7 +15,7 @@ import torch
 
 from sae_stability import ledger, pooling, sources
 from sae_stability.errors import UserError
-from sae_stability.experiments import Experiment, Results, Stage, ensembles, experiments, explanations, pools, texts
+from sae_stability.experiments import Experiment, Results, Stage, ensembles, experiments, explanations, generality, pools, texts
 from sae_stability.experiments.experiment import IS_MAIN
 from sae_stability.files import read_json, write_json, write_table
 from sae_stability.keys import key_of
@@ -330,11 +330,13 @@ def write_tables(store: Store, reports: list[tuple[str, str]], work: Work) -> No
 
 
 def write_ledger(store: Store, reports: list[tuple[str, str]], work: Work) -> None:
-    """The ledger of a study: the lines of its cells, main cell first, and one for each claim that none of them tests."""
+    """The ledger of a study: the lines of its cells, main cell first, those over all of them, and one for each claim that none
+    tests."""
     lines = []
     for cell, entry in reports:
         judged = store.path(entry) / "claims.json"
         lines += [{**line, "cell": cell} for line in (read_json(judged) if judged.is_file() else [])]
+    lines += [{**line, "cell": store.study.main.id} for line in generality.judge(lines, store.study)]
     tested = {line["id"] for line in lines}
     untested = [{**ledger.not_tested(claim), "cell": store.study.main.id} for claim in ledger.CLAIMS if claim not in tested]
     cells, claims = list(store.study.cells), list(ledger.CLAIMS)

@@ -30,7 +30,7 @@ from sae_stability.matching import BANDS
 SIGNS = dict(zip(VERDICTS, "✓<✗~±–", strict=True))
 CHAPTERS = {
     **{"C1": "stability", "C2": "function", "C3": "function", "C4": "function", "C5": "triggers", "C6": "triggers"},
-    **{"C7": "subspaces", "C8": "synthetic", "C9": "pooling", "B1": "costs", "B2": "scale"},
+    **{"C7": "subspaces", "C8": "synthetic", "C9": "pooling", "C10": "across", "B1": "costs", "B2": "scale"},
 }
 """Where a claim or a question is treated; none of those that no chapter treats yet."""
 FURTHER_NULLS = {

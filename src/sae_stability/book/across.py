@@ -1,0 +1,104 @@
+"""What the studies at hand say of cells that differ from the main one: which cells there are, and what each finds (C10)."""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import get_args
+
+import pandas as pd
+
+from sae_stability.book import page
+from sae_stability.book.tables import Tables
+from sae_stability.experiments import generality
+from sae_stability.language.activations import layer_of
+from sae_stability.ledger import Line
+from sae_stability.study import Cell, model_name
+
+AXES = {
+    "other seeds": (),
+    "variant": ("variant",),
+    "layer or model": ("model", "hook_name"),
+    "length of training": ("tokens", "passes"),
+    "width": ("d_sae", "k"),
+}
+"""What a cell can differ in from the main one, by the keys that say so."""
+SEVERAL = "several at once"
+
+
+def cells(studies: Sequence[Tables]) -> pd.DataFrame:
+    """The cells of some studies, what is trained twice by the same seeds once: one row each, by what it differs in.
+
+    The main cell of the first study is what all are compared with. Columns: study, cell, axis (a key of `AXES`, or `SEVERAL`), name
+    (for readers), model, saes, active (features that are active on a token), tokens, and d_sae.
+    """
+    main, rows, seen = studies[0].cell, [], list[Cell]()
+    for study in studies:
+        table = study.table("cells", every_cell=True).set_index("cell")
+        for id, active in table["l0"].items():
+            cell = study.study.cells[str(id)]
+            if not any(_alike(cell, other) and set(cell.seed_list) & set(other.seed_list) for other in seen):
+                seen.append(cell)
+                row = {"study": study.study.name, "cell": id, "axis": _axis(cell, main), "name": _name(cell, main)}
+                row |= {"model": model_name(cell.model), "saes": len(cell.seed_list), "active": active}
+                rows.append(row | {"tokens": cell.tokens * cell.passes, "d_sae": cell.d_sae})
+    found, order = pd.DataFrame(rows), [*AXES, SEVERAL]
+    found = found.assign(place=found["axis"].map(order.index)).sort_values(["place", "tokens", "active", "d_sae"], kind="stable")
+    return found.drop(columns="place").reset_index(drop=True)
+
+
+def effects(studies: Iterable[Tables], chosen: pd.DataFrame) -> pd.DataFrame:
+    """What each of the chosen `cells` finds of each line (`generality.effects`), with the columns of `cells`, in their order."""
+    found = [generality.effects(study.ledger).assign(study=study.study.name) for study in studies]
+    return chosen.reset_index(names="position").merge(pd.concat(found), on=["study", "cell"]).sort_values("position", kind="stable")
+
+
+def verdicts(studies: Sequence[Tables], chosen: pd.DataFrame) -> str:
+    """The scoreboards of all cells side by side: a row a cell, a column a claim, in it a sign for each of its lines."""
+    ledgers = {study.study.name: study for study in studies}
+
+    def signs(row: pd.Series, claim: str) -> str:
+        lines = {line["line"]: line["verdict"] for line in ledgers[row["study"]].claims(claim, row["cell"])}
+        return " ".join(page.SIGNS[lines[line]] if line in lines else page.SIGNS["not tested"] for line in get_args(Line))
+
+    columns: dict[str, page.Column] = {"differs in": "{axis}", "cell": "{name}", "study": "{study}"}
+    columns |= {claim: partial(signs, claim=claim) for claim in generality.ASKED}
+    return page.markdown_table(chosen, columns)
+
+
+def combined(found: pd.DataFrame) -> pd.DataFrame:
+    """Each line of each claim over all cells of `effects` (`generality.together`), one row each, by `id` and `line`."""
+    rows = []
+    for (claim, line), part in found.groupby(["id", "line"]):
+        whole = generality.together(part["margin"].to_numpy(), part["error"].to_numpy())
+        rows.append({"id": claim, "line": line} | whole._asdict())
+    order = {line: place for place, line in enumerate(get_args(Line))}
+    return pd.DataFrame(rows).sort_values(["id", "line"], key=lambda column: column.map(order) if column.name == "line" else column)
+
+
+def _alike(cell: Cell, other: Cell) -> bool:
+    """Whether two cells train the same."""
+    apart = {"seeds", "surrogate_seeds", "nulls"}
+    return cell.recipe == other.recipe and cell.model_dump(exclude=apart) == other.model_dump(exclude=apart)
+
+
+def _axis(cell: Cell, main: Cell) -> str:
+    """What a cell differs in from the main one."""
+    differing = [axis for axis, keys in AXES.items() if any(getattr(cell, key) != getattr(main, key) for key in keys)]
+    if not differing:
+        return "other seeds"
+    return differing[0] if len(differing) == 1 else SEVERAL
+
+
+def _name(cell: Cell, main: Cell) -> str:
+    """What readers call a cell: in what it differs from the main one."""
+    told: list[str] = [cell.variant] if cell.variant != main.variant else []
+    if cell.model != main.model:
+        told.append(model_name(cell.model))
+    elif cell.hook_name != main.hook_name:
+        told.append(f"layer {layer_of(cell.hook_name)}")
+    if (cell.tokens, cell.passes) != (main.tokens, main.passes):
+        told.append(f"{cell.tokens * cell.passes / 1e6:g} M tokens")
+    if (cell.d_sae, cell.k) != (main.d_sae, main.k):
+        told.append(f"{cell.d_sae:,} features (k {cell.k})")
+    if told:
+        return ", ".join(told)
+    return "main cell" if cell.seed_list == main.seed_list else f"{len(cell.seed_list)} fresh seeds"
