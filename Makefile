@@ -24,11 +24,12 @@ $(VENV)/lab: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --constraint requirements.lock jupyterlab
 	touch $@
 
-test: $(READY)  ## lint, types, the order of imports, then the whole test suite
+test: $(READY)  ## lint, types, the order of imports, spelling, then the whole test suite
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
+	$(VENV)/bin/codespell book src studies workflow README.md CONTRIBUTING.md published/README.md models/*/README.md
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 # Tables with a row a feature are large, and no page of another study reads them.

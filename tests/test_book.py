@@ -5,6 +5,7 @@ import threading
 from functools import partial
 
 import nbformat
+import pandas as pd
 import pytest
 
 from sae_stability import places
@@ -67,6 +68,22 @@ def test_every_page_opens_without_a_fault(site, address, width):
     assert not faults
 
 
+def test_below_every_figure_stands_how_it_was_made(site, quick):
+    linked = set()
+    for path in site.glob("*.html"):
+        page = path.read_text(encoding="utf-8")
+        folds = re.findall(r'<details class="made">.*?</details>', page, re.S)
+        assert len(folds) == page.count("<figcaption>"), path.name
+        for fold in folds:
+            assert "sae-stability run quick" in fold
+            for rows, csv, parquet in re.findall(r'\(([\d,]+) rows: <a href="([^"]+)"[^>]*>CSV</a> or <a href="([^"]+)"', fold):
+                counts = {len(pd.read_csv(site / csv)), len(pd.read_parquet(site / parquet))}
+                assert counts == {int(rows.replace(",", ""))}
+            linked |= set(re.findall(r'href="([^"]+)"', fold))
+    assert all((site / file).stat().st_size > 0 for file in linked)
+    assert len(linked) > 60
+
+
 def test_keys_of_chapters_are_made_in_one_thread(quick, site, monkeypatch):
     made, key_of_chapter = [], build.chapter_key
     monkeypatch.setattr(build, "chapter_key", lambda *about: made.append(threading.get_ident()) or key_of_chapter(*about))
@@ -113,8 +130,10 @@ def test_staging_hides_injected_parameters_and_places_alt_texts():
     described = {"alt": "what it shows", "caption": "in short", "name": "fig"}
     show.outputs = [nbformat.v4.new_output("display_data", {"image/png": "AA=="}, metadata={"image/png": described})]
     injected = nbformat.v4.new_code_cell("study = 'x'", metadata={"tags": ["injected-parameters"]})
-    staged = build.staged(nbformat.v4.new_notebook(cells=[injected, show]))
-    assert "remove-cell" in staged.cells[0].metadata.tags
+    title, silent = nbformat.v4.new_markdown_cell("# Title"), nbformat.v4.new_code_cell("if False: page.say()")
+    staged = build.staged(nbformat.v4.new_notebook(cells=[title, injected, show, silent]))
+    assert [cell.source for cell in staged.cells] == ["# Title", "show()", silent.source, build.SETUP, "study = 'x'"]
+    assert "remove-cell" in staged.cells[4].metadata.tags
     assert staged.cells[1].metadata.mystnb["image"]["alt"] == "what it shows"
     assert staged.cells[1].metadata.mystnb["figure"] == {"caption": "in short", "name": "fig"}
 

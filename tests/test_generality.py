@@ -159,7 +159,7 @@ def studies():
 
 
 def test_cells_of_published_studies_stand_once_by_what_they_differ_in(studies):
-    cells = across.cells(studies)
+    cells = across.cells(studies, studies[0].cell)
     assert (
         len(cells) == 21
     )  # 6 + 4 + 4 + 9 less the main cells of `lengths` and `widths`, whose seeds are among those of `variants`
@@ -179,7 +179,7 @@ def test_cells_of_published_studies_stand_once_by_what_they_differ_in(studies):
 
 
 def test_effects_and_verdicts_of_cells_are_those_of_their_ledgers(studies):
-    cells = across.cells(studies)
+    cells = across.cells(studies, studies[0].cell)
     found = across.effects(studies, cells)
     layer = found[(found["name"] == "layer 3") & (found["id"] == "C2") & (found["line"] == "as stated")].iloc[0]
     theirs = studies[1].claim("C2", layer["cell"])

@@ -13,7 +13,7 @@ from sae_stability.saes.topk import TopK
 from sae_stability.training import train
 from sae_stability.training.loop import generator
 from sae_stability.training.revival import revive
-from sae_stability.training.together import _gradients, _revive, train_together
+from sae_stability.training.together import _adam, _gradients, _revive, train_together
 
 SEEDS = [3, 0, 7]
 COUNT, BATCH, D_IN = 3, 50, 12
@@ -42,6 +42,19 @@ def _step(d_sae: int) -> tuple[Parameters, Tensor, Tensor]:
     sae = Parameters(torch.randn(directions.shape, generator=drawn), next(biases), directions, next(biases))
     centred = torch.randn(COUNT, BATCH, D_IN, generator=drawn)
     return sae, centred, torch.baddbmm(sae.b_enc[:, None], centred, sae.W_enc_rows.mT)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e4])
+def test_steps_of_adam_are_pytorch_s(scale):
+    start, ours = drawn(40, 5), drawn(40, 5).numpy().reshape(-1)
+    theirs = torch.nn.Parameter(start.clone())
+    optimizer, moments = torch.optim.Adam([theirs], lr=1.0), [np.zeros_like(ours) for _ in range(2)]
+    for step in range(1, 6):
+        gradient = scale * torch.randn(start.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.param_groups[0]["lr"], theirs.grad = 0.1 / step, gradient
+        optimizer.step()
+        _adam(ours, gradient.numpy().reshape(-1), *moments, 0.1 / step, step)
+    torch.testing.assert_close(torch.from_numpy(ours).view(start.shape), theirs.detach(), atol=1e-5, rtol=1e-5)
 
 
 def _arrays(sae: Parameters) -> tuple[np.ndarray, ...]:

@@ -24,13 +24,13 @@ AXES = {
 SEVERAL = "several at once"
 
 
-def cells(studies: Sequence[Tables]) -> pd.DataFrame:
-    """The cells of some studies, what is trained twice by the same seeds once: one row each, by what it differs in.
+def cells(studies: Sequence[Tables], main: Cell) -> pd.DataFrame:
+    """The cells of some studies, what is trained twice by the same seeds once: one row each, by what it differs in from a main one.
 
-    The main cell of the first study is what all are compared with. Columns: study, cell, axis (a key of `AXES`, or `SEVERAL`), name
-    (for readers), model, saes, active (features that are active on a token), tokens, and d_sae.
+    Columns: study, cell, axis (a key of `AXES`, or `SEVERAL`), name (for readers), model, saes, active (features that are active on
+    a token), tokens, and d_sae.
     """
-    main, rows, seen = studies[0].cell, [], list[Cell]()
+    rows, seen = [], list[Cell]()
     for study in studies:
         table = study.table("cells", every_cell=True).set_index("cell")
         for id, active in table["l0"].items():

@@ -10,19 +10,21 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 
 import nbformat
 import yaml
 
 from sae_stability import places
-from sae_stability.book import page
+from sae_stability.book import made, page
 from sae_stability.files import locked, read_json, replacing, sha256, write_json
 from sae_stability.keys import key_of, key_of_script, versions
 from sae_stability.pipeline import Plan
 from sae_stability.store import DRAWING, Store, git_commit
 from sae_stability.study import Study
 
+SETUP = "## Set-up of this page\n\nThe code of the page rests on these cells, which come first where it is executed."
 AT_ONCE = 2  # chapters under execution: most of their time goes by on one thread, a quarter of it in imports
 
 
@@ -101,7 +103,10 @@ def _build(study: Study, site: Path) -> Path:
         stage, out = Path(scratch) / "stage", Path(scratch) / "out"
         shutil.copytree(root / "book", stage, ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))
         for name, path in executed.items():
-            nbformat.write(staged(nbformat.read(path, as_version=4)), stage / f"{name}.ipynb")
+            taken = store.provenance(f"chapters/{name}.ipynb") or {"commit": "unknown"}
+            executed_at = page.short(taken["commit"])
+            notebook = made.told(staged(nbformat.read(path, as_version=4)), stage, study.name, executed_at)
+            nbformat.write(notebook, stage / f"{name}.ipynb")
         _jupyter_book(stage, out)
         built = out / "_build" / "html"
         write_json(built / "provenance.json", {"key": key, "study": study.name, "commit": git_commit()})
@@ -113,7 +118,8 @@ def _build(study: Study, site: Path) -> Path:
 
 
 def staged(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """An executed notebook as the book shows it: injected parameters hidden, alt texts and captions where MyST-NB reads them."""
+    """An executed notebook as the book shows it: injected parameters hidden, alt texts and captions where MyST-NB reads them, and
+    the code that sets a page up behind what it says."""
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
@@ -127,6 +133,11 @@ def staged(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
                     "image": {"alt": described["alt"]},
                     "figure": {"caption": described["caption"], "name": described["name"]},
                 }
+    setup = list(takewhile(lambda cell: not cell.get("outputs"), notebook.cells))
+    moved = [cell for cell in setup if cell.cell_type == "code"]
+    if moved:
+        notebook.cells = [cell for cell in notebook.cells if not any(cell is each for each in moved)]
+        notebook.cells += [nbformat.v4.new_markdown_cell(SETUP), *moved]
     return notebook
 
 

@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sae_stability import places
+from sae_stability.book import made
 from sae_stability.book.tables import Tables
 from sae_stability.book.tables import open_study as open_study
 from sae_stability.book.tables import published as published
@@ -92,10 +93,11 @@ def benchmarks() -> dict:
 
 
 def show(figure: Figure, name: str, alt: str, caption: str) -> None:
-    """Display a figure with its alt text, caption and the name by which pages refer to it."""
+    """Display a figure with its alt text, caption and the name by which pages refer to it; how it was made is kept beside it."""
     from IPython.display import display
 
     display(figure, metadata={"image/png": {"alt": alt, "caption": caption, "name": name}})
+    display({made.KEPT: made.kept(figure, name)}, raw=True)
 
 
 def say(markdown: str) -> None:

@@ -4,11 +4,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from sae_stability.figures.record import recorded
 from sae_stability.figures.style import KINDS, legend_below, new_axes
 
 FEWEST = 5  # features that a bin needs to be drawn
 
 
+@recorded
 def correlation_by_cosine(features: pd.DataFrame, threshold: float, title: str) -> Figure:
     """Correlation of activations against the cosine of directions: median and middle half. Columns: kind, cosine, correlation."""
     figure, (axis,) = new_axes(title)

@@ -7,12 +7,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from sae_stability.figures.record import recorded
 from sae_stability.figures.style import MARKERS, legend_below, new_axes, series_style
 
 ROW = 6
 """Kinds of stages beside one another."""
 
 
+@recorded
 def expected_seconds(jobs: pd.DataFrame, kinds: list[str], title: str) -> Figure:
     """Seconds of each job against those that the other jobs of its kind let expect; on the line they are equal.
 
@@ -34,6 +36,7 @@ def expected_seconds(jobs: pd.DataFrame, kinds: list[str], title: str) -> Figure
     return figure
 
 
+@recorded
 def stages(reads: Mapping[str, set[str]], title: str) -> Figure:
     """What each kind of stage reads, from top to bottom; only what it reads at first hand."""
     graph = nx.DiGraph((before, kind) for kind, read in reads.items() for before in read)

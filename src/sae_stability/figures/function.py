@@ -7,6 +7,7 @@ from matplotlib.lines import Line2D
 from matplotlib.scale import SymmetricalLogScale
 from matplotlib.ticker import NullLocator
 
+from sae_stability.figures.record import recorded
 from sae_stability.figures.style import BAND_STYLES, KINDS, band_histograms, legend_below, new_axes, stacked
 from sae_stability.matching import BANDS
 
@@ -36,6 +37,7 @@ WEIGHT_NAMES = {
 KIND_MARKERS = {"real": "o", "surrogate": "s", "surrogate at equal frequency": "D"}
 
 
+@recorded
 def reappearing(table: pd.DataFrame, title: str) -> Figure:
     """What comes back in another seed, by what a feature counts for. Columns: kind, weight, share, share_low, share_high."""
     figure, (axis,) = new_axes(title, height=3.8)
@@ -57,6 +59,7 @@ def reappearing(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def asymmetry(table: pd.DataFrame, title: str) -> Figure:
     """Share that each band carries, beside its controls; a panel a measure. Columns: measure, set, of, share, _low, _high."""
     measures = [name for name in MEASURE_NAMES if name in set(table["measure"])]
@@ -82,6 +85,7 @@ def asymmetry(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def overlap(features: pd.DataFrame, title: str) -> Figure:
     """Energy and frequency of the features of each band. Columns: band, log_energy, log_frequency (powers of ten)."""
     panels = {"log_energy": "share of all energy", "log_frequency": "share of tokens"}
@@ -94,6 +98,7 @@ def overlap(features: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def cumulative(table: pd.DataFrame, sizes: dict[str, float], title: str) -> Figure:
     """What is kept as features are added, in several orders; a panel a measure. Columns: measure, order, added, share, _low, _high.
 
@@ -116,6 +121,7 @@ def cumulative(table: pd.DataFrame, sizes: dict[str, float], title: str) -> Figu
     return figure
 
 
+@recorded
 def impact_scatter(features: pd.DataFrame, title: str) -> Figure:
     """Stability against what a removal alone does. Columns: stability, band, impact_reconstruction, impact_prediction."""
     panels = {
@@ -140,6 +146,7 @@ def impact_scatter(features: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def orders_check(sample: pd.DataFrame, title: str) -> Figure:
     """Approximate impact on prediction against the true one. Columns: band, first_order, second_order, true (nats a token)."""
     values = sample[["first_order", "second_order", "true"]] * 1e6
@@ -161,6 +168,7 @@ def orders_check(sample: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def fates(table: pd.DataFrame, names: tuple[str, ...], title: str) -> Figure:
     """What became of features in another seed: a stacked bar a band. Columns: band, fate."""
     figure, (axis,) = new_axes(title, height=2.6)
@@ -170,6 +178,7 @@ def fates(table: pd.DataFrame, names: tuple[str, ...], title: str) -> Figure:
     return figure
 
 
+@recorded
 def transplants(table: pd.DataFrame, title: str) -> Figure:
     """What the model loses where another seed writes a band's contribution. Columns: band, what, change, _low, _high."""
     names = {"removed": "removed", "averaged": "set to its mean", "transplanted": "written by\nanother seed"}

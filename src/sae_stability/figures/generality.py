@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from sae_stability.figures.record import recorded
 from sae_stability.figures.style import BAND_STYLES, new_axes
 
 SIDES = {
@@ -19,6 +20,7 @@ REACH = 2.5
 """Cells that lie further out than so many times the range of the middle 80 % are drawn at the edge."""
 
 
+@recorded
 def forest(effects: pd.DataFrame, panels: Sequence[tuple[str, str, str]], title: str) -> Figure:
     """One panel for each of the `panels` (claim, line, and what its axis says), all with the same rows.
 

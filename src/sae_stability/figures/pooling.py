@@ -4,9 +4,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from sae_stability.figures.record import recorded
 from sae_stability.figures.style import MARKERS, legend_below, new_axes, series_style
 
 
+@recorded
 def frontier(products: pd.DataFrame, title: str) -> Figure:
     """How much comes back in the same product of other seeds, against explained variance: a mark a product.
 

@@ -5,6 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from sae_stability.figures.record import recorded
 from sae_stability.figures.style import BAND_STYLES, KINDS, in_thousands, legend_below, new_axes
 
 SERIES = {
@@ -15,6 +16,7 @@ SERIES = {
 """Columns of the table `cells` that are drawn."""
 
 
+@recorded
 def against_tokens(cells: pd.DataFrame, title: str) -> Figure:
     """Shares of features against training tokens, each a training of its own. Columns: tokens, and those of `SERIES`."""
     figure, (axis,) = new_axes(title, height=4.2)
@@ -25,6 +27,7 @@ def against_tokens(cells: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def against_width(cells: pd.DataFrame, title: str) -> Figure:
     """The same against the number of features: with k fixed, and with k in proportion. Columns: d_sae, k, and those of `SERIES`."""
     figure, axes = new_axes(title, height=4.2, columns=2, sharey=True)

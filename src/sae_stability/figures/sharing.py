@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from sae_stability.figures.record import recorded
 from sae_stability.figures.style import KINDS, legend_below, new_axes
 
 NAMES = {
@@ -18,6 +19,7 @@ NAMES = {
 MARKERS = {0.5: "<", 0.7: "o", 0.9: ">"}
 
 
+@recorded
 def rules(table: pd.DataFrame, title: str) -> Figure:
     """One line a rule, from the share of features that come back in every other seed to that in some; the mark is for one other.
 

@@ -5,6 +5,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sae_stability.figures.record import recorded
 from sae_stability.figures.style import (
     BAND_STYLES,
     KINDS,
@@ -19,6 +20,7 @@ from sae_stability.matching import BANDS
 from sae_stability.statistics import LatentShares
 
 
+@recorded
 def stability_histogram(features: pd.DataFrame, latent: LatentShares, title: str) -> Figure:
     """In how many other seeds features reappear, with the beta-binomial fit. Columns: matches, trials, band."""
     figure, (axis,) = new_axes(title)
@@ -36,6 +38,7 @@ def stability_histogram(features: pd.DataFrame, latent: LatentShares, title: str
     return figure
 
 
+@recorded
 def typical_features(closest: pd.DataFrame, threshold: float, title: str) -> Figure:
     """One panel a feature: its direction, and the closest one in each other seed at the angle that lies between them.
 
@@ -64,6 +67,7 @@ def _arrow(axis: Axes, tip: tuple[float, float], colour: str, width: float) -> N
     axis.annotate("", tip, (0, 0), arrowprops=style)
 
 
+@recorded
 def against_nulls(features: pd.DataFrame, title: str) -> Figure:
     """The same histogram beside that of each null, at an equal number of seeds. Columns: kind, matches, trials."""
     kinds = list(dict.fromkeys(features["kind"]))
@@ -76,6 +80,7 @@ def against_nulls(features: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def cell_histograms(features: pd.DataFrame, title: str) -> Figure:
     """One panel a cell: the share of features by matches, in the model and its surrogate. Columns: name, kind, matches, trials."""
     names = list(dict.fromkeys(features["name"]))
@@ -90,6 +95,7 @@ def cell_histograms(features: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def criteria(table: pd.DataFrame, title: str) -> Figure:
     """Mean stability by each criterion, at the study's threshold and at the criterion's own calibrated one.
 
@@ -117,6 +123,7 @@ def criteria(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def by_seeds(table: pd.DataFrame, title: str) -> Figure:
     """Shares of features in the outer bands against the number of seeds, as counted and as fitted.
 
@@ -135,6 +142,7 @@ def by_seeds(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def unique_families(table: pd.DataFrame, title: str) -> Figure:
     """Families met by so many seeds. Columns: kind, seeds, families, features (live ones a seed, on average)."""
     figure, (axis,) = new_axes(title)
@@ -149,6 +157,7 @@ def unique_families(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def family_sizes(families: pd.DataFrame, title: str) -> Figure:
     """What share of the features belongs to families of each size, in the model and its surrogate. Columns: kind, size."""
     figure, (axis,) = new_axes(title)
@@ -163,6 +172,7 @@ def family_sizes(families: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def neighbours(features: pd.DataFrame, threshold: float, title: str) -> Figure:
     """Cosines of features with the nearest one elsewhere. Columns: mean_best_cosine, nearest_within."""
     figure, (axis,) = new_axes(title)
@@ -178,6 +188,7 @@ def neighbours(features: pd.DataFrame, threshold: float, title: str) -> Figure:
     return figure
 
 
+@recorded
 def thresholds(table: pd.DataFrame, threshold: float, calibrated: float, title: str) -> Figure:
     """Mean stability against the cosine threshold. Columns: kind, threshold, mean_stability, _low, _high.
 
@@ -194,6 +205,7 @@ def thresholds(table: pd.DataFrame, threshold: float, calibrated: float, title: 
     return figure
 
 
+@recorded
 def against_frequency(features: pd.DataFrame, title: str, bins: int = 10) -> Figure:
     """Mean stability in ten equal groups of firing frequency, one line a seed. Columns: seed, frequency, stability."""
     figure, (axis,) = new_axes(title)
@@ -207,6 +219,7 @@ def against_frequency(features: pd.DataFrame, title: str, bins: int = 10) -> Fig
     return figure
 
 
+@recorded
 def growth(table: pd.DataFrame, decay_from: float, title: str) -> Figure:
     """Mean stability against training tokens. Columns: kind, tokens, mean_stability, _low, _high."""
     figure, (axis,) = new_axes(title)

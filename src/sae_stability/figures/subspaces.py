@@ -7,10 +7,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from sae_stability.figures.record import recorded
 from sae_stability.figures.style import BAND_STYLES, MARKERS, SERIES_LINES, legend_below, line_with_interval, new_axes, series_style
 from sae_stability.matching.theory import LATENTS_OVER_R, expected_stability
 
 
+@recorded
 def shared_subspaces(curves: Mapping[str, pd.DataFrame], title: str) -> Figure:
     """How much of what its own subspace holds lies in that of another seed's set, against the rank: a line a set, by its name.
 
@@ -32,6 +34,7 @@ def shared_subspaces(curves: Mapping[str, pd.DataFrame], title: str) -> Figure:
     return figure
 
 
+@recorded
 def four_ways(shares: pd.DataFrame, title: str) -> Figure:
     """Unstable features and their stable matches, each looked for in either of another seed.
 
@@ -49,6 +52,7 @@ def four_ways(shares: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def group_means(table: pd.DataFrame, title: str) -> Figure:
     """Cosines of means of features and their partners, against how many are averaged; dotted, what noisy copies would have.
 
@@ -78,6 +82,7 @@ def group_means(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def reappearance(curves: pd.DataFrame, ranks: Sequence[int], title: str) -> Figure:
     """How often unstable features come back at a cosine or above; grey, what turned axes of blocks of some ranks would.
 
@@ -95,6 +100,7 @@ def reappearance(curves: pd.DataFrame, ranks: Sequence[int], title: str) -> Figu
     return figure
 
 
+@recorded
 def planar_group(group: pd.DataFrame, title: str) -> Figure:
     """Directions of the features of a group in its first two dimensions, an arrow each, as they are and turned onto one seed.
 

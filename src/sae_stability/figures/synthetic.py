@@ -7,9 +7,11 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from sae_stability.figures.record import recorded
 from sae_stability.figures.style import MARKERS, legend_below, new_axes, series_style
 
 
+@recorded
 def found_and_spanned(kinds: Mapping[str, pd.DataFrame], columns: Mapping[str, str], title: str) -> Figure:
     """One row a kind of world, with a mark a world for each of some shares. `columns` names them for readers."""
     figure, (axis,) = new_axes(title, height=1.1 * len(kinds) + 1.8)
@@ -30,6 +32,7 @@ def found_and_spanned(kinds: Mapping[str, pd.DataFrame], columns: Mapping[str, s
     return figure
 
 
+@recorded
 def against_theory(worlds: pd.DataFrame, title: str) -> Figure:
     """The stability of the latents of blocks without preferred directions, against p(r, M). Columns: r, expected_p, p_in_blocks."""
     figure, (axis,) = new_axes(title, height=4.4)
@@ -43,6 +46,7 @@ def against_theory(worlds: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def phase(worlds: pd.DataFrame, rows: str, columns: str, value: str, labels: tuple[str, str, str], title: str) -> Figure:
     """A share at each choice of two parameters, on average over draws of the world. `labels` of rows, columns and the share."""
     figure, (axis,) = new_axes(title, height=4.6)
@@ -55,6 +59,7 @@ def phase(worlds: pd.DataFrame, rows: str, columns: str, value: str, labels: tup
     return figure
 
 
+@recorded
 def stable_or_true(worlds: pd.DataFrame, title: str) -> Figure:
     """Stability of the latents of blocks against the share of their features that is found, a mark a world. Columns: active,
     found_in_blocks, p_in_blocks."""
@@ -80,6 +85,7 @@ def stable_or_true(worlds: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def told_apart(areas: pd.DataFrame, title: str) -> Figure:
     """How well diagnostics tell axes of blocks from other latents. Columns: name, other, roc, roc_low, roc_high."""
     names = list(dict.fromkeys(areas["name"]))[::-1]

@@ -5,9 +5,11 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from sae_stability.figures.record import recorded
 from sae_stability.figures.style import BAND_STYLES, KINDS, in_thousands, legend_below, new_axes, series_style
 
 
+@recorded
 def training_curves(curve: pd.DataFrame, title: str) -> Figure:
     """Explained variance of each seed against training tokens. Columns: seed, kind, tokens, explained_variance."""
     figure, (axis,) = new_axes(title)
@@ -31,6 +33,7 @@ def training_curves(curve: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def cell_curves(curve: pd.DataFrame, title: str) -> Figure:
     """Explained variance of each seed of each cell. Columns: name, seed, tokens, explained_variance."""
     names = curve["name"].unique()
@@ -55,6 +58,7 @@ def cell_curves(curve: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def step_times(times: pd.DataFrame, floor_ms: float, title: str) -> Figure:
     """Milliseconds a step and seed takes. Columns: contestant, ms."""
     figure, (axis,) = new_axes(title, height=0.45 * len(times) + 1.4)
@@ -69,6 +73,7 @@ def step_times(times: pd.DataFrame, floor_ms: float, title: str) -> Figure:
     return figure
 
 
+@recorded
 def frequencies(features: pd.DataFrame, title: str) -> Figure:
     """How often live features fire. Columns: frequency."""
     figure, (axis,) = new_axes(title)

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from sae_stability.figures.record import recorded
 from sae_stability.figures.style import BAND_STYLES, band_histograms, legend_below, new_axes, stacked
 from sae_stability.triggers import CLASSES
 
@@ -18,6 +19,7 @@ QUANTITIES = {
 }
 
 
+@recorded
 def trigger_classes(table: pd.DataFrame, title: str) -> Figure:
     """Classes of triggers by band, all features and those of equal frequency. Columns: band, trigger, equal_frequency."""
     known = table[table["trigger"] != "too rare"]
@@ -31,6 +33,7 @@ def trigger_classes(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def deltas(table: pd.DataFrame, title: str) -> Figure:
     """Cliff's delta of unstable against stable features. Columns: features, quantity, delta, delta_low, delta_high."""
     figure, (axis,) = new_axes(title, height=4.6)
@@ -50,6 +53,7 @@ def deltas(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+@recorded
 def token_tells(table: pd.DataFrame, title: str) -> Figure:
     """How much of their variance the token tells, by band, beside a shuffled text. Columns: band, explained_token, null_token."""
     figure, (axis,) = new_axes(title)
