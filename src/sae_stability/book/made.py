@@ -39,12 +39,10 @@ def told(notebook: nbformat.NotebookNode, stage: Path, study: str, commit: str) 
     cells = []
     for cell in notebook.cells:
         cells.append(cell)
-        outputs = cell.get("outputs", [])
-        cell.outputs = [output for output in outputs if KEPT not in output.get("data", {})] if outputs else outputs
-        for output in outputs:
-            if KEPT in output.get("data", {}):
-                (picture,) = (each.data["image/png"] for each in cell.outputs if "image/png" in each.get("data", {}))
-                cells.append(nbformat.v4.new_markdown_cell(_fold(output.data[KEPT], picture, stage, study, commit)))
+        for output in [output for output in cell.get("outputs", []) if KEPT in output.get("data", {})]:
+            cell.outputs.remove(output)
+            (picture,) = (each.data["image/png"] for each in cell.outputs if "image/png" in each.get("data", {}))
+            cells.append(nbformat.v4.new_markdown_cell(_fold(output.data[KEPT], picture, stage, study, commit)))
     return nbformat.from_dict({**notebook, "cells": cells})
 
 
