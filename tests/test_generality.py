@@ -1,5 +1,7 @@
 """Cells put together (C10): random effects against closed forms and simulation, and the rule."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -220,3 +222,17 @@ def test_a_forest_has_a_row_a_cell_and_marks_the_side_of_the_bound():
     rules = [drawn.get_ydata()[0] for drawn in axis.lines if drawn.get_color() == "#DDDDDD"]
     assert rules == [1.5]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(figures.SIDES)
+
+
+def test_cells_without_intervals_are_told(studies):
+    """Of two seeds, say, of which no claim has an interval."""
+    cells = across.cells(studies, studies[0].cell)
+    untold = [SimpleNamespace(study=study.study, ledger=[]) for study in studies]
+    none = across.effects(untold, cells)
+    assert none.empty
+    assert across.combined(none).empty
+    figure = figures.forest(none, [("C2", LINES[0], "share"), ("C4", LINES[0], "impact")], "title")
+    assert [[text.get_text() for text in axis.texts] for axis in figure.axes] == [["no interval\nin any cell"]] * 2
+    some = across.effects(studies, cells)
+    figure = figures.forest(some[some["id"] == "C2"], [("C2", LINES[0], "share"), ("C4", LINES[0], "impact")], "title")
+    assert [len(axis.texts) for axis in figure.axes] == [0, 1]

@@ -71,7 +71,8 @@ def combined(found: pd.DataFrame) -> pd.DataFrame:
         whole = generality.together(part["margin"].to_numpy(), part["error"].to_numpy())
         rows.append({"id": claim, "line": line} | whole._asdict())
     order = {line: place for place, line in enumerate(get_args(Line))}
-    return pd.DataFrame(rows).sort_values(["id", "line"], key=lambda column: column.map(order) if column.name == "line" else column)
+    table = pd.DataFrame(rows, columns=["id", "line", *generality.Together._fields])
+    return table.sort_values(["id", "line"], key=lambda column: column.map(order) if column.name == "line" else column)
 
 
 def _alike(cell: Cell, other: Cell) -> bool:

@@ -32,6 +32,11 @@ def forest(effects: pd.DataFrame, panels: Sequence[tuple[str, str, str]], title:
     place = {position: place for place, position in enumerate(rows["position"])}
     for axis, (claim, line, label) in zip(axes, panels, strict=True):
         chosen = effects[(effects["id"] == claim) & (effects["line"] == line)]
+        axis.set_title(claim, fontsize="medium")
+        axis.set_xlabel(label, fontsize="small")
+        if chosen.empty:  # seeds are few
+            axis.text(0.5, 0.5, "no interval\nin any cell", transform=axis.transAxes, ha="center", va="center", fontsize="small")
+            continue
         left, right = limits(chosen)
         for row in chosen.itertuples():
             colour, marker = SIDES[side(row)]
@@ -43,8 +48,6 @@ def forest(effects: pd.DataFrame, panels: Sequence[tuple[str, str, str]], title:
             axis.plot(inside, y, marker, color=colour, markersize=5, clip_on=False)
         axis.axvline(chosen["bound"].iloc[0], color="black", linestyle=":", linewidth=1)
         axis.set_xlim(left, right)
-        axis.set_xlabel(label, fontsize="small")
-        axis.set_title(claim, fontsize="medium")
         changes = np.flatnonzero(rows["axis"].to_numpy()[1:] != rows["axis"].to_numpy()[:-1])
         for change in changes:
             axis.axhline(change + 0.5, color="#DDDDDD", linewidth=0.8)
