@@ -52,7 +52,7 @@ def forest(effects: pd.DataFrame, panels: Sequence[tuple[str, str, str]], title:
         for change in changes:
             axis.axhline(change + 0.5, color="#DDDDDD", linewidth=0.8)
     axes[0].set_yticks(range(len(rows)), rows["name"], fontsize="small")
-    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    axes[0].set_ylim(max(len(rows), 1) - 0.5, -0.5)
     handles = [Line2D([], [], color=colour, marker=marker, linewidth=1.6) for colour, marker in SIDES.values()]
     figure.legend(handles, list(SIDES), frameon=False, loc="outside lower center", fontsize="small", ncols=1)
     return figure
