@@ -87,5 +87,5 @@ def test_a_fold_below_a_figure_links_to_its_data(tmp_path):
     of_table = next(file.stem for file in folder.glob("table-*.csv"))
     for read in (pd.read_csv(folder / f"{of_table}.csv"), pd.read_parquet(folder / f"{of_table}.parquet")):
         pd.testing.assert_frame_equal(read[["x", "y"]], TABLE[["x", "y"]])
-        assert read["ends"].iloc[0] == str(Interval(1, 0, 2))
+        assert read["ends"].iloc[0] == f"{Interval(1, 0, 2)}"
         assert read["name"].fillna("").tolist() == ["a", "", "<c>"]

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -402,6 +403,8 @@ def _fail(message: str, status: int) -> None:
 def _can_be_written(path: Path) -> None:
     """Raise `UserError` before the work where its result has no place to go."""
     folder = path.parent
+    with suppress(FileNotFoundError, NotADirectoryError):
+        path.stat()  # fails for a name that is too long, of which Python 3.14 says that nothing is there
     if path.is_dir():
         raise UserError(f"--out {path}: a folder; name a file in it")
     if not folder.is_dir():

@@ -65,9 +65,8 @@ def load_study(study: str, overrides: Sequence[str] = (), name: str | None = Non
     for override in overrides:
         _override(fields, override)
     for grid, key in product(grids(fields.get("grid")), by_hand):
-        if key in grid and {"grid", f"grid.{key}"} & set(by_hand):
-            raise UserError(f"--set {key}: the grid that is set gives {key} too; leave one of them out")
-        grid.pop(key, None)  # what is set by hand holds for every cell
+        if not {"grid", f"grid.{key}"} & set(by_hand):
+            grid.pop(key, None)  # what is set by hand holds for every cell
     if name is not None:
         fields["name"] = name
     for key, names in NAMES.items():

@@ -78,7 +78,7 @@ def _link(file: str, words: str) -> str:
 
 def _packed(table: pd.DataFrame) -> str:
     """A table as Parquet, in text. What is neither a number nor text goes as text."""
-    plain = {name: table[name] if _is_plain(table[name]) else table[name].astype(str) for name in table}
+    plain = {name: table[name] if _is_plain(table[name]) else table[name].map("{}".format) for name in table}
     packed = io.BytesIO()
     pd.DataFrame(plain).to_parquet(packed, index=False)
     return base64.b64encode(packed.getvalue()).decode()
