@@ -166,7 +166,7 @@ def test_cells_of_published_studies_stand_once_by_what_they_differ_in(studies):
         len(cells) == 21
     )  # 6 + 4 + 4 + 9 less the main cells of `lengths` and `widths`, whose seeds are among those of `variants`
     assert cells["axis"].value_counts(sort=False).to_dict() == {
-        "other seeds": 2,
+        "seeds": 2,
         "variant": 5,
         "layer or model": 3,
         "length of training": 3,
@@ -177,6 +177,8 @@ def test_cells_of_published_studies_stand_once_by_what_they_differ_in(studies):
     by_name = cells.set_index("name")
     assert by_name.loc["8,192 features (k 128)", "active"] == 128
     assert by_name.loc["docstrings-2l", "model"] == "docstrings-2l"
+    others = across.cells(studies[2:3], studies[1].study.cells[by_name.loc["docstrings-2l", "cell"]])  # of another main cell
+    assert set(others["name"]) >= {f"lengths: {name}" for name in list(studies[2].study.names.values())[1:]}
     assert (by_name.loc["30 M tokens", "tokens"], by_name.loc["relu", "saes"]) == (30_000_000, 11)
 
 
@@ -190,7 +192,7 @@ def test_effects_and_verdicts_of_cells_are_those_of_their_ledgers(studies):
     row = next(row for row in across.verdicts(studies, cells).splitlines() if "| layer 3 |" in row)
     signs = [page.SIGNS[studies[1].claim(claim, layer["cell"], which)["verdict"]] for claim in ASKED for which in LINES]
     assert row.split(" | ")[3:] == [
-        *(" ".join(signs[start : start + 3]) for start in (0, 3, 6, 9, 12)),
+        *("\u00a0".join(signs[start : start + 3]) for start in (0, 3, 6, 9, 12)),
         " ".join(signs[15:]) + " |",
     ]
     combined = across.combined(found)

@@ -14,7 +14,7 @@ from sae_stability.ledger import Line
 from sae_stability.study import Cell, model_name
 
 AXES = {
-    "other seeds": (),
+    "seeds": (),
     "variant": ("variant",),
     "layer or model": ("model", "hook_name"),
     "length of training": ("tokens", "passes"),
@@ -37,7 +37,9 @@ def cells(studies: Sequence[Tables], main: Cell) -> pd.DataFrame:
             cell = study.study.cells[str(id)]
             if not any(_alike(cell, other) and set(cell.seed_list) & set(other.seed_list) for other in seen):
                 seen.append(cell)
-                row = {"study": study.study.name, "cell": id, "axis": _axis(cell, main), "name": _name(cell, main)}
+                axis = _axis(cell, main)
+                name = f"{study.study.name}: {study.study.names[cell.id]}" if axis == SEVERAL else _name(cell, main)
+                row = {"study": study.study.name, "cell": id, "axis": axis, "name": name}
                 row |= {"model": model_name(cell.model), "saes": len(cell.seed_list), "active": active}
                 rows.append(row | {"tokens": cell.tokens * cell.passes, "d_sae": cell.d_sae})
     found, order = pd.DataFrame(rows), [*AXES, SEVERAL]
@@ -57,7 +59,7 @@ def verdicts(studies: Sequence[Tables], chosen: pd.DataFrame) -> str:
 
     def signs(row: pd.Series, claim: str) -> str:
         lines = {line["line"]: line["verdict"] for line in ledgers[row["study"]].claims(claim, row["cell"])}
-        return " ".join(page.SIGNS[lines[line]] if line in lines else page.SIGNS["not tested"] for line in get_args(Line))
+        return "\u00a0".join(page.SIGNS[lines[line]] if line in lines else page.SIGNS["not tested"] for line in get_args(Line))
 
     columns: dict[str, page.Column] = {"differs in": "{axis}", "cell": "{name}", "study": "{study}"}
     columns |= {claim: partial(signs, claim=claim) for claim in generality.ASKED}
@@ -85,7 +87,7 @@ def _axis(cell: Cell, main: Cell) -> str:
     """What a cell differs in from the main one."""
     differing = [axis for axis, keys in AXES.items() if any(getattr(cell, key) != getattr(main, key) for key in keys)]
     if not differing:
-        return "other seeds"
+        return "seeds"
     return differing[0] if len(differing) == 1 else SEVERAL
 
 
