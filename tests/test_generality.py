@@ -232,6 +232,8 @@ def test_cells_without_intervals_are_told(studies):
     assert across.combined(none).empty
     figure = figures.forest(none, [("C2", LINES[0], "share"), ("C4", LINES[0], "impact")], "title")
     assert [[text.get_text() for text in axis.texts] for axis in figure.axes] == [["no interval\nin any cell"]] * 2
-    some = across.effects(studies, cells)
+    some = across.effects([untold[0], *studies[1:]], cells)
+    assert some[["margin", "error"]].dtypes.eq(float).all()
+    assert across.combined(some)["cells"].max() == 21 - len(studies[0].study.cells)
     figure = figures.forest(some[some["id"] == "C2"], [("C2", LINES[0], "share"), ("C4", LINES[0], "impact")], "title")
     assert [len(axis.texts) for axis in figure.axes] == [0, 1]

@@ -74,7 +74,9 @@ def effects(ledger: list[dict]) -> pd.DataFrame:
         margin = (value - first["bound"]) * (-1 if first["below"] else 1)
         row = {name: each[name] for name in ("cell", "id", "line", "verdict")} | {"value": value, "low": low, "high": high}
         rows.append(row | {"bound": first["bound"], "margin": margin, "error": (high - low) / 2 / HALF_WIDTH})
-    return pd.DataFrame(rows, columns=["cell", "id", "line", "verdict", "value", "low", "high", "bound", "margin", "error"])
+    numbers = ["value", "low", "high", "bound", "margin", "error"]
+    found = pd.DataFrame(rows, columns=["cell", "id", "line", "verdict", *numbers])
+    return found.astype(dict.fromkeys(numbers, float))  # where there are none, too
 
 
 def together(margin: Float[np.ndarray, "cell"], error: Float[np.ndarray, "cell"]) -> Together:
