@@ -170,8 +170,8 @@ def test_cells_of_published_studies_stand_once_by_what_they_differ_in(studies):
     assert cells["axis"].value_counts(sort=False).to_dict() == {
         "seeds": 2,
         "variant": 5,
-        "layer or model": 3,
-        "length of training": 3,
+        "site": 3,
+        "length": 3,
         "width": 8,
     }
     assert cells["name"].is_unique
@@ -193,7 +193,7 @@ def test_effects_and_verdicts_of_cells_are_those_of_their_ledgers(studies):
     assert found["position"].is_monotonic_increasing
     row = next(row for row in across.verdicts(studies, cells).splitlines() if "| layer 3 |" in row)
     signs = [page.SIGNS[studies[1].claim(claim, layer["cell"], which)["verdict"]] for claim in ASKED for which in LINES]
-    assert row.removesuffix(" |").split(" | ")[3:] == ["\u00a0".join(signs[start : start + 3]) for start in range(0, len(signs), 3)]
+    assert row.removesuffix(" |").split(" | ")[2:] == ["\u00a0".join(signs[start : start + 3]) for start in range(0, len(signs), 3)]
     combined = across.combined(found)
     assert combined["id"].tolist() == [claim for claim in ASKED for _ in LINES]
     assert combined["line"].tolist() == LINES * len(ASKED)
@@ -205,13 +205,15 @@ def test_effects_and_verdicts_of_cells_are_those_of_their_ledgers(studies):
 def drawn_cells() -> pd.DataFrame:
     values = [0.8, 0.9, 0.5, 0.1, 40.0, *np.linspace(0.2, 0.9, 10)]
     rows = [line(f"{number}", "C2", LINES[0], value) for number, value in enumerate(values)]
-    return effects(rows).assign(position=range(15), name=list("abcdefghijklmno"), axis=["seeds"] * 2 + ["width"] * 13)
+    return effects(rows).assign(
+        position=range(15), name=[*"abcdefghijklmn", "o, which is called by many words"], axis=["seeds"] * 2 + ["width"] * 13
+    )
 
 
 def test_a_forest_has_a_row_a_cell_and_marks_the_side_of_the_bound():
     figure = figures.forest(drawn_cells(), [("C2", LINES[0], "share")], "title")
     axis = figure.axes[0]
-    assert [label.get_text() for label in axis.get_yticklabels()] == list("abcdefghijklmno")
+    assert [label.get_text() for label in axis.get_yticklabels()] == [*"abcdefghijklmn", "o, which is called by …"]
     points = [drawn for drawn in axis.lines if len(drawn.get_xdata()) == 1]
     sides = ["beyond the bound", "beyond the bound", "on the bound", "short of the bound", "beyond the bound"]
     assert [point.get_color() for point in points[:5]] == [figures.SIDES[side][0] for side in sides]

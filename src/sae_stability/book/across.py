@@ -16,8 +16,8 @@ from sae_stability.study import Cell, model_name
 AXES = {
     "seeds": (),
     "variant": ("variant",),
-    "layer or model": ("model", "hook_name"),
-    "length of training": ("tokens", "passes"),
+    "site": ("model", "hook_name"),
+    "length": ("tokens", "passes"),
     "width": ("d_sae", "k"),
 }
 """What a cell can differ in from the main one, by the keys that say so."""
@@ -61,7 +61,7 @@ def verdicts(studies: Sequence[Tables], chosen: pd.DataFrame) -> str:
         lines = {line["line"]: line["verdict"] for line in ledgers[row["study"]].claims(claim, row["cell"])}
         return "\u00a0".join(page.SIGNS[lines[line]] if line in lines else page.SIGNS["not tested"] for line in get_args(Line))
 
-    columns: dict[str, page.Column] = {"differs in": "{axis}", "cell": "{name}", "study": "{study}"}
+    columns: dict[str, page.Column] = {"differs in": "{axis}", "cell": "{name}"}
     columns |= {claim: partial(signs, claim=claim) for claim in generality.ASKED}
     return page.markdown_table(chosen, columns)
 

@@ -1,5 +1,6 @@
 """What claims find on many cells: a row a cell, with its interval, against the bound of the claim."""
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,8 @@ SIDES = {
     "short of the bound": (BAND_STYLES["unstable"].colour, "^"),
 }
 """How a cell is drawn, by where its whole interval lies."""
+LONGEST = 24
+"""Characters of a cell's name: a longer one would leave no room for the panels."""
 REACH = 2.5
 """Cells that lie further out than so many times the range of the middle 80 % are drawn at the edge."""
 
@@ -33,7 +36,7 @@ def forest(effects: pd.DataFrame, panels: Sequence[tuple[str, str, str]], title:
     for axis, (claim, line, label) in zip(axes, panels, strict=True):
         chosen = effects[(effects["id"] == claim) & (effects["line"] == line)]
         axis.set_title(claim, fontsize="medium")
-        axis.set_xlabel(label, fontsize="small")
+        axis.set_xlabel(textwrap.fill(label, 14), fontsize="small")
         if chosen.empty:  # seeds are few
             axis.text(0.5, 0.5, "no interval\nin any cell", transform=axis.transAxes, ha="center", va="center", fontsize="small")
             continue
@@ -51,7 +54,9 @@ def forest(effects: pd.DataFrame, panels: Sequence[tuple[str, str, str]], title:
         changes = np.flatnonzero(rows["axis"].to_numpy()[1:] != rows["axis"].to_numpy()[:-1])
         for change in changes:
             axis.axhline(change + 0.5, color="#DDDDDD", linewidth=0.8)
-    axes[0].set_yticks(range(len(rows)), rows["name"], fontsize="small")
+    axes[0].set_yticks(
+        range(len(rows)), [textwrap.shorten(name, LONGEST, placeholder=" …") for name in rows["name"]], fontsize="small"
+    )
     axes[0].set_ylim(max(len(rows), 1) - 0.5, -0.5)
     handles = [Line2D([], [], color=colour, marker=marker, linewidth=1.6) for colour, marker in SIDES.values()]
     figure.legend(handles, list(SIDES), frameon=False, loc="outside lower center", fontsize="small", ncols=1)
