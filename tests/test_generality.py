@@ -193,7 +193,7 @@ def test_effects_and_verdicts_of_cells_are_those_of_their_ledgers(studies):
     assert found["position"].is_monotonic_increasing
     row = next(row for row in across.verdicts(studies, cells).splitlines() if "| layer 3 |" in row)
     signs = [page.SIGNS[studies[1].claim(claim, layer["cell"], which)["verdict"]] for claim in ASKED for which in LINES]
-    assert row.removesuffix(" |").split(" | ")[2:] == ["\u00a0".join(signs[start : start + 3]) for start in range(0, len(signs), 3)]
+    assert row.removesuffix(" |").split(" | ")[2:] == ["\u202f".join(signs[start : start + 3]) for start in range(0, len(signs), 3)]
     combined = across.combined(found)
     assert combined["id"].tolist() == [claim for claim in ASKED for _ in LINES]
     assert combined["line"].tolist() == LINES * len(ASKED)

@@ -59,7 +59,7 @@ def verdicts(studies: Sequence[Tables], chosen: pd.DataFrame) -> str:
 
     def signs(row: pd.Series, claim: str) -> str:
         lines = {line["line"]: line["verdict"] for line in ledgers[row["study"]].claims(claim, row["cell"])}
-        return "\u00a0".join(page.SIGNS[lines[line]] if line in lines else page.SIGNS["not tested"] for line in get_args(Line))
+        return "\u202f".join(page.SIGNS[lines[line]] if line in lines else page.SIGNS["not tested"] for line in get_args(Line))
 
     columns: dict[str, page.Column] = {"differs in": "{axis}", "cell": "{name}"}
     columns |= {claim: partial(signs, claim=claim) for claim in generality.ASKED}
