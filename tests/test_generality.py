@@ -181,6 +181,15 @@ def test_cells_of_published_studies_stand_once_by_what_they_differ_in(studies):
     assert by_name.loc["docstrings-2l", "model"] == "docstrings-2l"
     others = across.cells(studies[2:3], studies[1].study.cells[by_name.loc["docstrings-2l", "cell"]])  # of another main cell
     assert set(others["name"]) >= {f"lengths: {name}" for name in list(studies[2].study.names.values())[1:]}
+    main = studies[0].cell
+    for changed, axis in (
+        ({"corpus": "mine"}, across.SEVERAL),
+        ({"rate": 0.1}, across.SEVERAL),
+        ({"k": 8}, "width"),
+        ({}, "seeds"),
+    ):
+        assert across._axis(main.model_copy(update=changed), main) == axis
+    assert set(cells["corpus"]) == {"docstrings"}
     assert (by_name.loc["30 M tokens", "tokens"], by_name.loc["relu", "saes"]) == (30_000_000, 11)
 
 

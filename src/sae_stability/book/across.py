@@ -21,14 +21,17 @@ AXES = {
     "width": ("d_sae", "k"),
 }
 """What a cell can differ in from the main one, by the keys that say so."""
-SEVERAL = "several at once"
+SEVERAL = "several or else"
+"""The axis of a cell that differs in more than one of them, or in what is none of them, such as its text."""
+APART = {"seeds", "surrogate_seeds", "nulls"}
+"""Keys that say how often a cell is trained, and beside what."""
 
 
 def cells(studies: Sequence[Tables], main: Cell) -> pd.DataFrame:
     """The cells of some studies, what is trained twice by the same seeds once: one row each, by what it differs in from a main one.
 
-    Columns: study, cell, axis (a key of `AXES`, or `SEVERAL`), name (for readers), model, saes, active (features that are active on
-    a token), tokens, and d_sae.
+    Columns: study, cell, axis (a key of `AXES`, or `SEVERAL`), name (for readers), model, corpus, saes, active (features that are
+    active on a token), tokens, and d_sae.
     """
     rows, seen = [], list[Cell]()
     for study in studies:
@@ -40,7 +43,7 @@ def cells(studies: Sequence[Tables], main: Cell) -> pd.DataFrame:
                 axis = _axis(cell, main)
                 name = f"{study.study.name}: {study.study.names[cell.id]}" if axis == SEVERAL else _name(cell, main)
                 row = {"study": study.study.name, "cell": id, "axis": axis, "name": name}
-                row |= {"model": model_name(cell.model), "saes": len(cell.seed_list), "active": active}
+                row |= {"model": model_name(cell.model), "corpus": cell.corpus, "saes": len(cell.seed_list), "active": active}
                 rows.append(row | {"tokens": cell.tokens * cell.passes, "d_sae": cell.d_sae})
     found, order = pd.DataFrame(rows), [*AXES, SEVERAL]
     found = found.assign(place=found["axis"].map(order.index)).sort_values(["place", "tokens", "active", "d_sae"], kind="stable")
@@ -79,16 +82,13 @@ def combined(found: pd.DataFrame) -> pd.DataFrame:
 
 def _alike(cell: Cell, other: Cell) -> bool:
     """Whether two cells train the same."""
-    apart = {"seeds", "surrogate_seeds", "nulls"}
-    return cell.recipe == other.recipe and cell.model_dump(exclude=apart) == other.model_dump(exclude=apart)
+    return cell.model_dump(exclude=APART) == other.model_dump(exclude=APART)
 
 
 def _axis(cell: Cell, main: Cell) -> str:
     """What a cell differs in from the main one."""
-    differing = [axis for axis, keys in AXES.items() if any(getattr(cell, key) != getattr(main, key) for key in keys)]
-    if not differing:
-        return "seeds"
-    return differing[0] if len(differing) == 1 else SEVERAL
+    differing = {key for key in Cell.model_fields if getattr(cell, key) != getattr(main, key)} - APART
+    return next((axis for axis, keys in AXES.items() if differing <= set(keys)), SEVERAL)
 
 
 def _name(cell: Cell, main: Cell) -> str:
@@ -104,4 +104,6 @@ def _name(cell: Cell, main: Cell) -> str:
         told.append(f"{cell.d_sae:,} features (k {cell.k})")
     if told:
         return ", ".join(told)
-    return "main cell" if cell.seed_list == main.seed_list else f"{len(cell.seed_list)} fresh seeds"
+    if cell.seed_list == main.seed_list:
+        return "main cell"
+    return f"{len(cell.seed_list)} {'' if set(cell.seed_list) & set(main.seed_list) else 'fresh '}seeds"

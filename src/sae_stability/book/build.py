@@ -134,10 +134,9 @@ def staged(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
                     "figure": {"caption": described["caption"], "name": described["name"]},
                 }
     setup = list(takewhile(lambda cell: not cell.get("outputs"), notebook.cells))
-    moved = [cell for cell in setup if cell.cell_type == "code"]
-    if moved:
-        notebook.cells = [cell for cell in notebook.cells if not any(cell is each for each in moved)]
-        notebook.cells += [nbformat.v4.new_markdown_cell(SETUP), *moved]
+    prose, code = ([cell for cell in setup if (cell.cell_type == "code") == is_code] for is_code in (False, True))
+    if code:
+        notebook.cells = [*prose, *notebook.cells[len(setup) :], nbformat.v4.new_markdown_cell(SETUP), *code]
     return notebook
 
 
