@@ -11,10 +11,13 @@ export PIP_USER := 0
 export PIP_REQUIRE_VIRTUALENV := 0
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
-.PHONY: book lab test bench intervals worlds jobs costs publish lint lock clean
+.PHONY: book pdf lab test bench intervals worlds jobs costs publish lint lock clean
 
 book: $(READY)  ## compute a study and build its book: make book, make book STUDY=quick
 	$(VENV)/bin/sae-stability run $(STUDY)
+
+pdf: book  ## print the book into _build/book.pdf; it needs Debian's chromium
+	$(VENV)/bin/python -m sae_stability.book.printed
 
 lab: $(VENV)/lab  ## open the chapters in JupyterLab
 	$(VENV)/bin/jupyter lab book

@@ -1,5 +1,10 @@
+import functools
+import http.server
 import os
+import shutil
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -94,6 +99,38 @@ def site(quick, tmp_path_factory) -> Path:
     """The quick book, built beside the user's own."""
     build.execute(quick.study)
     return build.build(quick.study, tmp_path_factory.mktemp("site") / "html").parent
+
+
+@pytest.fixture(scope="session")
+def address(site) -> Iterator[str]:
+    """The quick book over http, on this machine."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture
+def browser() -> str:
+    """Where a browser stands."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    return path
+
+
+@pytest.fixture
+def chromium(browser):
+    """A browser without a window. Playwright keeps an event loop running, beside which papermill starts none: one a test."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,5 @@
-import http.server
 import re
-import shutil
 import threading
-from functools import partial
 
 import nbformat
 import pandas as pd
@@ -11,61 +8,54 @@ import pytest
 from sae_stability import places
 from sae_stability.book import build
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
-
-@pytest.fixture(scope="module")
-def address(site):
-    """The book over http, on this machine."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
 @pytest.mark.parametrize("width", [1200, 390])
-def test_every_page_opens_without_a_fault(site, address, width):
-    from playwright.sync_api import sync_playwright
-
+def test_every_page_opens_without_a_fault(site, address, chromium, width):
     faults, pages = [], sorted(path.name for path in site.glob("*.html"))
     assert {"index.html", "setup.html", "stability.html", "costs.html"} <= set(pages)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": width, "height": 844})
-        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("requestfailed", lambda request: faults.append(f"failed: {request.url}"))
-        page.on(
-            "response", lambda response: faults.append(f"{response.status}: {response.url}") if response.status >= 400 else None
-        )
-        page.on(
-            "request", lambda request: None if request.url.startswith((address, "data:", "blob:")) else faults.append(request.url)
-        )
-        for name in pages:
-            page.goto(f"{address}/{name}", wait_until="networkidle")
-            for image in page.locator("article img").all():
-                alt = image.get_attribute("alt") or ""
-                if len(alt) < 40 or re.search(r"\.(png|svg|jpe?g)$", alt):
-                    faults.append(f"{name}: alt text {alt!r}")
-                if image.evaluate("image => image.naturalWidth") == 0:
-                    faults.append(f"{name}: an empty image")
-            overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-            if overflow > 1:
-                faults.append(f"{name}: wider than the screen by {overflow}")
-            for equation in page.locator("mjx-container[display=true]").all():
-                if equation.evaluate("box => box.scrollWidth > box.clientWidth + 1"):
-                    faults.append(f"{name}: an equation is cut off: {equation.inner_text()!r}")
-        assert page.goto(f"{address}/stability.html")
-        assert page.locator("article img").count() >= 5
-        assert page.locator(".MathJax, mjx-container").count() > 0
-        browser.close()
+    page = chromium.new_page(viewport={"width": width, "height": 844})
+    page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("requestfailed", lambda request: faults.append(f"failed: {request.url}"))
+    page.on("response", lambda response: faults.append(f"{response.status}: {response.url}") if response.status >= 400 else None)
+    page.on("request", lambda request: None if request.url.startswith((address, "data:", "blob:")) else faults.append(request.url))
+    for name in pages:
+        page.goto(f"{address}/{name}", wait_until="networkidle")
+        for image in page.locator("article img").all():
+            alt = image.get_attribute("alt") or ""
+            if len(alt) < 40 or re.search(r"\.(png|svg|jpe?g)$", alt):
+                faults.append(f"{name}: alt text {alt!r}")
+            if image.evaluate("image => image.naturalWidth") == 0:
+                faults.append(f"{name}: an empty image")
+        overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        if overflow > 1:
+            faults.append(f"{name}: wider than the screen by {overflow}")
+        for equation in page.locator("mjx-container[display=true]").all():
+            if equation.evaluate("box => box.scrollWidth > box.clientWidth + 1"):
+                faults.append(f"{name}: an equation is cut off: {equation.inner_text()!r}")
+    assert page.goto(f"{address}/stability.html")
+    assert page.locator("article img").count() >= 5
+    assert page.locator(".MathJax, mjx-container").count() > 0
     assert not faults
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_no_page_keeps_readers_out(site, address, chromium, theme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    barriers, page = [], chromium.new_page(viewport={"width": 1200, "height": 844})
+    page.add_init_script(f"localStorage.setItem('mode', '{theme}'); localStorage.setItem('theme', '{theme}')")
+    for path in sorted(site.glob("*.html")):
+        page.goto(f"{address}/{path.name}", wait_until="networkidle")
+        assert page.evaluate("document.documentElement.dataset.theme") == theme
+        if path.name == "explorer.html":
+            page.locator("#explorer tbody a").first.click()
+            page.wait_for_selector("#explorer .partner code")
+        for found in Axe().run(page).response["violations"]:
+            if found["impact"] in ("serious", "critical"):
+                where = [node["html"][:120] for node in found["nodes"][:3]]
+                barriers.append((path.name, found["id"], len(found["nodes"]), where))
+    assert not barriers
 
 
 def test_below_every_figure_stands_how_it_was_made(site, quick):

@@ -443,12 +443,17 @@ def blocks(seeds: int = 6, count: int = 3, r: int = 8) -> tuple[list[Written], l
     return seeds_written, [noise] * seeds, of_block
 
 
+def judged(ensemble, random_partitions=1):
+    """Groups of every other seed, judged on the rest."""
+    return groups.judge_groups(ensemble, groups.find_groups(ensemble, [0, 2, 4]), [1, 3, 5], "", random_partitions)
+
+
 def test_planted_blocks_are_found_as_groups_that_come_back_and_can_be_swapped():
     written, errors, of_block = blocks()
     members = [np.arange(48)] * 6
     label = groups.clustered(np.concatenate([written[seed].directions for seed in (0, 2, 4)]), 3)
     assert adjusted_rand_score(np.tile(of_block, 3), label) == 1
-    found = groups.judge_groups(groups.Ensemble(written, errors, members), [0, 2, 4], [1, 3, 5], "").groupby("partition").mean()
+    found = judged(groups.Ensemble(written, errors, members)).groupby("partition").mean()
     assert found.loc["clustered", "share"] == pytest.approx(1, abs=0.01)
     assert found.loc["clustered", "swapped"] == pytest.approx(1, abs=0.01)
     assert found.loc["clustered", "rank"] <= 8
@@ -458,7 +463,7 @@ def test_planted_blocks_are_found_as_groups_that_come_back_and_can_be_swapped():
 
 def test_random_partitions_are_as_large_as_the_clustered_one_and_many():
     written, errors, _ = blocks()
-    found = groups.judge_groups(groups.Ensemble(written, errors, [np.arange(48)] * 6), [0, 2, 4], [1, 3, 5], "", 5)
+    found = judged(groups.Ensemble(written, errors, [np.arange(48)] * 6), 5)
     places = found.groupby("partition")["group"].nunique()
     assert places["random"] == 5 * places["clustered"]
     assert found.groupby(["partition", "group"]).size().eq(3).all()
@@ -537,7 +542,7 @@ def test_directions_at_random_come_as_near_as_chance_brings_them():
 def test_groups_of_each_seeds_own_do_not_come_back():
     seeds = written_in([random_axes(4, seed) for seed in range(6)], features=16)
     errors = [np.zeros((len(sampled_rows(part())), D_IN))] * 6
-    found = groups.judge_groups(groups.Ensemble(seeds, errors, [np.arange(16)] * 6), [0, 2, 4], [1, 3, 5], "")
+    found = judged(groups.Ensemble(seeds, errors, [np.arange(16)] * 6))
     assert found["share"].max() < 0.5
     assert found["swapped"].abs().max() < 0.3
 
@@ -545,9 +550,9 @@ def test_groups_of_each_seeds_own_do_not_come_back():
 def test_few_unstable_features_or_one_part_of_text_make_no_groups():
     written, errors, _ = blocks()
     for members in ([np.arange(48)] * 5 + [np.arange(15)], [np.arange(0)] * 6):
-        assert groups.judge_groups(groups.Ensemble(written, errors, members), [0, 2, 4], [1, 3, 5], "").empty
+        assert judged(groups.Ensemble(written, errors, members)).empty
     one_part = [Written(sparse.csr_array(each.parts[0]), each.directions, np.zeros(each.tokens[0], dtype=int)) for each in written]
-    assert groups.judge_groups(groups.Ensemble(one_part, errors, [np.arange(48)] * 6), [0, 2, 4], [1, 3, 5], "").empty
+    assert judged(groups.Ensemble(one_part, errors, [np.arange(48)] * 6)).empty
 
 
 @pytest.mark.parametrize("r", [4, 8, 12, 20])

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from scipy import sparse
@@ -12,15 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_stability.language.activations import Activations
-from sae_stability.language.corpus import Contexts
 from sae_stability.language.interventions import Reading, intervene
-from sae_stability.language.tokens import pieces
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sparse import Codes, Parameters
 from sae_stability.statistics import Interval, bootstrap_ratio
 
 ROWS = 8192  # tokens encoded at a time
-WINDOW = 10  # tokens shown on each side of a peak
 
 
 @dataclass(frozen=True)
@@ -134,40 +130,3 @@ def losses(site: Reading, ensemble: Ensemble) -> Losses:
     predicted = intervene(site, edits, "losses")
     spliced = np.stack([predicted.nats[seed] for seed in range(len(ensemble.seeds))])
     return Losses(predicted.clean, predicted.nats["zero"], predicted.nats["mean"], spliced, predicted.tokens)
-
-
-def top_contexts(
-    ensemble: Ensemble,
-    position: int,
-    features: list[int],
-    activations: Activations,
-    contexts: Contexts,
-    tokenizer,
-    shown: int = 4,
-) -> pd.DataFrame:
-    """Where features of one seed fire most: one row for each token of the windows around the strongest firings.
-
-    One window a cluster. Columns: feature, rank of the window, offset from the peak, token, activation (normalised units).
-    """
-    wanted = torch.tensor(features)
-    where = np.flatnonzero(contexts.is_text)[: len(activations)]
-    strength = np.zeros((len(features), contexts.tokens.size), dtype=np.float32)
-    for start in range(0, len(activations), ROWS):
-        x = ensemble.normalise(activations.data[start : start + ROWS])
-        _, codes = next(ensemble.of(position).codes(x))
-        strength[:, where[start : start + ROWS]] = codes.dense(ensemble.d_sae)[:, wanted].T.numpy()
-    rows, width = [], contexts.tokens.shape[1]
-    for feature, along in zip(features, strength, strict=True):
-        seen: set[int] = set()
-        for peak in np.argsort(-along, kind="stable")[: shown * 200]:
-            cluster = int(contexts.cluster.ravel()[peak])
-            if along[peak] <= 0 or len(seen) == shown:
-                break
-            if cluster in seen:
-                continue
-            seen.add(cluster)
-            context, centre = divmod(int(peak), width)
-            around = range(max(1, centre - WINDOW), min(width, centre + WINDOW + 1))
-            for index, token in zip(around, pieces(tokenizer, contexts.tokens[context, around.start : around.stop]), strict=True):
-                rows.append((feature, len(seen), index - centre, token, float(along[context * width + index])))
-    return pd.DataFrame(rows, columns=["feature", "rank", "offset", "token", "activation"])

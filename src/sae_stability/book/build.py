@@ -17,7 +17,7 @@ import nbformat
 import yaml
 
 from sae_stability import places
-from sae_stability.book import made, page
+from sae_stability.book import explorer, made, page
 from sae_stability.files import locked, read_json, replacing, sha256, write_json
 from sae_stability.keys import key_of, key_of_script, versions
 from sae_stability.pipeline import Plan
@@ -64,13 +64,13 @@ def chapter_key(study: Study, name: str, results: list[str]) -> str:
     """A chapter depends on its own code and what of the package that reaches, on its text, and on the study's results."""
     cells = nbformat.read(notebook(name), as_version=4).cells
     code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-    published = sorted(path for path in (places.root() / "published").rglob("*.*") if path.is_file())
+    files = sorted(path for path in places.published().rglob("*.*") if path.is_file())
     inputs = {
         "cells": [cell.source if cell.cell_type != "code" else dict(cell.metadata) for cell in cells],
         "drawing": versions(DRAWING),
         "study": study.sha256,
         "benchmarks": sha256(page.benchmarks_file()),
-        "published": {str(path.relative_to(places.root())): sha256(path) for path in published},
+        "files": {str(path.relative_to(places.root())): sha256(path) for path in files},
     }
     return key_of_script(code, inputs, results)
 
@@ -92,7 +92,9 @@ def _build(study: Study, site: Path) -> Path:
     executed = {name: store.folder / "chapters" / f"{name}.ipynb" for name in chapters()}
     static = sorted(file for file in [*(root / "book").rglob("*"), root / "_config.yml", root / "_toc.yml"] if file.is_file())
     content = {str(file): sha256(file) for file in [*executed.values(), *static]}
-    key = key_of({"content": content, "drawing": versions(DRAWING)}, [_build])
+    plan = Plan(study)
+    results = [key for stage in plan.stages for key in stage.entries.values()]
+    key = key_of({"content": content, "drawing": versions(DRAWING)}, [_build], results)
     stamp = site / "provenance.json"
     if stamp.is_file() and read_json(stamp)["key"] == key:
         return site / "index.html"
@@ -108,7 +110,9 @@ def _build(study: Study, site: Path) -> Path:
             notebook = made.told(staged(nbformat.read(path, as_version=4)), stage, study.name, executed_at)
             nbformat.write(notebook, stage / f"{name}.ipynb")
         _jupyter_book(stage, out)
-        built = out / "_build" / "html"
+        built, main = out / "_build" / "html", plan.results(study.main)
+        if explorer.NEEDS in main.entries:
+            explorer.write(main, built / explorer.FOLDER)
         write_json(built / "provenance.json", {"key": key, "study": study.name, "commit": git_commit()})
         old = Path(scratch) / "old"
         if site.exists():

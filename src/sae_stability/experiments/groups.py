@@ -15,7 +15,16 @@ from sae_stability.files import write_table
 from sae_stability.matching import BANDS
 from sae_stability.statistics import jackknifed_mean
 from sae_stability.study import Cell, Study
-from sae_stability.subspaces.groups import CLUSTERED, REAPPEARS, Ensemble, beyond_random, judge_groups, planar_group, turned_onto
+from sae_stability.subspaces.groups import (
+    CLUSTERED,
+    REAPPEARS,
+    Ensemble,
+    beyond_random,
+    find_groups,
+    judge_groups,
+    planar_group,
+    turned_onto,
+)
 from sae_stability.subspaces.written import sampled_rows
 
 SMALLEST_RANK, LARGEST_RANK = 2, 1 / 8
@@ -33,8 +42,11 @@ def compute(results: Results, folder: Path) -> None:
         ensemble = grouped(results, kind, sizes)
         everyone = range(len(ensemble.written))
         partitions = RANDOM_PARTITIONS if kind == "real" else 1
-        found = judge_groups(ensemble, everyone[0::2], everyone[1::2], f"groups, {kind}", partitions)
+        groups = find_groups(ensemble, everyone[0::2])
+        found = judge_groups(ensemble, groups, everyone[1::2], f"groups, {kind}", partitions)
         write_table(folder / f"{kind}.parquet", found)
+        if kind == "real":
+            write_table(folder / "members.parquet", groups)
         sizes = sizes or [len(members) for members in ensemble.unstable]
     write_table(folder / "planar.parquet", _planar(results))
 
@@ -70,6 +82,11 @@ def _planar(results: Results) -> pd.DataFrame:
     turned = turned_onto(found["x"].to_numpy(float), found["y"].to_numpy(float), found["seed"].to_numpy(int))
     found = found.reset_index(drop=True).join(turned)
     return found.assign(seed=[results.cell.seed_list[position] for position in found["seed"]])
+
+
+def members(results: Results) -> pd.DataFrame:
+    """One row per unstable feature of every other seed (by its position): the group that it is in."""
+    return pd.read_parquet(results.folder("groups") / "members.parquet")
 
 
 def planar_table(results: Results) -> pd.DataFrame:

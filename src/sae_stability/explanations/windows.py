@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from scipy import sparse
 
 from sae_stability.language.corpus import Contexts
+from sae_stability.portraits import firings
 
 Decode = Callable[[Int[np.ndarray, "token"]], list[str]]
 REACH = 10  # tokens on either side of the one in the middle
@@ -51,9 +52,7 @@ def tasks(activations: sparse.csc_array, features: Int[np.ndarray, "chosen"], co
     found = []
     for feature in features:
         rng = np.random.default_rng(int(feature))
-        start, end = activations.indptr[feature], activations.indptr[feature + 1]
-        fired, strength = activations.indices[start:end], activations.data[start:end]
-        fired, strength = fired[strength > 0], strength[strength > 0]
+        fired, strength = firings(activations, feature)
         along = np.zeros(activations.shape[0], dtype=np.float32)
         along[fired] = strength
         shown, scored = (_peaks(fired, strength, cluster, half) for half in (0, 1))

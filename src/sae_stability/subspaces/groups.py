@@ -49,24 +49,35 @@ def clustered(rows: Float[np.ndarray, "feature d_in"], groups: int) -> Int[np.nd
     return method.fit_predict(np.square(rows @ rows.T))
 
 
+def find_groups(ensemble: Ensemble, found_on: Sequence[int]) -> pd.DataFrame:
+    """The unstable features of some seeds in groups: one row a feature, with its seed (its position) and its group.
+
+    No rows where a seed has fewer than `SIZE` unstable features, or the text has one part.
+    """
+    if len(ensemble.written[0].parts) < 2 or min(map(len, ensemble.unstable)) < SIZE:
+        return pd.DataFrame(columns=["seed", "feature", "group"])
+    rows = np.concatenate([ensemble.written[seed].directions[ensemble.unstable[seed]] for seed in found_on])
+    seed = np.concatenate([np.full(len(ensemble.unstable[seed]), seed) for seed in found_on])
+    feature = np.concatenate([ensemble.unstable[seed] for seed in found_on])
+    group = clustered(rows, max(2, round(len(rows) / len(found_on) / SIZE)))
+    return pd.DataFrame({"seed": seed, "feature": feature, "group": group})
+
+
 def judge_groups(
-    ensemble: Ensemble, found_on: Sequence[int], judged_on: Sequence[int], described: str, random_partitions: int = 1
+    ensemble: Ensemble, groups: pd.DataFrame, judged_on: Sequence[int], described: str, random_partitions: int = 1
 ) -> pd.DataFrame:
-    """Group the unstable features of some seeds, and ask of others whether they come back: a row a partition, group and such seed.
+    """Ask of other seeds whether groups (`find_groups`) come back: a row a partition, group and such seed.
 
     Columns: `partition` (`clustered`, or `random` groups of the same sizes, from so many partitions); `group`; `like`, the
     clustered group of its size; `seed` (its position); `features` of a seed in the group; `rank` at 90 % of its energy; `share` (of
     its ceiling) of the group's energy that as many features of the held-out seed capture, those that lie inside the group's
     subspace most; `swapped`, how much of the explained variance that is lost without a seed's features of the group these bring
-    back in their place; `ambiguity_rank`, by best cosines. No rows where a seed has fewer than `SIZE` unstable features, or the
-    text has one part.
+    back in their place; `ambiguity_rank`, by best cosines.
     """
-    if len(ensemble.written[0].parts) < 2 or min(map(len, ensemble.unstable)) < SIZE:
+    if groups.empty:
         return pd.DataFrame(columns=COLUMNS)
-    rows = np.concatenate([ensemble.written[seed].directions[ensemble.unstable[seed]] for seed in found_on])
-    owner = np.concatenate([np.full(len(ensemble.unstable[seed]), seed) for seed in found_on])
-    feature = np.concatenate([ensemble.unstable[seed] for seed in found_on])
-    label = clustered(rows, max(2, round(len(rows) / len(found_on) / SIZE)))
+    owner, feature, label = (groups[column].to_numpy() for column in ("seed", "feature", "group"))
+    found_on = np.unique(owner)
     shuffle = np.random.default_rng(0)
     partitions = [(CLUSTERED, label), *((RANDOM, shuffle.permutation(label)) for _ in range(random_partitions))]
     places = [(partition, of, group) for partition, of in partitions for group in np.unique(label)]
