@@ -32,7 +32,7 @@ test: $(READY)  ## lint, types, the order of imports, spelling, then the whole t
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
-	$(VENV)/bin/codespell book src studies workflow README.md CONTRIBUTING.md published/README.md models/*/README.md
+	$(VENV)/bin/codespell book coursework src studies workflow README.md CONTRIBUTING.md published/README.md models/*/README.md
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 # Tables with a row a feature are large, and no page of another study reads them.

@@ -322,6 +322,18 @@ def explain(
     print(f"{chosen.name}: {store.folder / 'tables' / 'explanations.parquet'} holds one row per explanation")
 
 
+@app.command()
+def coursework(out: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
+    """Write a course pack for nbgrader: each week's exercises with solutions and tests, and as students get them.
+
+    Example: sae-stability coursework course
+    """
+    from sae_stability.book import coursework
+
+    for path in coursework.write(out):
+        print(path)
+
+
 @app.command("train-model")
 def train_model(
     name: Annotated[str, typer.Argument(help="docstrings-2l or docstrings-4l.")],

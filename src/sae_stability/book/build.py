@@ -64,7 +64,8 @@ def chapter_key(study: Study, name: str, results: list[str]) -> str:
     """A chapter depends on its own code and what of the package that reaches, on its text, and on the study's results."""
     cells = nbformat.read(notebook(name), as_version=4).cells
     code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-    files = sorted(path for path in places.published().rglob("*.*") if path.is_file())
+    folders = (places.published(), places.root() / "coursework")
+    files = sorted(path for folder in folders for path in folder.rglob("*.*") if path.is_file())
     inputs = {
         "cells": [cell.source if cell.cell_type != "code" else dict(cell.metadata) for cell in cells],
         "drawing": versions(DRAWING),
