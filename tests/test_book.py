@@ -136,3 +136,28 @@ def test_a_cell_shows_a_figure_or_says_something(name):
         shows = cell.source.count("page.show(")
         assert cell.cell_type != "code" or shows <= 1
         assert not (shows and re.search(r"page\.(say|box|show_html)\(", cell.source)), cell.source
+
+
+def test_pages_load_neither_icons_twice_nor_all_of_mathjax(site):
+    for path in site.glob("*.html"):
+        page = path.read_text(encoding="utf-8")
+        assert "fontawesome.js" not in page
+        assert "tex-chtml.js" not in page
+    assert "mathjax/startup.js" in (site / "stability.html").read_text(encoding="utf-8")
+
+
+def test_every_link_leads_somewhere(site):
+    from bs4 import BeautifulSoup
+
+    pages = {path.name: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in site.glob("*.html")}
+    places_in = {name: {tag["id"] for tag in page.find_all(id=True)} for name, page in pages.items()}
+    lost = []
+    for name, page in pages.items():
+        for link in page.find_all("a", href=True):
+            file, _, place = link["href"].partition("#")
+            if file.startswith(("http", "mailto:")):
+                continue
+            known = places_in.get(file or name)
+            if not (site / (file or name)).is_file() or (place and known is not None and place not in known):
+                lost.append((name, link["href"]))
+    assert not lost

@@ -5,6 +5,7 @@ an older one keeps pages of another study, and one that was killed keeps holes.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from sae_stability.store import DRAWING, Store, git_commit
 from sae_stability.study import Study
 
 SETUP = "## Set-up of this page\n\nThe code of the page rests on these cells, which come first where it is executed."
+ICONS = re.compile(r"<script[^>]*/fontawesome\.js[^>]*></script>")
+"""What draws the theme's icons once more, which its stylesheet has: the largest file of every page."""
 AT_ONCE = 2  # chapters under execution: most of their time goes by on one thread, a quarter of it in imports
 
 
@@ -112,6 +115,8 @@ def _build(study: Study, site: Path) -> Path:
             nbformat.write(notebook, stage / f"{name}.ipynb")
         _jupyter_book(stage, out)
         built, main = out / "_build" / "html", plan.results(study.main)
+        for path in built.glob("*.html"):
+            path.write_text(lighter(path.read_text(encoding="utf-8")), encoding="utf-8")
         if explorer.NEEDS in main.entries:
             explorer.write(main, built / explorer.FOLDER)
         write_json(built / "provenance.json", {"key": key, "study": study.name, "commit": git_commit()})
@@ -143,6 +148,11 @@ def staged(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     if code:
         notebook.cells = [*prose, *notebook.cells[len(setup) :], nbformat.v4.new_markdown_cell(SETUP), *code]
     return notebook
+
+
+def lighter(page: str) -> str:
+    """A page as HTML without the two megabytes that it does not need."""
+    return ICONS.sub("", page).replace("mathjax/tex-chtml.js", "mathjax/startup.js")
 
 
 def _papermill(notebook: Path, into: Path, store: Store) -> None:
