@@ -1,4 +1,5 @@
-"""Measures matching: all pairs of many dictionaries against the matrix products alone, a plain loop, and one-to-one assignment."""
+"""Measures matching: all pairs of many dictionaries against the matrix products alone, a plain loop, pooling them, and one-to-one
+assignment."""
 
 import multiprocessing
 import time
@@ -13,6 +14,9 @@ from scipy.optimize import linear_sum_assignment
 
 from sae_stability.matching import assign, stability
 from sae_stability.matching.pairs import CHUNK
+from sae_stability.pooling import pool
+from sae_stability.saes.parameters import Parameters
+from sae_stability.saes.sae import SAE
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,25 @@ def raised_peak(call: Callable[[], object]) -> int:
     return int(peak.split()[1]) * 1024 - before
 
 
-def ours_alone(shape: Dictionaries) -> tuple[float, int]:
+def matched(W: torch.Tensor) -> None:
+    stability(W)
+
+
+def pooled(W: torch.Tensor) -> None:
+    """One SAE of the directions of several."""
+    nothing, bias = torch.zeros(()).expand(W.shape[1:]), torch.zeros(())
+    parameters = (Parameters(nothing, bias.expand(len(rows)), rows, torch.zeros(rows.shape[1])) for rows in W)
+    pool([SAE(None, None, each) for each in parameters])
+
+
+def alone(shape: Dictionaries, work: Callable[[torch.Tensor], None]) -> tuple[float, int]:
     """Seconds of ours, and the bytes by which its process stands above its start at the highest, dictionaries included."""
-    stability(torch.randn(2, 64, 8))  # compiles
+    work(torch.randn(2, 64, 8))  # compiles
     seconds = []
 
     def measured() -> None:
         W = shape.draw()
-        seconds.append(_seconds(lambda: stability(W)))
+        seconds.append(_seconds(lambda: work(W)))
 
     peak = raised_peak(measured)
     return seconds[0], peak
@@ -82,12 +97,15 @@ def ours_alone(shape: Dictionaries) -> tuple[float, int]:
 def compare_matching(shape: Dictionaries = ALL_PAIRS, paired: Dictionaries = PAIRED) -> dict:
     """Seconds and memory; everything on the same directions, in turn. Ours compares all pairs, the others some."""
     pairs = shape.seeds * (shape.seeds - 1) // 2
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own, for its memory
-        ours_seconds, memory = pool.apply(ours_alone, (shape,))
+    taken = {}
+    for work in (matched, pooled):
+        with multiprocessing.get_context("spawn").Pool(1) as process:  # one of its own, for its memory
+            taken[work] = process.apply(alone, (shape, work))
     W = shape.draw()
     seconds = {
         "products": pairs / (shape.seeds - 1) * _seconds(lambda: _products(W)),
-        "ours": ours_seconds,
+        "ours": taken[matched][0],
+        "pooling": taken[pooled][0],
         "plain loop": pairs * _seconds(lambda: _plain(W[0], W[1])),
     }
     del W
@@ -100,7 +118,8 @@ def compare_matching(shape: Dictionaries = ALL_PAIRS, paired: Dictionaries = PAI
         "shape": {**asdict(shape), "pairs": pairs},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "ours_over_products": round(seconds["ours"] / seconds["products"], 2),
-        "peak_gb": round(memory / 1e9, 2),
+        "peak_gb": round(taken[matched][1] / 1e9, 2),
+        "pooling_peak_gb": round(taken[pooled][1] / 1e9, 2),
         "assignment": {
             **asdict(paired),
             "dense_seconds": round(dense, 1),
