@@ -342,7 +342,8 @@ def main() -> None:
         parser.error("--variants: topk must be among them, since the ratios are its")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = TIMED[device.type]
-    train_on, held_out = open_activations("train"), open_activations("evaluation")
+    if {"times", "quality"} & set(arguments.parts):
+        train_on, held_out = open_activations("train"), open_activations("evaluation")
 
     before = read_json(arguments.out) if arguments.out.exists() else {}
     fresh = {"commits": {}, "processors": {}} | {key: before[key] for key in ("bfloat16",) if key in before}
