@@ -2,6 +2,7 @@ from collections.abc import Set
 from itertools import combinations
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,3 +177,12 @@ def test_features_without_a_like_are_alone_and_without_a_mean_cosine():
     found = families(W, 0.7, torch.tensor([[True, True], [True, False], [True, True]]))
     assert found.size.tolist() == [1] * 5
     assert np.isnan(found.mean_cosine).all()
+
+
+def test_memory_does_not_grow_with_the_number_of_pairs():
+    W, alive = F.normalize(drawn(8, 2048, 24), dim=2), torch.ones(8, 2048, dtype=torch.bool)
+    W[1:, :1024] = W[:1, :1024]  # what is kept of every pair lies between what is not
+    families(W[:2], 0.7, alive[:2])
+    before = psutil.Process().memory_info().rss
+    families(W, 0.7, alive)
+    assert psutil.Process().memory_info().rss - before < 60e6

@@ -167,6 +167,23 @@ def test_the_first_of_rows_that_are_alike_stays(monkeypatch):
     assert np.flatnonzero(distinct(rows, 0.8)).tolist() == kept
 
 
+@pytest.mark.parametrize("representative", ["mean", "medoid"])
+def test_every_pool_is_the_beginning_of_the_union(representative, monkeypatch):
+    """Where looking ends early, in blocks of rows."""
+    monkeypatch.setattr(pooling, "CHUNK", 4)
+    common = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(4, 20, 12, generator=torch.Generator().manual_seed(1))
+    rows = F.normalize(common + 0.6 * noise, dim=2)
+    saes = [SAE(None, None, Parameters(torch.zeros(20, 12), torch.zeros(20), each, torch.zeros(12))) for each in rows]
+    union = pool(saes, kind="union", threshold=0.7, representative=representative)
+    assert len(union.stars) > 20
+    for kind, count in (("width", 20), ("consensus", int((union.stars.size >= 3).sum()))):
+        found = pool(saes, kind=kind, threshold=0.7, representative=representative, quorum=0.75)
+        assert 0 < len(found.stars) == count
+        assert np.array_equal(found.stars.members, union.stars.members[:count])
+        assert torch.equal(found.sae.directions, union.sae.directions[:count])
+
+
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_every_variant_fires_as_often_as_its_saes(kind):
     saes, x = [sae(seed, kind, noise=0.12) for seed in range(3)], tokens()

@@ -121,8 +121,10 @@ def pool(
     measured = None
     if activations is not None:
         measured = [measure(sae, activations) for sae in tqdm(saes, "what fires", unit="SAE", disable=None)]
-    found = unlike(stars(saes, measured, threshold), saes, threshold, representative)
-    found = found.pick(kind, quorum, round(np.mean([len(sae.directions) for sae in saes])))
+    width, found = round(np.mean([len(sae.directions) for sae in saes])), stars(saes, measured, threshold)
+    if kind == "consensus":  # which are the first: others need not be compared
+        found = found.pick(kind, quorum, width)
+    found = unlike(found, saes, threshold, representative, width if kind == "width" else None).pick(kind, quorum, width)
     if not len(found) and kind != "consensus":
         raise UserError("activations: no feature of any SAE fires on them; give those of the site that the SAEs are of")
     if not len(found):
@@ -180,9 +182,12 @@ def stars(saes: Sequence[SAE], measured: Sequence[Measured] | None, threshold: f
     return found.take(np.lexsort((-found.energy, -found.size)))
 
 
-def unlike(found: Stars, saes: Sequence[SAE], threshold: float, representative: Representative) -> Stars:
-    """The stars without those whose representative reaches the threshold with that of one before them that stays."""
-    return found.take(distinct(represent(found, _unit_rows(saes), representative), threshold))
+def unlike(found: Stars, saes: Sequence[SAE], threshold: float, representative: Representative, enough: int | None = None) -> Stars:
+    """The stars without those whose representative reaches the threshold with that of one before them that stays.
+
+    Once `enough` have been found to stay, the rest is left out.
+    """
+    return found.take(distinct(represent(found, _unit_rows(saes), representative), threshold, enough))
 
 
 def represent(found: Stars, rows: Float[Tensor, "sae d_sae *any"], representative: Representative) -> Float[Tensor, "star *any"]:
@@ -197,10 +202,13 @@ def represent(found: Stars, rows: Float[Tensor, "sae d_sae *any"], representativ
     return total / (members >= 0).sum(1).view(-1, *[1] * (total.dim() - 1))
 
 
-def distinct(rows: Float[Tensor, "row d_in"], threshold: float) -> Bool[np.ndarray, "row"]:
-    """The rows whose cosine with each such row before them lies below the threshold."""
+def distinct(rows: Float[Tensor, "row d_in"], threshold: float, enough: int | None = None) -> Bool[np.ndarray, "row"]:
+    """The rows whose cosine with each such row before them lies below the threshold: all of them, or those of the first blocks of
+    rows that have `enough`."""
     directions, kept = F.normalize(rows, dim=1), torch.zeros(len(rows), dtype=torch.bool)
     for start in range(0, len(rows), CHUNK):
+        if enough is not None and kept.sum() >= enough:
+            break
         block, before = directions[start : start + CHUNK], directions[:start][kept[:start]]
         free = torch.ones(len(block), dtype=torch.bool)
         for part in before.split(CHUNK):

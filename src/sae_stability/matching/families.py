@@ -128,13 +128,16 @@ def _edges(W_dec: Tensor, threshold: float, alive: Tensor) -> Edges:
     seeds, d_sae, _ = W_dec.shape
     directions = F.normalize(W_dec.float(), dim=2) * alive[:, :, None]  # a cosine with a dead feature is 0
     found = []
+    # One of each for all pairs: between new ones lie the few that are kept, and the heap grows by the size of all.
+    cosines, reached = directions.new_empty(CHUNK, d_sae), torch.empty(CHUNK, d_sae, dtype=torch.bool, device=directions.device)
     for s, t in tqdm(list(combinations(range(seeds), 2)), "stars", unit="pair", disable=None, leave=False):
         for start in range(0, d_sae, CHUNK):
-            block = directions[s, start : start + CHUNK] @ directions[t].T
-            rows, columns = reaches(block, threshold).nonzero(as_tuple=True)
+            rows_of = directions[s, start : start + CHUNK]
+            block = torch.matmul(rows_of, directions[t].T, out=cosines[: len(rows_of)])
+            rows, columns = reaches(block, threshold, out=reached[: len(rows_of)]).nonzero(as_tuple=True)
             found.append((rows + s * d_sae + start, columns + t * d_sae, block[rows, columns]))
-    first, second, cosines = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
-    return first, second, cosines
+    first, second, cosine = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+    return first, second, cosine
 
 
 def _log_choose(n: np.ndarray | int, k: np.ndarray) -> np.ndarray:

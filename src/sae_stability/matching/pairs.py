@@ -65,9 +65,9 @@ def cosines(A: Float[Tensor, "a d_in"], B: Float[Tensor, "b d_in"]) -> Similarit
     return lambda rows: A[rows] @ B.T
 
 
-def reaches(similarity: Float[Tensor, "*any"], threshold: float) -> Bool[Tensor, "*any"]:
+def reaches(similarity: Float[Tensor, "*any"], threshold: float, out: Bool[Tensor, "*any"] | None = None) -> Bool[Tensor, "*any"]:
     """Whether similarities reach a threshold, up to rounding: all that judges likeness asks here, so that no two answers differ."""
-    return similarity >= threshold - ROUNDING
+    return torch.ge(similarity, threshold - ROUNDING, out=out)
 
 
 def weaker(one: Similarities, other: Similarities) -> Similarities:
