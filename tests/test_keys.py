@@ -93,7 +93,7 @@ def test_how_stability_is_opened_computes_everything_that_knows_bands(copy, befo
     edit(copy / "experiments" / "matching.py", 'tensors["alive"], threshold)', 'tensors["alive"], 0.5)')
     moved = changed(before, planned())
     assert every("function", "function/report", "stability/report", "triggers/report") <= moved
-    assert {"topk/explanations", "topk/examples", "tables", "claims.json"} <= moved
+    assert {"topk/explanations", "topk/examples/report", "tables", "claims.json"} <= moved
     assert not moved & {*TRAINED, *every("quality", "triggers", "matching", "families", "frontier")}
 
 
@@ -148,7 +148,7 @@ def test_what_is_asked_trains_nothing(before):
     behind = {"function", "function/report", "stability/report", "families", "families/report", "triggers/report"}
     behind |= {"activity", "activity/report", "impacts", "impacts/report", "sharing/report"}
     behind |= {"subspaces", "subspaces/report"}
-    only_main = {"topk/explanations", "topk/explanations/report", "topk/examples", "topk/examples/report"}
+    only_main = {"topk/explanations", "topk/explanations/report", "topk/examples/report"}  # contexts know no threshold
     translated = {"topk/translation", "topk/translation/report"}
     assert changed(before, after) == {*every(*behind), *only_main, *translated, "tables", "claims.json"}
     assert changed(before, planned("notes=other")) == set()

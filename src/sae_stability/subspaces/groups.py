@@ -77,7 +77,7 @@ def judge_groups(
     if groups.empty:
         return pd.DataFrame(columns=COLUMNS)
     owner, feature, label = (groups[column].to_numpy() for column in ("seed", "feature", "group"))
-    found_on = np.unique(owner)
+    found_on = np.unique(owner).tolist()
     shuffle = np.random.default_rng(0)
     partitions = [(CLUSTERED, label), *((RANDOM, shuffle.permutation(label)) for _ in range(random_partitions))]
     places = [(partition, of, group) for partition, of in partitions for group in np.unique(label)]
