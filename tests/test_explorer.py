@@ -1,6 +1,8 @@
 import json
 import re
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from sae_stability.book import explorer
@@ -66,10 +68,13 @@ def test_partners_and_contexts_are_those_that_were_found(site, quick, live):
         assert len(detail["raised"]) == len(detail["lowered"]) > 0
 
 
-def test_groups_are_of_unstable_features_of_every_other_sae(site, quick):
-    if "groups" not in quick.main.entries:
-        pytest.skip("the study has too few seeds for groups")
-    assert set(groups.members(quick.main)["seed"]) == {0, 2}
+def test_a_feature_is_listed_with_its_group(quick, live, monkeypatch):
+    chosen = live["feature"].iloc[3]
+    members = pd.DataFrame({"seed": [0, 2], "feature": [chosen, live["feature"].iloc[4]], "group": [7, 8]})
+    monkeypatch.setattr(groups, "members", lambda results: members)
+    main = replace(quick.main, entries={**quick.main.entries, "groups": ("there",)})
+    listed = explorer._features(main, None, [], 0, examples.seen(main, 0))
+    assert {feature: group for feature, group in zip(listed["feature"], listed["group"], strict=True) if group >= 0} == {chosen: 7}
 
 
 @pytest.mark.parametrize("from_disk", [False, True], ids=["from a server", "from disk"])

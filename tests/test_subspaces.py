@@ -461,6 +461,15 @@ def test_planted_blocks_are_found_as_groups_that_come_back_and_can_be_swapped():
     assert found.loc["random", "swapped"] < 0.5
 
 
+def test_groups_part_the_unstable_features_of_the_seeds_that_they_are_found_on():
+    written, errors, _ = blocks()
+    members = [np.arange(0, 48, 2)] * 6
+    found = groups.find_groups(groups.Ensemble(written, errors, members), [0, 2, 4])
+    assert found.groupby("seed")["feature"].apply(list).to_dict() == {seed: members[seed].tolist() for seed in (0, 2, 4)}
+    assert len(found) == 3 * 24
+    assert found["group"].nunique() == 2  # of `SIZE` features of a seed each
+
+
 def test_random_partitions_are_as_large_as_the_clustered_one_and_many():
     written, errors, _ = blocks()
     found = judged(groups.Ensemble(written, errors, [np.arange(48)] * 6), 5)
