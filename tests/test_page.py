@@ -138,13 +138,18 @@ def test_stages_are_those_of_the_plan_each_with_all_of_its_entries():
 def test_the_scoreboard_shows_verdict_and_statistic_and_untested_claims_too():
     tested = line("a", 0.5, "supported") | {"claim": "it holds", "rule": "above it", "statistic": "share"}
     noise = tested | line("a", -0.2, "opposite") | {"line": "beyond size and noise"}
-    board = page.scoreboard([tested, noise, ledger.not_tested("C9")]).splitlines()
+    board = page.scoreboard({"here": [tested, noise, ledger.not_tested("C9")]}).splitlines()
     assert board[2] == (
         "| {doc}`C2 <function>` | it holds | ✓ as stated: **supported**, 0.50 [0.40, 0.60]<br>"
         "✗ beyond size and noise: **opposite**, -0.20 [-0.30, -0.10] |"
     )
     assert board[3] == f"| {{doc}}`C9 <pooling>` | {ledger.CLAIMS['C9']} | – not tested |"
-    (untreated,) = page.scoreboard([ledger.not_tested("B5")]).splitlines()[2:]
+    there = [tested | line("a", 0.7, "supported"), ledger.not_tested("C9")]
+    beside = page.scoreboard({"here": [tested], "there": there}).splitlines()
+    assert beside[0] == "|  | claim or question | here | there |"
+    assert beside[2].endswith("0.50 [0.40, 0.60] | ✓ as stated: **supported**, 0.70 [0.60, 0.80] |")
+    assert beside[3].endswith("|  | – not tested |")  # what nobody asked here
+    (untreated,) = page.scoreboard({"here": [ledger.not_tested("B5")]}).splitlines()[2:]
     assert untreated.startswith("| B5 |")
     assert set(page.CHAPTERS) <= set(ledger.CLAIMS)
     assert set(page.CHAPTERS.values()) <= set(build.chapters())

@@ -60,7 +60,7 @@ def test_published_variants_stand_in_for_a_grid_of_the_same_cell_only(quick, els
 
 def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch):
     """Pages that read nothing else: what is longer and wider, what nobody had seen, and what is asked of many seeds."""
-    for name in ("lengths", "widths", "unseen", "many-seeds"):
+    for name in ("lengths", "widths", "unseen", "many-seeds", "smollm2"):
         shutil.copytree(elsewhere.folder, tmp_path / "published" / name)
     shutil.copytree(SHIPPED / "intervals", tmp_path / "published" / "intervals")
     folder = type(quick.main).folder
@@ -76,6 +76,15 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
     assert "Beyond its bound in every cell" in told
     assert "**C10 is not tested**" in told
     assert f"of one model, `{quick.model}`" in told
+    told = executed("real", monkeypatch)
+    assert "not been run" not in told
+    tested = [line for line in quick.lines if line["id"] in {of["id"] for of in quick.lines if of["verdict"] != "not tested"}]
+    assert page.scoreboard({f"{quick.model}, study `quick`": tested}) in told
+    grown = quick.table("growth").query("kind == 'real'").set_index("tokens")["mean_stability"]
+    half = min(grown.index, key=lambda tokens: abs(tokens - grown.index.max() / 2))
+    assert f"From {half:,} to {grown.index.max():,} tokens mean stability moves by {grown.iloc[-1] - grown[half]:+.2f}" in told
+    told = executed("own", monkeypatch)
+    assert told.count(f"| {quick.row['d_sae']:,} | {quick.row['k']} |") >= 1
     told = executed("rules", monkeypatch)
     assert "not been judged" not in told
     assert derived.verdicts_by_claim(elsewhere.ledger) in told
@@ -108,6 +117,7 @@ def test_chapters_say_what_is_not_published(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(places, "published", lambda: tmp_path)
     shutil.copytree(SHIPPED / "intervals", tmp_path / "intervals")
     assert "sae-stability run lengths" in executed("scale", monkeypatch)
+    assert "sae-stability run smollm2" in executed("real", monkeypatch)
     assert "sae-stability run unseen" in executed("rules", monkeypatch)
     assert "sae-stability run many-seeds" in executed("asked", monkeypatch)
     assert executed("synthetic", monkeypatch).count("`make worlds` makes them") == 2  # slices of the diagram, and the reverse test

@@ -156,18 +156,20 @@ def code(text: str) -> str:
     return f"<code>{shown}</code>"
 
 
-def scoreboard(lines: list[dict]) -> str:
-    """The ledger of a cell as a table: what is claimed, with a link to its chapter, and the verdict of each line with the statistic
-    behind it."""
+def scoreboard(ledgers: Mapping[str, list[dict]]) -> str:
+    """The ledgers of some cells as a table, each under its heading: what is claimed, with a link to its chapter, and the verdict of
+    each line with the statistic behind it."""
 
-    def judgements(row: pd.Series) -> str:
+    def judgements(row: pd.Series, lines: list[dict]) -> str:
         return "<br>".join(_judgement(line) for line in lines if line["id"] == row["id"])
 
     def linked(row: pd.Series) -> str:
         return f"{{doc}}`{row['id']} <{CHAPTERS[row['id']]}>`" if row["id"] in CHAPTERS else row["id"]
 
-    claims = pd.DataFrame(lines).drop_duplicates("id")
-    return markdown_table(claims, {"": linked, "claim or question": "{claim}", "verdict here, line by line": judgements})
+    claims = pd.DataFrame(line for lines in ledgers.values() for line in lines).drop_duplicates("id")
+    columns: dict[str, Column] = {"": linked, "claim or question": "{claim}"}
+    columns |= {heading: partial(judgements, lines=lines) for heading, lines in ledgers.items()}
+    return markdown_table(claims, columns)
 
 
 def _judgement(line: dict) -> str:
