@@ -1,12 +1,21 @@
+import base64
+import io
 import re
 import threading
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from sae_stability import places
 from sae_stability.book import build
+
+HEAVIEST = 2_000_000  # bytes of a page with all that it loads, unpacked
+WEIGHT = """["navigation", "resource"].flatMap((kind) => performance.getEntriesByType(kind))
+    .reduce((sum, loaded) => sum + loaded.decodedBodySize, 0)"""
 
 
 @pytest.mark.parametrize("width", [1200, 390])
@@ -27,13 +36,19 @@ def test_every_page_opens_without_a_fault(site, address, chromium, width):
                 faults.append(f"{name}: alt text {alt!r}")
             if image.evaluate("image => image.naturalWidth") == 0:
                 faults.append(f"{name}: an empty image")
+        weight = page.evaluate(WEIGHT)
+        if weight > HEAVIEST:
+            faults.append(f"{name}: {weight / 1e6:.2f} MB")
         overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         if overflow > 1:
             faults.append(f"{name}: wider than the screen by {overflow}")
         for equation in page.locator("mjx-container[display=true]").all():
             if equation.evaluate("box => box.scrollWidth > box.clientWidth + 1"):
                 faults.append(f"{name}: an equation is cut off: {equation.inner_text()!r}")
-    assert page.goto(f"{address}/stability.html")
+    page.goto(f"{address}/search.html?q=surrogate", wait_until="networkidle")
+    assert page.locator("#search-results li a").count() >= 5
+    assert page.goto(f"{address}/stability.html", wait_until="networkidle")
+    assert page.evaluate(WEIGHT) > HEAVIEST / 4
     assert page.locator("article img").count() >= 5
     assert page.locator(".MathJax, mjx-container").count() > 0
     assert not faults
@@ -115,10 +130,32 @@ def test_no_result_is_typed_by_hand(name):
         assert not found, f"{name}: {found}"
 
 
+def picture() -> str:
+    """A figure with lines, marks, letters and a colour map, as a PNG in base64."""
+    figure, axis = plt.subplots(figsize=(4, 3))
+    axis.pcolormesh(np.linspace(0, 1, 200).reshape(10, 20), cmap="cividis")
+    axis.plot([0, 20], [0, 10], color="#D55E00")
+    axis.set_title("some words")
+    written = io.BytesIO()
+    figure.savefig(written, format="png", dpi=100)
+    plt.close(figure)
+    return base64.b64encode(written.getvalue()).decode()
+
+
+def test_pictures_lose_bytes_and_nothing_that_one_sees():
+    before = picture()
+    after = build.in_few_colours(before)
+    assert len(after) < len(before) / 2
+    whole, small = (np.asarray(Image.open(io.BytesIO(base64.b64decode(of))).convert("RGB")).astype(int) for of in (before, after))
+    assert whole.shape == small.shape
+    assert np.abs(whole - small).mean() < 2
+    assert np.quantile(np.abs(whole - small).max(2), 0.999) < 40
+
+
 def test_staging_hides_injected_parameters_and_places_alt_texts():
     show = nbformat.v4.new_code_cell("show()")
     described = {"alt": "what it shows", "caption": "in short", "name": "fig"}
-    show.outputs = [nbformat.v4.new_output("display_data", {"image/png": "AA=="}, metadata={"image/png": described})]
+    show.outputs = [nbformat.v4.new_output("display_data", {"image/png": picture()}, metadata={"image/png": described})]
     injected = nbformat.v4.new_code_cell("study = 'x'", metadata={"tags": ["injected-parameters"]})
     title, silent = nbformat.v4.new_markdown_cell("# Title"), nbformat.v4.new_code_cell("if False: page.say()")
     staged = build.staged(nbformat.v4.new_notebook(cells=[title, injected, show, silent]))
@@ -138,9 +175,10 @@ def test_a_cell_shows_a_figure_or_says_something(name):
         assert not (shows and re.search(r"page\.(say|box|show_html)\(", cell.source)), cell.source
 
 
-def test_pages_load_neither_icons_twice_nor_all_of_mathjax(site):
+def test_pages_load_neither_icons_twice_nor_all_of_mathjax_nor_the_index_of_the_search(site):
     for path in site.glob("*.html"):
         page = path.read_text(encoding="utf-8")
+        assert ('src="searchindex.js"' in page) == (path.stem == "search")
         assert "fontawesome.js" not in page
         assert "tex-chtml.js" not in page
     assert "mathjax/startup.js" in (site / "stability.html").read_text(encoding="utf-8")

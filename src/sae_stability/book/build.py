@@ -4,6 +4,8 @@ jupyter-book never executes anything. It builds into an empty folder that is ren
 an older one keeps pages of another study, and one that was killed keeps holes.
 """
 
+import base64
+import io
 import os
 import re
 import shutil
@@ -28,6 +30,8 @@ from sae_stability.study import Study
 SETUP = "## Set-up of this page\n\nThe code of the page rests on these cells, which come first where it is executed."
 ICONS = re.compile(r"<script[^>]*/fontawesome\.js[^>]*></script>")
 """What draws the theme's icons once more, which its stylesheet has: the largest file of every page."""
+SEARCH = re.compile(r'<script src="(_static/searchtools|_static/language_data|searchindex)\.js"></script>')
+"""What finds words while one types, on every page; the book has a page that searches."""
 AT_ONCE = 2  # chapters under execution: most of their time goes by on one thread, a quarter of it in imports
 
 
@@ -116,7 +120,7 @@ def _build(study: Study, site: Path) -> Path:
         _jupyter_book(stage, out)
         built, main = out / "_build" / "html", plan.results(study.main)
         for path in built.glob("*.html"):
-            path.write_text(lighter(path.read_text(encoding="utf-8")), encoding="utf-8")
+            path.write_text(lighter(path.read_text(encoding="utf-8"), path.stem == "search"), encoding="utf-8")
         if explorer.NEEDS in main.entries:
             explorer.write(main, built / explorer.FOLDER)
         write_json(built / "provenance.json", {"key": key, "study": study.name, "commit": git_commit()})
@@ -137,6 +141,8 @@ def staged(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if "injected-parameters" in tags:
             tags.append("remove-cell")
         for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = in_few_colours(output.data["image/png"])
             described = output.get("metadata", {}).get("image/png", {})
             if "alt" in described:
                 cell.metadata["mystnb"] = {
@@ -150,9 +156,20 @@ def staged(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
-def lighter(page: str) -> str:
+def in_few_colours(png: str) -> str:
+    """A picture (base64) with a palette of 256 colours, which a figure does with and a quarter of the bytes suffice for."""
+    from PIL import Image
+
+    whole = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    small = io.BytesIO()
+    whole.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return base64.b64encode(small.getvalue()).decode()
+
+
+def lighter(page: str, searches: bool) -> str:
     """A page as HTML without the two megabytes that it does not need."""
-    return ICONS.sub("", page).replace("mathjax/tex-chtml.js", "mathjax/startup.js")
+    page = ICONS.sub("", page).replace("mathjax/tex-chtml.js", "mathjax/startup.js")
+    return page if searches else SEARCH.sub("", page)
 
 
 def _papermill(notebook: Path, into: Path, store: Store) -> None:
