@@ -182,25 +182,41 @@ def test_training_costs_what_its_products_do():
     assert costs.work("training", twice) == 4 * costs.work("training", SIZE)
 
 
-def test_rates_are_those_of_the_jobs_that_were_measured():
+def test_stages_of_a_size_take_the_median_of_their_rates():
     jobs = pd.DataFrame({"kind": ["training"] * 3 + ["matching"], "work": [1e9, 4e9, 9e9, 5e9], "seconds": [1.0, 2.0, 3.0, 1.0]})
-    rates = costs.fitted(jobs)
-    assert rates == {"training": 2e9, "matching": 5e9}
-    seconds = costs.seconds("training", SIZE, rates) - costs.START_SECONDS
+    laws = costs.fitted(jobs)
+    assert {kind: law.exponent for kind, law in laws.items()} == {"training": 1, "matching": 1}
+    assert laws["training"].seconds(6e9) == pytest.approx(3)
+    assert laws["matching"].seconds(1e10) == pytest.approx(2)
+    seconds = costs.seconds("training", SIZE, laws) - costs.START_SECONDS
     assert seconds == pytest.approx(costs.work("training", SIZE) / 2e9)
-    assert costs.seconds("tables", None, rates) == costs.START_SECONDS
-    # Each from the two others: rates of 1, 2 and 3 against 2.5, 2 and 1.5.
+    assert costs.seconds("tables", None, laws) == costs.START_SECONDS
+    # A kind that was not measured takes as long as any, and where none was, a second for a thousand million.
+    assert costs.seconds("function", SIZE, laws) - costs.START_SECONDS == pytest.approx(costs.work("function", SIZE) / 2e9)
+    assert costs.seconds("function", SIZE, {}) - costs.START_SECONDS == pytest.approx(costs.work("function", SIZE) / 1e9)
+    # Each from the two others: their rates are 2 and 3, 1 and 3, 1 and 2, of which medians by logarithms are taken.
     ratio = costs.error(jobs)["ratio"].to_numpy()
-    np.testing.assert_allclose(ratio[:3], [1 / 2.5, 1, 3 / 1.5])
+    np.testing.assert_allclose(ratio[:3], [1 / 6**0.5, 2 / 3**0.5, 3 / 2**0.5])
     assert np.isnan(ratio[3])
 
 
+def test_stages_of_several_sizes_follow_a_power_of_their_work_and_never_grow_faster():
+    work = np.array([1e9, 1e10, 1e11, 1e12])
+    slow = costs.fitted(pd.DataFrame({"kind": "training", "work": work, "seconds": 2e-6 * work**0.6}))["training"]
+    assert slow.exponent == pytest.approx(0.6)
+    assert slow.seconds(1e13) == pytest.approx(2e-6 * 1e13**0.6)
+    fast = costs.fitted(pd.DataFrame({"kind": "training", "work": work, "seconds": 1e-13 * work**1.4}))["training"]
+    assert fast.exponent == 1
+    jobs = pd.DataFrame({"kind": "training", "work": work, "seconds": 2e-6 * work**0.6})
+    np.testing.assert_allclose(costs.error(jobs)["ratio"], 1)
+
+
 def test_costs_elsewhere_are_those_of_the_stages_and_their_sum():
-    rates = {"training": 2e9, "matching": 5e9}
-    found = costs.elsewhere({"small": SIZE, "large": replace(SIZE, d_sae=96)}, ["training", "matching"], rates).set_index(
+    laws = {"training": costs.Law(5e-10), "matching": costs.Law(2e-10)}
+    found = costs.elsewhere({"small": SIZE, "large": replace(SIZE, d_sae=96)}, ["training", "matching"], laws).set_index(
         ["name", "kind"]
     )
-    assert found.loc[("small", "training"), "hours"] == costs.seconds("training", SIZE, rates) / 3600
+    assert found.loc[("small", "training"), "hours"] == costs.seconds("training", SIZE, laws) / 3600
     for name in ("small", "large"):
         parts = found.loc[[(name, "training"), (name, "matching")]]
         assert found.loc[(name, "all"), "hours"] == pytest.approx(parts["hours"].sum())
@@ -214,8 +230,9 @@ def test_how_far_estimates_lie_is_told_by_kind():
     found = costs.by_kind(costs.error(jobs)).set_index("kind")
     assert list(found.index) == ["matching", "training"]
     assert found.loc["training", ["jobs", "seconds", "rate"]].tolist() == [3, 2.0, 5e8]
-    # 1 s foretold from 2 and 4 by the mean of their rates, and so on: factors of 8/3, 1.25 and 3.
-    assert found.loc["training", "error"] == pytest.approx(8 / 3)
+    # 1 s foretold from 2 and 4 by the median of their logarithms, and so on: factors of 8**0.5, 1 and 8**0.5.
+    assert found.loc["training", "error"] == pytest.approx(8**0.5)
+    assert found["exponent"].tolist() == [1, 1]
     assert np.isnan(found.loc["matching", "error"])
 
 

@@ -1,7 +1,8 @@
 """What the stages of a study cost before they run: seconds and memory (B1).
 
-The *work* of a stage follows from the study: multiply-adds of a model that reads, of SAEs that train, of cosines. Seconds are work
-over a rate, the median rate of stages of its kind that were measured (`published/costs`), beside what starting a process takes.
+The *work* of a stage follows from the study: multiply-adds of a model that reads, of SAEs that train, of cosines. Seconds are a
+power of the work, fitted to the stages of its kind that were measured (`published/costs`), beside what starting a process takes:
+small products are slower than large ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,14 +18,15 @@ from sae_stability.ablation.removal import JUDGED
 from sae_stability.experiments import Stage, texts
 from sae_stability.experiments.ensembles import TRAINING
 from sae_stability.experiments.matching import CODE_TOKENS
+from sae_stability.language.activations import layer_of
 from sae_stability.pipeline import Plan
 
 START_SECONDS = 15.0
 """To start a process that reads the package, and to see what is done."""
 START_GB = 1.0
 """What such a process holds before it computes."""
-RATE = 1e9
-"""Multiply-adds a second where no stage of the kind was measured."""
+SPAN = 10.0
+"""Times as much work as the least that the largest stage of a kind needs to have, for an exponent to be fitted to them."""
 FLOAT, DOUBLE = 4, 8
 
 
@@ -43,9 +45,24 @@ class Size:
     k: int
     batch: int
     parameters: int
-    """Weights of the language model up to its last layer, without its vocabulary."""
+    """Weights of the language model up to its last layer, without its vocabulary; of activations, up to the last site."""
     loss_tokens: int
     """Tokens on which the model is read with something removed."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """The seconds of a kind of stage, by its work: factor times work to the power of an exponent."""
+
+    factor: float
+    exponent: float = 1.0
+
+    def seconds(self, work: float) -> float:
+        return self.factor * work**self.exponent
+
+
+UNKNOWN = Law(1e-9)
+"""Of a kind of which no stage was measured, where none of any kind was."""
 
 
 def is_known(plan: Plan, stage: Stage) -> bool:
@@ -60,6 +77,7 @@ def size(plan: Plan, stage: Stage) -> Size | None:
         return None
     facts = texts.facts(plan.results(cell))
     every = sum(len(cell.seeds_of(kind)) for kind in cell.kinds)
+    read = max((layer_of(other.hook_name) or 0) + 1 for other in study.cells.values() if other.model == cell.model)
     return Size(
         tokens=cell.tokens * cell.passes,
         held_out=min(cell.evaluation_tokens, facts["evaluation_tokens"]),
@@ -68,7 +86,7 @@ def size(plan: Plan, stage: Stage) -> Size | None:
         d_sae=cell.d_sae,
         k=cell.k,
         batch=cell.batch,
-        parameters=12 * facts["layers"] * facts["d_model"] ** 2,
+        parameters=12 * (read if stage.kind == "activations" else facts["layers"]) * facts["d_model"] ** 2,
         loss_tokens=study.loss_tokens + study.ablation_tokens,
     )
 
@@ -105,12 +123,13 @@ def memory_gb(kind: str, of: Size | None) -> float:
     return START_GB + (FLOAT * of.parameters + CODE_TOKENS * of.d_in * FLOAT + held) / 1e9
 
 
-def seconds(kind: str, of: Size | None, rates: Mapping[str, float] | None = None) -> float:
-    """What a stage takes, about; `rates` are those of `published` where none are given."""
+def seconds(kind: str, of: Size | None, laws: Mapping[str, Law] | None = None) -> float:
+    """What a stage takes, about; `laws` are those of `published` where none are given. A kind without one takes as long as any."""
     if of is None:
         return START_SECONDS
-    rates = published() if rates is None else rates
-    return START_SECONDS + work(kind, of) / rates.get(kind, min(rates.values(), default=RATE))
+    laws = published() if laws is None else laws
+    known = [laws[kind]] if kind in laws else list(laws.values()) or [UNKNOWN]
+    return START_SECONDS + max(law.seconds(work(kind, of)) for law in known)
 
 
 def graph(plan: Plan) -> dict[str, set[str]]:
@@ -123,15 +142,24 @@ def graph(plan: Plan) -> dict[str, set[str]]:
     return reads
 
 
-def fitted(jobs: pd.DataFrame) -> dict[str, float]:
-    """The rate of each kind: the median of work over seconds. Columns: kind, work, seconds."""
-    rate = jobs["work"] / jobs["seconds"].clip(lower=0.1)
-    return rate.groupby(jobs["kind"]).median().to_dict()
+def fitted(jobs: pd.DataFrame) -> dict[str, Law]:
+    """The law of each kind. Columns: kind, work, seconds."""
+    return {str(kind): _law(of_kind) for kind, of_kind in jobs.groupby("kind")}
+
+
+def _law(jobs: pd.DataFrame) -> Law:
+    """Seconds in proportion to work, at the median rate; where stages of a kind are of different sizes, with the exponent, at most
+    one, that suits them best."""
+    work, taken = np.log(jobs["work"].to_numpy()), np.log(jobs["seconds"].clip(lower=0.1).to_numpy())
+    exponent = 1.0
+    if np.ptp(work) >= np.log(SPAN):
+        exponent = float(np.clip(np.polyfit(work, taken, 1)[0], 0, 1))
+    return Law(float(np.exp(np.median(taken - exponent * work))), exponent)
 
 
 @cache
-def published() -> dict[str, float]:
-    """The rates of the stages that were measured; none where there is no such table."""
+def published() -> dict[str, Law]:
+    """The laws of the stages that were measured; none where there is no such table."""
     path = places.published() / "costs" / "jobs.parquet"
     return fitted(pd.read_parquet(path)) if path.is_file() else {}
 
@@ -159,34 +187,35 @@ def error(jobs: pd.DataFrame) -> pd.DataFrame:
 
     A kind with one job has nothing to be estimated from: nan.
     """
-    rate = jobs["work"] / jobs["seconds"].clip(lower=0.1)
 
-    def left_out(of_kind: pd.Series) -> pd.Series:
-        others = [of_kind.drop(index).median() for index in of_kind.index]
-        return pd.Series(np.divide(of_kind, others), index=of_kind.index)
+    def ratio(job: pd.Series) -> float:
+        others = jobs[(jobs["kind"] == job["kind"]) & (jobs.index != job.name)]
+        return _law(others).seconds(job["work"]) / max(job["seconds"], 0.1) if len(others) else np.nan
 
-    return jobs.assign(ratio=rate.groupby(jobs["kind"], group_keys=False).apply(left_out))
+    return jobs.assign(ratio=jobs.apply(ratio, axis=1))
 
 
 def by_kind(jobs: pd.DataFrame) -> pd.DataFrame:
     """How well what jobs take is known beforehand: one row a kind, longest first. Columns of `jobs`: those of `error`.
 
-    Columns: kind, jobs, seconds (the median), rate (work a second), error (the factor within which half of the estimates lie).
+    Columns: kind, jobs, seconds (the median), rate (work a second, the median), exponent (of its law), error (the factor within
+    which half of the estimates lie).
     """
     factor, rate = np.exp(np.abs(np.log(jobs["ratio"]))), jobs["work"] / jobs["seconds"].clip(lower=0.1)
     found = jobs.assign(error=factor, rate=rate).groupby("kind")
     table = found.agg(jobs=("stage", "size"), seconds=("seconds", "median"), rate=("rate", "median"), error=("error", "median"))
+    table["exponent"] = [law.exponent for law in fitted(jobs).values()]
     return table.sort_values("seconds", ascending=False).reset_index()
 
 
-def elsewhere(sizes: Mapping[str, Size], kinds: Sequence[str], rates: Mapping[str, float]) -> pd.DataFrame:
-    """What one cell would take at other sizes, at the rates of the machine that was measured: one row a name and kind.
+def elsewhere(sizes: Mapping[str, Size], kinds: Sequence[str], laws: Mapping[str, Law]) -> pd.DataFrame:
+    """What one cell would take at other sizes, by the laws of the machine that was measured: one row a name and kind.
 
     Columns: name, kind, hours, memory_gb. The last row of each name, `all`, has the sum of hours and the largest memory.
     """
     rows = []
     for name, of in sizes.items():
-        hours = {kind: seconds(kind, of, rates) / 3600 for kind in kinds}
+        hours = {kind: seconds(kind, of, laws) / 3600 for kind in kinds}
         memory = {kind: memory_gb(kind, of) for kind in kinds}
         rows += [{"name": name, "kind": kind, "hours": hours[kind], "memory_gb": memory[kind]} for kind in kinds]
         rows.append({"name": name, "kind": "all", "hours": sum(hours.values()), "memory_gb": max(memory.values())})

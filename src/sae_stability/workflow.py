@@ -196,4 +196,4 @@ def foreseen(plan: Plan) -> Iterator[str]:
         if not done:
             total, unknown = total + seconds, unknown or not known
     more = "; sae-stability check tells how large the model is, and with it the rest" if unknown else ""
-    yield f"about {total / 3600:,.1f} hours one after another, at the rates that were measured{more}"
+    yield f"about {total / 3600:,.1f} hours one after another, as stages took elsewhere{more}"
