@@ -158,6 +158,22 @@ def test_the_scoreboard_shows_verdict_and_statistic_and_untested_claims_too():
     )
 
 
+def test_a_verdict_that_its_number_does_not_explain_says_which_condition_decides():
+    def board(verdict: str, *met: bool | None) -> str:
+        first = line("a", 0.5, verdict) | {"claim": "it holds", "rule": "above it", "statistic": "share"}
+        values = [0.5, 0.1, 0.2][: len(met)]
+        parts = [
+            line("a", value, "") | {"what": f"part {place}", "met": is_met}
+            for place, (value, is_met) in enumerate(zip(values, met, strict=True))
+        ]
+        return page.scoreboard({"here": [first | {"conditions": parts}]}).splitlines()[-1]
+
+    assert board("opposite", True, None, False).endswith("0.50 [0.40, 0.60]; by *part 2*, 0.20 [0.10, 0.30] |")
+    assert board("inconclusive", True, None, None).endswith("0.50 [0.40, 0.60]; by *part 1*, 0.10 [0.00, 0.20] |")
+    assert board("opposite", False, None, False).endswith("0.50 [0.40, 0.60] |")  # the number itself
+    assert board("supported", True, True).endswith("0.50 [0.40, 0.60] |")
+
+
 def judged_line(*intervals: Interval) -> dict:
     conditions = [ledger.Condition("a share", interval, 0.5, below=place == 1) for place, interval in enumerate(intervals)]
     return ledger.judged(ledger.Rule("C1", "share", "it lies above"), intervals[0], Interval(0.1, 0, 0.2), conditions) | {

@@ -17,6 +17,7 @@ from sae_stability.explanations import agreement, says_surface
 from sae_stability.matching import BANDS, Banding, Stability
 from sae_stability.statistics import Interval, difference, over_pairs
 from sae_stability.study import Cell, Study
+from sae_stability.subspaces.sets import band_among
 from sae_stability.triggers import over_seeds
 
 
@@ -81,7 +82,9 @@ def reappearance_curves(results: Results, kinds: Iterable[str], cosines: Iterabl
         found = matching.stability(results, kind)
         if found.trials < 2:
             continue
-        unstable = found.held_out_band == BANDS.index("unstable")
+        seeds = range(found.trials + 1)
+        band = np.stack([[band_among(found, s, frozenset({t}) - {s}) for t in seeds] for s in seeds])
+        unstable = (band == BANDS.index("unstable")) & ~np.eye(len(seeds), dtype=bool)[:, :, None]
         best = np.where(unstable, found.best_cosine.numpy(), np.nan)
         for cosine in cosines:
             count, members = (best >= cosine).sum(2), unstable.sum(2)

@@ -175,7 +175,18 @@ def scoreboard(ledgers: Mapping[str, list[dict]]) -> str:
 def _judgement(line: dict) -> str:
     if line["verdict"] == "not tested":
         return f"{SIGNS['not tested']} not tested"
-    return f"{SIGNS[line['verdict']]} {line['line']}: **{line['verdict']}**, {line_interval(line, '.2f')}"
+    return f"{SIGNS[line['verdict']]} {line['line']}: **{line['verdict']}**, {line_interval(line, '.2f')}{_decided(line)}"
+
+
+def _decided(line: dict) -> str:
+    """By which conditions a line is not supported, where the number that stands beside the verdict does not say it."""
+    if line["verdict"] in ("supported", "not tested"):
+        return ""
+    conditions = line.get("conditions", [])
+    deciding = [part for part in conditions if part["met"] is False] or [part for part in conditions if part["met"] is None]
+    if any(part["value"] == line["value"] for part in deciding):
+        return ""
+    return "".join(f"; by *{part['what']}*, {line_interval(part, '.2f')}" for part in deciding[:1])
 
 
 def rules(lines: list[dict]) -> str:
@@ -229,7 +240,7 @@ def every_cell(study: Tables, claim: str, table: str = "cells") -> str:
 def _verdict_of(study: Tables, row: pd.Series, claim: str, line: str) -> str:
     """The verdict of a line of a claim on the cell of a row, with its statistic."""
     judged = study.claim(claim, row["cell"], line)
-    return f"{judged['verdict']}: {line_interval(judged, '.2f')}"
+    return f"{judged['verdict']}: {line_interval(judged, '.2f')}{_decided(judged)}"
 
 
 def grid_table(study: Tables, columns: Mapping[str, Column]) -> str:
