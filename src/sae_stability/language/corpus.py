@@ -1,4 +1,4 @@
-"""Text: the embedded corpus, a text file or folder, or a Hugging Face dataset.
+"""Text: the embedded corpus, one that is fetched, a text file or folder, or a Hugging Face dataset.
 
 A corpus is a list of documents. It is split into training and evaluation *by clusters of near-duplicate documents* and
 packed into contexts that begin with BOS; BOS positions never reach an SAE.
@@ -87,7 +87,7 @@ class Contexts:
 
 
 def load(name: str, characters: int | None = None) -> Corpus:
-    """Read and split the corpus called `name`: `docstrings`, a path, or the id of a Hugging Face dataset.
+    """Read and split the corpus called `name`: `docstrings`, `wikipedia`, a path, or the id of a Hugging Face dataset.
 
     `characters` bounds what is read from a dataset, which may be larger than the disk.
     Documents are ordered by their hashes, which shuffles them in the same way on every machine. A cluster of near-duplicates is
@@ -210,9 +210,11 @@ def _named(name: str) -> documents.Name:
     named = documents.Name.of(name)
     place = named.place
     if not named.path.exists():
+        if named.path.parent == places.corpus(""):
+            raise UserError(f"corpus: {named.path.name} is not here yet; run sae-stability fetch-corpus {named.path.name}")
         if named.path.is_absolute() or place.count("/") > 1 or place.startswith(".") or named.path.suffix == ".txt":
             raise UserError(f"corpus: there is no {place}; give '{places.CORPUS}', a text file or folder, or the id of a dataset")
-        near = get_close_matches(place, [places.CORPUS], cutoff=0.75)
+        near = get_close_matches(place, [places.CORPUS, *places.FETCHED_CORPORA], cutoff=0.75)
         if near:
             raise UserError(f"corpus: there is no {place}; did you mean {near[0]}?")
     return named
