@@ -11,6 +11,8 @@ FETCHED = ("smollm2-135m",)
 """Those that `sae-stability fetch-model` brings."""
 CORPUS = "docstrings"
 """The corpus that the installed packages hold."""
+CODE = "code"
+"""Another one: their source code."""
 FETCHED_CORPORA = ("wikipedia",)
 """Those that `sae-stability fetch-corpus` brings."""
 
