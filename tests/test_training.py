@@ -117,6 +117,29 @@ def test_an_interrupted_run_resumes_to_the_same_bits(fixed, name, tmp_path, monk
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_checkpoints_that_take_long_are_made_rarely(cell, tmp_path, monkeypatch):
+    now, saved = [0.0], []
+
+    def save(path, tensors, metadata):
+        if path.name == loop.CHECKPOINT:
+            saved.append(now[0])
+            now[0] += 5
+
+    mark = loop.Training._mark
+
+    def a_second_later(self):
+        now[0] += 1
+        mark(self)
+
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop, "save_tensors", save)
+    monkeypatch.setattr(loop.Training, "_mark", a_second_later)
+    monkeypatch.setattr(loop, "STRETCH", 1)
+    short = cell.model_copy(update={"tokens": 600 * 4, "batch": 4})
+    train(short, sparse_data(600 * 4), [0, 1], tmp_path, checkpoint_seconds=20)
+    assert saved == [21, 277, 533]  # after 20 seconds, then after the 250 of which 5 are two in a hundred
+
+
 def test_known_directions_come_back_and_gaussian_noise_does_not(cell):
     longer = cell.model_copy(update={"tokens": 20_000, "passes": 5, "d_sae": 24, "k": 3, "rate": 1e-2})
     x = sparse_data(20_000, d_in=32, features=24)

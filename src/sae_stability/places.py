@@ -11,6 +11,10 @@ FETCHED = ("smollm2-135m",)
 """Those that `sae-stability fetch-model` brings."""
 CORPUS = "docstrings"
 """The corpus that the installed packages hold."""
+CODE = "code"
+"""Another one: their source code."""
+FETCHED_CORPORA = ("wikipedia",)
+"""Those that `sae-stability fetch-corpus` brings."""
 
 
 def root() -> Path:
@@ -29,6 +33,11 @@ def root() -> Path:
 def model(name: str) -> Path:
     """The folder of a language model that the project ships or fetches."""
     return root() / "models" / name
+
+
+def corpus(name: str) -> Path:
+    """The folder of a corpus that the project fetches."""
+    return root() / "corpora" / name
 
 
 def results() -> Path:

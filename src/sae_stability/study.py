@@ -55,7 +55,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = Field(min_length=1, description="an embedded name, a local Hugging Face folder, or a hub id")
-    corpus: str = Field("docstrings", min_length=1, description="the embedded corpus, a text file or folder, or a dataset id")
+    corpus: str = Field(
+        "docstrings", min_length=1, description="docstrings, code, a fetched corpus, a text file or folder, or a dataset id"
+    )
     hook_name: str = Field(description="such as blocks.2.hook_resid_post")
     context: int | None = Field(
         None, ge=8, le=1 << 20, description="tokens a context; by default what the model takes, at most 256"

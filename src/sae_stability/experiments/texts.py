@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from sae_stability import places, sources
+from sae_stability import sources
 from sae_stability.errors import UserError
 from sae_stability.experiments.experiment import Results, Stage
 from sae_stability.files import read_json, save_arrays, write_json
 from sae_stability.keys import fingerprint, key_of, versions
-from sae_stability.language import corpus, documents, models
+from sae_stability.language import corpus, documents, installed, models
 from sae_stability.language.activations import Activations, collect, kept, longest_norms
 from sae_stability.language.corpus import Contexts
 from sae_stability.language.interventions import Reading
@@ -32,8 +32,9 @@ MOST_UNKNOWN = 0.5
 
 def text_entry(recipe: Recipe) -> tuple[str, str]:
     """Where the text of a recipe stands, and its key: a model's tokens of a corpus."""
-    packages = versions(corpus.EMBEDDED_PACKAGES) if recipe.corpus == places.CORPUS else _content(recipe.corpus)
-    inputs = {"model": fingerprint(models.locate(recipe.model)), "corpus": packages, "context": recipe.context}
+    ours = recipe.corpus in corpus.INSTALLED
+    content = versions(installed.packages(recipe.corpus)) if ours else _content(recipe.corpus)
+    inputs = {"model": fingerprint(models.locate(recipe.model)), "corpus": content, "context": recipe.context}
     if corpus.is_bounded(recipe.corpus):  # of a dataset no more is read than is needed
         inputs["tokens"] = recipe.tokens
     key = key_of(inputs, [read_text])

@@ -1,19 +1,14 @@
-"""Text: the embedded corpus, a text file or folder, or a Hugging Face dataset.
+"""Text: what the installed packages hold, a corpus that is fetched, a text file or folder, or a Hugging Face dataset.
 
 A corpus is a list of documents. It is split into training and evaluation *by clusters of near-duplicate documents* and
 packed into contexts that begin with BOS; BOS positions never reach an SAE.
 """
 
-import ast
-import gc
 import hashlib
-import importlib.util
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain
-from pathlib import Path
 from zlib import crc32
 
 import numpy as np
@@ -22,16 +17,13 @@ from datasketch import MinHash
 from jaxtyping import Bool, Int, UInt64
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from tqdm import tqdm
 
 from sae_stability import places
 from sae_stability.errors import UserError
-from sae_stability.language import documents
+from sae_stability.language import documents, installed
 from sae_stability.language.documents import Documents
 
-EMBEDDED_PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "sympy", "networkx", "torch", "transformers")
 EMBEDDED_SHA256 = "b9163110618962da8f7a188601e117ce7cfcabc06ec7749dae8d2d059ea0948d"
-SHORTEST_DOCSTRING = 80  # characters; below that a docstring is a label, not prose
 EVALUATION_SHARE = 0.12  # of the documents stand before the cut; those that are held out are among them
 SHINGLE = 4  # words in a row
 BANDS, ROWS = 128, 3  # of MinHash: documents of Jaccard index J meet with probability 1 - (1 - J^3)^128, a half at J = 0.18
@@ -39,6 +31,12 @@ SEQUENCE = 16  # tokens of which the leak of a split is counted
 BROKEN = np.uint64(0)  # in the place of the hash of a sequence that is not within one document
 CHUNK = 1 << 23  # training tokens looked at together for that: half a gigabyte
 CHARACTERS_A_TOKEN = 8  # more than tokenizers pack on average: how much of a large dataset is read
+
+INSTALLED = {
+    places.CORPUS: lambda: Documents(installed.docstrings(), "the embedded corpus"),
+    places.CODE: lambda: Documents(installed.code(), "the Python files of the packages that requirements.lock names"),
+}
+"""Corpora that need nothing but what is installed."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Contexts:
 
 
 def load(name: str, characters: int | None = None) -> Corpus:
-    """Read and split the corpus called `name`: `docstrings`, a path, or the id of a Hugging Face dataset.
+    """Read and split the corpus called `name`: one that is installed or fetched, a path, or the id of a Hugging Face dataset.
 
     `characters` bounds what is read from a dataset, which may be larger than the disk.
     Documents are ordered by their hashes, which shuffles them in the same way on every machine. A cluster of near-duplicates is
@@ -95,8 +93,7 @@ def load(name: str, characters: int | None = None) -> Corpus:
     from a template, documents are split one by one, with a warning.
     Raises `UserError` where there is no such text or it can't be split.
     """
-    embedded = name == places.CORPUS
-    read = Documents(docstrings(), "the embedded corpus") if embedded else documents.read(_named(name), characters)
+    read = INSTALLED[name]() if name in INSTALLED else documents.read(_named(name), characters)
     texts = sorted({text.strip() for text in read.texts} - {""})
     given = sum(1 for text in read.texts if text.strip())
     repeated = given - len(texts)
@@ -110,7 +107,7 @@ def load(name: str, characters: int | None = None) -> Corpus:
             "separate documents by blank lines, or give a folder of .txt files"
         )
     sha256 = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    if embedded and sha256 != EMBEDDED_SHA256:
+    if name == places.CORPUS and sha256 != EMBEDDED_SHA256:
         warnings.warn(
             f"corpus: the docstrings installed here have SHA-256 {sha256}, the published ones {EMBEDDED_SHA256}; "
             "numbers will differ a little; install requirements.lock to get the published corpus",
@@ -202,7 +199,7 @@ def _shingles(document: str) -> set[bytes]:
 
 def is_bounded(name: str) -> bool:
     """Whether no more of a corpus is read than is needed: of datasets, which may be larger than the disk."""
-    return name != places.CORPUS and documents.is_dataset(documents.Name.of(name))
+    return name not in INSTALLED and documents.is_dataset(documents.Name.of(name))
 
 
 def _named(name: str) -> documents.Name:
@@ -210,28 +207,14 @@ def _named(name: str) -> documents.Name:
     named = documents.Name.of(name)
     place = named.place
     if not named.path.exists():
+        if named.path.parent == places.corpus(""):
+            raise UserError(f"corpus: {named.path.name} is not here yet; run sae-stability fetch-corpus {named.path.name}")
         if named.path.is_absolute() or place.count("/") > 1 or place.startswith(".") or named.path.suffix == ".txt":
             raise UserError(f"corpus: there is no {place}; give '{places.CORPUS}', a text file or folder, or the id of a dataset")
-        near = get_close_matches(place, [places.CORPUS], cutoff=0.75)
+        near = get_close_matches(place, [*INSTALLED, *places.FETCHED_CORPORA], cutoff=0.75)
         if near:
             raise UserError(f"corpus: there is no {place}; did you mean {near[0]}?")
     return named
-
-
-def docstrings() -> list[str]:
-    """The docstrings of the packages that `requirements.lock` installs anyway: real prose and real code, no network.
-
-    Test suites are left out: they are many files with few words.
-    """
-    folders = [_package_folder(package) for package in EMBEDDED_PACKAGES]
-    files = [file for folder in folders for file in sorted(folder.rglob("*.py")) if "tests" not in file.relative_to(folder).parts]
-    collecting = gc.isenabled()
-    gc.disable()  # syntax trees are millions of small objects without cycles: collecting them takes twice the parsing
-    try:
-        return sorted({text for file in tqdm(files, "docstrings", unit="file", disable=None) for text in _docstrings_in(file)})
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def pack(documents: list[str], tokenizer, context: int, clusters: list[int] | None = None) -> Contexts:
@@ -256,33 +239,6 @@ def pack(documents: list[str], tokenizer, context: int, clusters: list[int] | No
     tokens = np.concatenate([np.full((count, 1), bos, dtype=np.int32), rows], axis=1)
     cluster = np.concatenate([origins[:, :1], origins], axis=1)
     return Contexts(tokens, cluster, is_text=(tokens != bos) & (tokens != separator))
-
-
-def _docstrings_in(file: Path) -> list[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # templates, and files that are broken on purpose
-        return []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = (ast.get_docstring(node) for node in _statements(tree) if isinstance(node, documented))
-    return [text for text in texts if text and len(text) >= SHORTEST_DOCSTRING]
-
-
-def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """`node` and every statement below it; expressions hold no docstrings, and are most of a tree."""
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
-            yield from _statements(child)
-
-
-def _package_folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"corpus: {places.CORPUS} needs the package {package}; install requirements.lock")
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _batches(documents: list[str], size: int):

