@@ -11,7 +11,9 @@ export PIP_USER := 0
 export PIP_REQUIRE_VIRTUALENV := 0
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
-.PHONY: book pdf lab test bench intervals worlds jobs costs publish lint lock clean
+.PHONY: install book pdf lab test bench intervals worlds jobs costs publish lint lock clean
+
+install: $(READY)  ## the package and all that it needs into .venv, and nothing else
 
 book: $(READY)  ## compute a study and build its book: make book, make book STUDY=quick
 	$(VENV)/bin/sae-stability run $(STUDY)

@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
@@ -121,8 +122,36 @@ def test_a_dry_run_lists_what_is_missing_and_computes_nothing(call, small_option
     *stages, total = out.splitlines()
     assert all(line.startswith("missing") for line in stages)
     assert any("-surrogate-" in line and "ensembles" in line for line in stages)
-    assert "sae-stability check" in total  # how large the model is, is not known yet
+    # How large the model is, is not known yet, and so no total is told.
+    assert f"of {len(stages)} stages can't be foretold before sae-stability check, with the same --set" in total
+    assert "hours" not in total
     assert not house.exists()
+
+
+def test_a_dry_run_knows_what_one_process_takes_once_the_text_is_read(call, small_options, house):
+    status, out, error = call("check", "embedded", *small_options, "--set", "d_sae=24", "--set", "device=cuda", "--name", "other")
+    assert status == 0
+    assert "d_sae=24 k=4 tokens=" in out
+    assert re.search(r": \d+ SAEs, \d+ of the surrogate null\n", out)
+    assert any("24 features are fewer than the 32 dimensions" in line for line in error)
+    if not torch.cuda.is_available():
+        assert any("no GPU is seen on this machine" in line for line in error)
+    status, out, _ = call("run", "embedded", *small_options, "--set", "d_sae=24", "--name", "other", "--dry-run")
+    assert status == 0
+    *stages, total = out.splitlines()
+    minutes = sum(float(line.split()[1]) for line in stages if line.startswith("missing"))
+    told = float(re.fullmatch(r"about ([\d,.]+) hours one after another in one process, as stages took elsewhere", total)[1])
+    assert told == pytest.approx((minutes + 0.25) / 60, abs=0.06 + 0.05 * len(stages) / 60)
+
+
+@pytest.mark.parametrize("profile", ["slrum", "slurm/nowhere", "."])
+def test_a_dry_run_refuses_a_profile_that_is_none(call, small_options, profile, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, error = call("run", "embedded", *small_options, "--name", "other", "--dry-run", "--profile", profile)
+    assert (status, len(error)) == (2, 1)
+    assert (
+        f"--profile {profile}: no such profile; there are local, one-node, slurm, or give a folder with a config.yaml" in error[0]
+    )
 
 
 def test_a_stage_alone_says_what_it_needs(call, small_options, house):

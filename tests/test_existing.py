@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,11 +10,12 @@ from safetensors.torch import save_file
 from helpers import drawn
 from sae_stability import places
 from sae_stability.errors import UserError
-from sae_stability.existing import ENOUGH, Site, compare
+from sae_stability.existing import ENOUGH, Site, compare, comparison
 from sae_stability.language import corpus, models
 from sae_stability.matching import mcc, stability
 from sae_stability.saes import formats, variant
 from sae_stability.saes.parameters import Parameters
+from sae_stability.saes.reading import About
 from sae_stability.saes.sae import SAE
 
 
@@ -125,6 +127,37 @@ def test_a_model_and_a_text_tell_dead_features_from_live_ones(tmp_path, call):
     assert (table.query("feature == 5")["frequency"] == 0).all()
     assert table.groupby("sae")["frequency"].sum().between(3.5, 4.001).all()  # k of them fire on a token
     assert "never fire" in out
+
+
+def test_saes_of_several_recipes_are_told():
+    def sae(name: str, k: int | None, seed: int) -> SAE:
+        return SAE(name, k, parameters_of(drawn(30, 12, seed=seed)))
+
+    assert "recipes differ" not in compare([sae("topk", 8, 0), sae("topk", 8, 1)]).notes
+    told = compare([sae("topk", 8, 0), sae("relu", None, 1)]).notes["recipes differ"]
+    assert told.startswith("dictionary 0: topk, k 8; dictionary 1: relu: ")
+    assert "topk, k 8; dictionary 1: topk, k 4" in compare([sae("topk", 8, 0), sae("topk", 4, 1)]).notes["recipes differ"]
+    unknown = SAE(None, None, parameters_of(drawn(30, 12, seed=1)))  # directions alone tell no recipe
+    assert "recipes differ" not in compare([sae("topk", 8, 0), unknown]).notes
+
+
+def test_what_a_block_writes_is_what_the_next_one_reads():
+    def about(hook_name: str) -> About:
+        return About(Path(), "gpt2", hook_name)
+
+    assert not comparison._elsewhere(about("blocks.3.hook_resid_pre"), about("blocks.2.hook_resid_post"))
+    assert comparison._place(about("blocks.3.hook_resid_pre")) == comparison._place(about("blocks.2.hook_resid_post"))
+    assert comparison._elsewhere(about("blocks.3.hook_resid_pre"), about("blocks.3.hook_resid_post"))
+    assert comparison._elsewhere(about("blocks.0.hook_resid_pre"), about("blocks.0.hook_resid_post"))
+    assert comparison._elsewhere(about("blocks.3.hook_mlp_out"), about("blocks.3.hook_resid_post"))
+
+
+def test_how_dead_features_are_found_is_told_unless_nothing_finds_them(files):
+    summary = compare(files[:2]).summary()
+    assert "; --model, --corpus and --hook-name together find them" in summary
+    assert "of all features" in summary
+    tried = comparison.Comparison(**vars(compare(files[:2])) | {"notes": {"directions only": "none of them encodes"}})
+    assert "--model" not in tried.summary()
 
 
 def test_python_takes_a_site_too(tmp_path, text_file):

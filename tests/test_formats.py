@@ -451,7 +451,7 @@ def test_all_seeds_of_an_ensemble_are_read_from_its_file_and_its_folder(tmp_path
 def test_a_folder_of_many_hook_points_says_which_there_are(tmp_path):
     for layer in range(7):
         written(tmp_path / f"layers.{layer}", standard(), {"k": K}, "sae.safetensors")
-    with pytest.raises(UserError, match=r"there are 7 below it: give one of .*layers\.0.* and 2 more"):
+    with pytest.raises(UserError, match=r"there are 7 below it: give them by their paths, such as .*layers\.0.* and 2 more"):
         formats.load(tmp_path)
 
 

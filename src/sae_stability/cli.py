@@ -94,6 +94,8 @@ def run(
 
     if chosen.experiments is None and not (places.root() / "_toc.yml").is_file():
         raise UserError(f"run: there are no chapters in {places.root()}; call it from a checkout, or set SAE_STABILITY_ROOT to one")
+    if profile is not None:
+        workflow.profile_folder(profile)
     if dry_run:
         for line in workflow.foreseen(pipeline.Plan(chosen)):
             print(line)
@@ -162,6 +164,9 @@ def check(study: STUDY, overrides: SET = None, name: NAME = None) -> None:
 
     pipeline.check(chosen)
     print(f"{chosen.name}: {len(chosen.cells)} cell(s), {len(chosen.seed_list)} seeds in the main one; nothing to mend")
+    for cell in chosen.cells.values():
+        nulls = "".join(f", {len(cell.seeds_of(null))} of the {null} null" for null in cell.nulls)
+        print(f"  {cell.label}: {len(cell.seed_list)} SAEs{nulls}")
 
 
 @app.command()

@@ -4,6 +4,7 @@ First texts, activations and ensembles, which studies share; then, for each cell
 then the tables and the ledger of the study, put together from the reports.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -232,6 +233,12 @@ def check(study: Study) -> None:
         bridge = models.load(model)
         for hook_name in sorted({cell.hook_name for cell in study.cells.values() if cell.model == model}):
             models.check_hook(bridge, hook_name)
+        narrow = [cell.d_sae for cell in study.cells.values() if cell.model == model and cell.d_sae < bridge.cfg.d_model]
+        if narrow:
+            told = f"d_sae: {min(narrow):,} features are fewer than the {bridge.cfg.d_model:,} dimensions of the model"
+            warnings.warn(f"{told}; eight times as many as there are is usual", stacklevel=2)
+    if study.device == "cuda" and not torch.cuda.is_available():
+        warnings.warn("device: no GPU is seen on this machine; cuda works where a job finds one", stacklevel=2)
 
 
 def compute_activations(study: Study) -> Results:

@@ -128,7 +128,7 @@ def run(plan: Plan, arguments: Sequence[str], at_once: int | None, profile: str 
     Raises `UserError` where Snakemake or the profile is missing, and with the last line of each job that failed.
     """
     program = snakemake()
-    settings = _profile(profile or LOCAL)
+    settings = profile_folder(profile or LOCAL)
     path = write(plan, arguments)
     threads = plan.study.threads or os.cpu_count() or 1
     command = [program, "--snakefile", str(places.root() / FOLDER / "Snakefile"), "--config", f"plan={path}"]
@@ -163,8 +163,8 @@ def snakemake() -> str:
     return found
 
 
-def _profile(name: str) -> Path:
-    """The folder of a profile of ours, or of the user's own."""
+def profile_folder(name: str) -> Path:
+    """The folder of a profile of ours, or of the user's own. Raises `UserError` where there is none."""
     ours = places.root() / FOLDER / "profiles"
     for folder in (ours / name, Path(name).absolute()):
         if (folder / "config.yaml").is_file():
@@ -186,14 +186,17 @@ def _failures(plan: Plan) -> Iterator[str]:
 
 def foreseen(plan: Plan) -> Iterator[str]:
     """What would run, and about what it would take, in lines. How large a model is, is known once its text is tokenised."""
-    total, unknown = 0.0, False
+    total, unknown = costs.START_SECONDS, 0
     for stage in plan.stages:
         done, known = plan.is_done(stage), costs.is_known(plan, stage)
         size = costs.size(plan, stage) if known else None
-        seconds, memory = costs.seconds(stage.kind, size), costs.memory_gb(stage.kind, size)
+        seconds, memory = costs.seconds(stage.kind, size) - costs.START_SECONDS, costs.memory_gb(stage.kind, size)
         told = f"{seconds / 60:7.1f} min {memory:6.1f} GB" if known else f"{'?':>7} min {'?':>6} GB"
         yield f"{'done   ' if done else 'missing'} {told}  {stage.name}"
         if not done:
-            total, unknown = total + seconds, unknown or not known
-    more = "; sae-stability check tells how large the model is, and with it the rest" if unknown else ""
-    yield f"about {total / 3600:,.1f} hours one after another, as stages took elsewhere{more}"
+            total, unknown = total + seconds, unknown + (not known)
+    if unknown:
+        needed = "sae-stability check, with the same --set, has read model and text"
+        yield f"{unknown} of {len(plan.stages)} stages can't be foretold before {needed}"
+    else:
+        yield f"about {total / 3600:,.1f} hours one after another in one process, as stages took elsewhere"

@@ -1,8 +1,9 @@
 """What SAEs have in common, and what makes that doubtful."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -21,6 +22,7 @@ from sae_stability.matching.pairs import reaches
 from sae_stability.methods.dictionary import Dictionary
 from sae_stability.saes import formats
 from sae_stability.saes.reading import About, Loaded
+from sae_stability.saes.sae import SAE
 from sae_stability.statistics import Interval
 from sae_stability.study import model_name
 
@@ -99,10 +101,11 @@ class Comparison:
         mean, shares = found.mean(), found.shares()
         widths = sorted({len(sae.directions) for sae in self.saes})
         told_widths = " and ".join(f"{width:,}" for width in widths)
+        features = "all features" if self.firings is None else "the live features"
         lines = [
             f"{len(self.saes)} SAEs of {told_widths} features, d_in {self.d_in}; a match is a cosine of {found.threshold:g}",
             f"mean stability   {mean:.3f}; random directions with the same second moments: {self.chance:.3f}",
-            f"stable           {shares['stable']:.3f}  of the live features, in {STABLE:.0%} or more of the other SAEs",
+            f"stable           {shares['stable']:.3f}  of {features}, in {STABLE:.0%} or more of the other SAEs",
             f"intermediate     {shares['intermediate']:.3f}",
             f"unstable         {shares['unstable']:.3f}  in {UNSTABLE:.0%} or fewer",
             f"ambiguous        {found.ambiguous_share().value:.3f}  of the matches: the runner-up matches too, or it is not mutual",
@@ -110,13 +113,16 @@ class Comparison:
             f"seeds            {self._enough(trials + 1)}",
         ]
         if self.firings is None:
-            lines.append(
-                "dead features    not told apart, and rarely a match: they lower the stability. --model and --corpus find them"
-            )
+            lines.append(f"dead features    not told apart, and rarely a match: they lower the stability{self._mend}")
         else:
             lines.append(f"dead features    {self._dead()} never fire on {self.firings.tokens:,} tokens, and are left out")
             lines.append(f"text             {self.firings.text}")
         return "\n".join(lines + [f"{about:<17}{told}" for about, told in self.notes.items()])
+
+    @property
+    def _mend(self) -> str:
+        """How to find the dead features, where nothing else stands in the way."""
+        return "" if "directions only" in self.notes else "; --model, --corpus and --hook-name together find them"
 
     def _dead(self) -> int:
         features = sum(len(sae.directions) for sae in self.saes)
@@ -240,6 +246,10 @@ def _notes(
     narrow = [name for name, sae in named.items() if len(sae.directions) < sae.directions.shape[1]]
     if narrow:
         notes["few features"] = f"{narrow[0]} has fewer than d_in; if its decoder lies on its side, save it as [d_sae, d_in]"
+    recipes = {_recipe(sae): name for name, sae in named.items() if isinstance(sae, SAE) and sae.variant is not None}
+    if len(recipes) > 1:
+        told = "; ".join(f"{name}: {recipe}" for recipe, name in list(recipes.items())[:3])
+        notes["recipes differ"] = f"{told}: what does not come back may owe it to the recipe, and not to the seed"
     differing = {name: about.sizes for name, about in abouts.items() if about.sizes}
     if differing:
         name, told = next(iter(differing.items()))
@@ -264,16 +274,24 @@ def _notes(
     return notes
 
 
+def _recipe(sae: SAE) -> str:
+    """The variant of an SAE, and its k where it has one."""
+    return f"{sae.variant}, k {sae.k}" if sae.k else str(sae.variant)
+
+
 def _place(about: About) -> str:
-    """The site of a model, as far as it is told."""
-    return " of ".join(part for part in (about.hook_name or "some site", about.model and model_name(about.model)) if part)
+    """The site of a model, as far as it is told: what a block writes is what the next one reads."""
+    hook = about.hook_name or "some site"
+    read = re.fullmatch(r"blocks\.([1-9]\d*)\.hook_resid_pre", hook)
+    hook = f"blocks.{int(read[1]) - 1}.hook_resid_post" if read else hook
+    return " of ".join(part for part in (hook, about.model and model_name(about.model)) if part)
 
 
 def _elsewhere(about: About, given: About) -> bool:
     """Whether a file names another site or model than what was given. Of a model the last part of its name counts; sites that
     another library names can't be compared."""
     comparable = about.hook_name is not None and about.hook_name.startswith(("blocks.", "hook_", "ln_final"))
-    hooks = comparable and about.hook_name != given.hook_name
+    hooks = comparable and _place(replace(about, model=None)) != _place(replace(given, model=None))
     models = about.model and given.model and model_name(about.model).lower() != model_name(given.model).lower()
     return bool(hooks or models)
 

@@ -192,8 +192,8 @@ def check_tokens(study: Study, cell: Cell, facts: dict) -> None:
         repeated = facts["repeated_documents"]
         why = f" ({repeated:,} documents that repeat others are left out)" if repeated else ""
         raise UserError(
-            f"tokens: {cell.corpus} has {facts['train_tokens']:,} training tokens, not {wanted:,}{why}; lower tokens, or raise "
-            "passes"
+            f"tokens: {cell.corpus} has {facts['train_tokens']:,} training tokens, not {wanted:,}{why}; set tokens to "
+            "as many or fewer, and passes to read them several times"
         )
     if facts["evaluation_clusters"] < HELD_OUT_CLUSTERS:
         needed = round(HELD_OUT_CLUSTERS / corpus.EVALUATION_SHARE)

@@ -168,4 +168,4 @@ def _below(folder: Path) -> str:
     if len(found) == 1:
         return f"; there is one in {found[0]}"
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return f"; there are {len(found)} below it: give one of {', '.join(map(str, found[:SHOWN]))}{more}"
+    return f"; there are {len(found)} below it: give them by their paths, such as {', '.join(map(str, found[:SHOWN]))}{more}"
