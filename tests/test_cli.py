@@ -149,9 +149,7 @@ def test_a_dry_run_refuses_a_profile_that_is_none(call, small_options, profile, 
     monkeypatch.chdir(tmp_path)
     status, _, error = call("run", "embedded", *small_options, "--name", "other", "--dry-run", "--profile", profile)
     assert (status, len(error)) == (2, 1)
-    assert (
-        f"--profile {profile}: no such profile; there are local, one-node, slurm, or give a folder with a config.yaml" in error[0]
-    )
+    assert f"--profile {profile}: no such profile; there are local, one-node, slurm, or give a folder" in error[0]
 
 
 def test_a_stage_alone_says_what_it_needs(call, small_options, house):
