@@ -198,12 +198,12 @@ def test_where_verdicts_fall_is_told_by_names_in_their_order():
 
 
 def test_what_was_judged_by_earlier_rules_is_named():
-    def line(claim: str, rule: str) -> dict:
+    def line(claim: str, rule: str | None) -> dict:
         return {"id": claim, "line": "as stated", "rule": rule}
 
     here = [line("C1", "one"), line("C2", "two"), line("C5", "five")]
     assert derived.by_earlier_rules(here, here) == ""
-    there = [line("C1", "one"), line("C5", "as before"), line("C9", "unknown")]
+    there = [line("C1", "one"), line("C5", "as before"), line("C9", "unknown"), line("C2", None)]  # not tested there
     assert derived.by_earlier_rules(here, there).startswith("There C5 was")
 
 

@@ -267,7 +267,7 @@ def where_verdicts_fall(ledger: Iterable[dict], names: Mapping[str, str]) -> str
 def by_earlier_rules(here: Iterable[dict], there: Iterable[dict]) -> str:
     """Which claims of another ledger were judged by other rules than those of this one; nothing where none was."""
     rules = {(line["id"], line["line"]): line["rule"] for line in here}
-    changed = {line["id"] for line in there if line["rule"] != rules.get((line["id"], line["line"]), line["rule"])}
+    changed = {line["id"] for line in there if line["rule"] and line["rule"] != rules.get((line["id"], line["line"]), line["rule"])}
     if not changed:
         return ""
     return f"There {', '.join(sorted(changed))} was judged by an earlier rule ({{doc}}`rules` says what changed)."
