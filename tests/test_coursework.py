@@ -88,6 +88,12 @@ def world(d_in, r, tokens, rng):
 def mcc(A, B):
     return max(np.trace(A @ B[list(order)].T) for order in permutations(range(len(B)))) / len(A)
 """,
+    "09-copy-or-seed": """
+def is_copy(A, B):
+    from scipy.spatial.distance import cdist
+    apart = cdist(A, B, "cosine")
+    return len(A) == len(B) and (apart.min(0) < 1e-5).all() and (apart.min(1) < 1e-5).all()
+""",
     "05-a-variant": """
 class AbsTopK(DenseTopK):
     def forward(self, sae, x, training):
