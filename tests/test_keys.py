@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sae_stability import keys
+from sae_stability.files import fingerprint
 from sae_stability.loading import load_study
 from sae_stability.pipeline import Plan
 from sae_stability.saes import fastest_dtype
@@ -252,10 +253,10 @@ def test_keys_follow_inputs_and_content(tmp_path):
     assert keys.key_of({"a": 1}) != keys.key_of({"a": 2})
     assert keys.key_of({"a": 1}) != keys.key_of({"a": 1}, before=["x"])
     (tmp_path / "f.txt").write_text("one")
-    before = keys.fingerprint(str(tmp_path))
+    before = fingerprint(str(tmp_path))
     (tmp_path / "f.txt").write_text("two!")
-    assert keys.fingerprint(str(tmp_path)) != before
-    assert keys.fingerprint("a/hub-id") == "a/hub-id"
+    assert fingerprint(str(tmp_path)) != before
+    assert fingerprint("a/hub-id") == "a/hub-id"
 
 
 def named(source: str) -> set[str]:

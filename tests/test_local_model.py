@@ -4,12 +4,15 @@ import shutil
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_stability.errors import UserError
 from sae_stability.explanations import LocalModel, Window, explain, local_model
 from sae_stability.explanations.asking import LONGEST_EXPLANATION, detect_in_one_messages, explain_messages
 from sae_stability.explanations.scoring import LeftOut
 from sae_stability.explanations.windows import Task
+from sae_stability.loading import load_study
+from sae_stability.pipeline import Plan
 
 CHAT = (
     "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
@@ -23,8 +26,6 @@ PIECES = [[" the", " array", " of"], [" a"], [" each", " axis", " is", " a", " f
 @pytest.fixture(scope="module")
 def folder(model_folders, tmp_path_factory):
     """An untrained model with room for questions."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     where = tmp_path_factory.mktemp("chat")
     shutil.copytree(model_folders["gpt2"], where, dirs_exist_ok=True)
     config = GPT2Config.from_pretrained(where, n_positions=2048)
@@ -120,6 +121,31 @@ def test_a_tokenizer_that_does_not_tell_yes_from_no_is_refused(folder, tmp_path,
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         LocalModel(str(tmp_path / "nowhere"), tmp_path).explain(WINDOWS)
+
+
+def test_another_model_under_the_same_name_is_asked_anew(folder, tmp_path):
+    """Neither its answers nor the explanations of a study are those of the one before it."""
+    where = shutil.copytree(folder, tmp_path / "model")
+    study = load_study("quick", [f"explainer.model={where}"])
+
+    def key() -> str:
+        return next(iter(Plan(study).stage(f"{study.main.id}/explanations").entries.values()))
+
+    first, at_first = engine(where, tmp_path / "answers").detect("Arrays.", PIECES), key()
+    kept = {file.name for file in (tmp_path / "answers").iterdir()}
+    assert engine(where, tmp_path / "answers").detect("Arrays.", PIECES) == first
+    assert {file.name for file in (tmp_path / "answers").iterdir()} == kept
+    model = GPT2LMHeadModel.from_pretrained(where)
+    torch.nn.init.normal_(model.lm_head.weight, generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(where)
+    engine(where, tmp_path / "answers").detect("Arrays.", PIECES)
+    assert len({file.name for file in (tmp_path / "answers").iterdir()} - kept) == 1
+    assert key() != at_first
+
+
+def test_a_study_whose_explainer_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"explainer\.model: there is no folder .*nowhere"):
+        _ = Plan(load_study("quick", [f"explainer.model={tmp_path / 'nowhere'}"])).stages
 
 
 def test_explanations_are_scored_by_what_the_model_finds(folder, tmp_path, monkeypatch):

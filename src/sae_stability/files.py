@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,3 +156,23 @@ def exists(path: Path) -> bool:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(name: str) -> str | dict[str, str]:
+    """What a path holds now, file by file; a name that is no path stands for itself."""
+    path = Path(name)
+    if path.is_file():
+        return _content(path)
+    if path.is_dir():
+        return {str(file.relative_to(path)): _content(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    return name
+
+
+def _content(path: Path) -> str:
+    status = path.stat()
+    return _content_at(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _content_at(path: Path, _size: int, _changed: int) -> str:
+    return sha256(path)

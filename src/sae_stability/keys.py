@@ -19,8 +19,6 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_stability.files import sha256
-
 PACKAGE = "sae_stability"
 SOURCE = Path(__file__).parent
 CARRIERS = ("study", "store", "keys", "places", "errors", "loading", "experiments.experiment")
@@ -126,16 +124,6 @@ def _distributions() -> dict[str, list[str]]:
     return {package: sorted(names) for package, names in importlib.metadata.packages_distributions().items()}
 
 
-def fingerprint(name: str) -> str | dict[str, str]:
-    """What a path holds now, file by file; a name that is no path stands for itself."""
-    path = Path(name)
-    if path.is_file():
-        return _content(path)
-    if path.is_dir():
-        return {str(file.relative_to(path)): _content(file) for file in sorted(path.rglob("*")) if file.is_file()}
-    return name
-
-
 def versions(packages: Iterable[str]) -> dict[str, str]:
     return {package: _version(package) for package in packages}
 
@@ -150,16 +138,6 @@ def forget() -> None:
     """Read the package's files anew: they have changed since they were read."""
     for cached in (read, names_in, digest, _external, _top, _reached):
         cached.cache_clear()
-
-
-def _content(path: Path) -> str:
-    status = path.stat()
-    return _content_at(path, status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _content_at(path: Path, _size: int, _changed: int) -> str:
-    return sha256(path)
 
 
 def _path(module: str) -> Path:

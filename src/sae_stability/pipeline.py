@@ -97,6 +97,8 @@ class Plan:
             for experiment in self._asked(cell):
                 before = [keys[cell.id, name] for name in experiment.after]
                 inputs = self._inputs(cell, experiment.reads)
+                if experiment.content is not None:
+                    inputs["content"] = experiment.content(self.study)
                 compute: list[Any] = [experiment.compute] if experiment.compute else []
                 if experiment.trains is None:
                     inputs, before = {"seeds": seeds, **inputs}, [*ensembles_before, *before]

@@ -104,6 +104,8 @@ class Experiment:
     """Experiments whose results `compute` reads."""
     reads: tuple[str, ...] = ()
     """Keys of the study and the cell, beyond those of the recipe and its seeds, that `compute` reads itself; or `IS_MAIN`."""
+    content: Callable[[Study], object] | None = None
+    """What files hold that such a key names: another content under the same name is another input."""
     tables: dict[str, Callable[[Results], pd.DataFrame]] = field(default_factory=dict)
     """The rows that a cell adds to each table of the study."""
     claims: Callable[[Results], list[dict]] | None = None

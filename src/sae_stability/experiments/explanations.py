@@ -11,12 +11,13 @@ import torch
 from tqdm import tqdm
 
 from sae_stability import explanations
+from sae_stability.errors import UserError
 from sae_stability.evaluation import sparse_codes
 from sae_stability.experiments import ensembles, matching, texts, triggers
 from sae_stability.experiments.experiment import Experiment, Results, is_main
 from sae_stability.experiments.triggers import TRIGGER_TOKENS
 from sae_stability.explanations import Rules
-from sae_stability.files import write_table
+from sae_stability.files import fingerprint, write_table
 from sae_stability.language import models
 from sae_stability.language.tokens import pieces
 from sae_stability.ledger import MOST, Condition, Rule, judged
@@ -93,6 +94,16 @@ def language_model(study: Study, answers: Path) -> explanations.Engine:
     return explanations.LocalModel(study.explainer.model, answers, study.device, fastest_dtype(torch.device(study.device)))
 
 
+def weights(study: Study) -> str | dict[str, str] | None:
+    """What the files of a chat model on this machine hold. Raises `UserError` where there is none of that name."""
+    if study.explainer is None or study.explainer.base_url is not None:
+        return None
+    try:
+        return fingerprint(models.locate(study.explainer.model))
+    except UserError as error:
+        raise UserError(f"explainer.{error}") from None
+
+
 def by_band(results: Results) -> pd.DataFrame:
     """One row per engine and explained feature, with its band: engines do not know it."""
     return triggers.bands(results).banded(pd.read_parquet(results.folder("explanations") / "explanations.parquet"))
@@ -138,6 +149,7 @@ EXPERIMENT = Experiment(
     compute,
     after=("matching",),
     reads=("threshold", "evaluation_tokens", "explainer"),
+    content=weights,
     tables={"explanations": by_band, "not_explained": left_out},
     claims=judge,
     asked=is_main,

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from sae_stability import sources
 from sae_stability.errors import UserError
 from sae_stability.experiments.experiment import Results, Stage
-from sae_stability.files import read_json, save_arrays, write_json
-from sae_stability.keys import fingerprint, key_of, versions
+from sae_stability.files import fingerprint, read_json, save_arrays, write_json
+from sae_stability.keys import key_of, versions
 from sae_stability.language import corpus, documents, installed, models
 from sae_stability.language.activations import Activations, collect, kept, longest_norms
 from sae_stability.language.corpus import Contexts

@@ -20,7 +20,7 @@ from sae_stability.explanations.answers import text_of
 from sae_stability.explanations.asking import LONGEST_EXPLANATION, detect_in_one_messages, explain_messages, place_of
 from sae_stability.explanations.scoring import Described, LeftOut
 from sae_stability.explanations.windows import Window
-from sae_stability.files import read_json, write_json
+from sae_stability.files import fingerprint, read_json, write_json
 from sae_stability.language import models
 from sae_stability.study import model_name
 
@@ -43,6 +43,11 @@ class LocalModel:
     def name(self) -> str:
         """Apart from the engine of rules, and from an endpoint's model of the same name."""
         return f"{model_name(self.model)} (on this machine)"
+
+    @cached_property
+    def _identity(self) -> dict:
+        """Whose answers are kept: another model under the same name says something else."""
+        return {"model": fingerprint(models.locate(self.model)), "dtype": str(self.dtype)}
 
     @cached_property
     def _weights(self):
@@ -68,7 +73,7 @@ class LocalModel:
                 break
         else:
             raise LeftOut(f"its question is too long for {self.model}, which reads {self._longest:,} tokens")
-        kept = place_of({"model": self.model, "dtype": str(self.dtype), "ids": ids}, self.cache)
+        kept = place_of({**self._identity, "ids": ids}, self.cache)
         if not kept.is_file():
             write_json(kept, {"answer": self._said(ids)})
         text = read_json(kept)["answer"]
@@ -79,7 +84,7 @@ class LocalModel:
         asked = [self._prompt(detect_in_one_messages(text, window)) for window in ([], *windows)]
         if max(map(len, asked)) > self._longest:
             raise LeftOut(f"a piece is too long for {self.model}, which reads {self._longest:,} tokens")
-        kept = place_of({"model": self.model, "dtype": str(self.dtype), "pieces": asked}, self.cache)
+        kept = place_of({**self._identity, "pieces": asked}, self.cache)
         if not kept.is_file():
             parts = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
             write_json(kept, {"leaning": [lean for part in parts for lean in self._leaning(part).tolist()]})
