@@ -15,6 +15,7 @@ from sae_stability.experiments.generality import ASKED, C10, effects, judge, jud
 from sae_stability.figures import generality as figures
 from sae_stability.ledger import VERDICTS
 from sae_stability.loading import load_study
+from sae_stability.random_effects import crossed
 
 LINES = [rule.line for rule in C10]
 
@@ -207,7 +208,11 @@ def test_effects_and_verdicts_of_cells_are_those_of_their_ledgers(studies):
     assert combined["id"].tolist() == [claim for claim in ASKED for _ in LINES]
     assert combined["line"].tolist() == LINES * len(ASKED)
     of_c2 = found[(found["id"] == "C2") & (found["line"] == LINES[0])]
-    assert combined.loc[combined["id"] == "C2", "cells"].iloc[0] == len(of_c2)
+    of_all = combined[combined["id"] == "C2"].iloc[0]
+    assert of_all["cells"] == len(of_c2)
+    shared = crossed(of_c2["margin"].to_numpy(), of_c2["error"].to_numpy(), of_c2[["model", "hook_name", "variant", "d_sae", "k"]])
+    assert (of_all["shared"], of_all["spread_by"]) == shared
+    assert of_all["shared"].high - of_all["shared"].low > of_all["mean"].high - of_all["mean"].low
     assert set(VERDICTS) >= set(found["verdict"])
 
 

@@ -11,6 +11,7 @@ from sae_stability.book.tables import Tables
 from sae_stability.experiments import generality
 from sae_stability.language.activations import layer_of
 from sae_stability.ledger import Line
+from sae_stability.random_effects import crossed
 from sae_stability.study import Cell, model_name
 
 AXES = {
@@ -23,6 +24,8 @@ AXES = {
 """What a cell can differ in from the main one, by the keys that say so."""
 SEVERAL = "several or else"
 """The axis of a cell that differs in more than one of them, or in what is none of them, such as its text."""
+SHARED = ("model", "hook_name", "variant", "d_sae", "k")
+"""What cells can have in common, so that they are no draws of their own: columns of `cells`."""
 APART = {"seeds", "surrogate_seeds", "nulls"}
 """Keys that say how often a cell is trained, and beside what."""
 
@@ -31,7 +34,7 @@ def cells(studies: Sequence[Tables], main: Cell) -> pd.DataFrame:
     """The cells of some studies, what is trained twice by the same seeds once: one row each, by what it differs in from a main one.
 
     Columns: study, cell, axis (a key of `AXES`, or `SEVERAL`), name (for readers), model, corpus, saes, active (features that are
-    active on a token), tokens, and d_sae.
+    active on a token), tokens, and the others of `SHARED`.
     """
     rows, seen = [], list[Cell]()
     for study in studies:
@@ -44,7 +47,8 @@ def cells(studies: Sequence[Tables], main: Cell) -> pd.DataFrame:
                 name = f"{study.study.name}: {study.study.names[cell.id]}" if axis == SEVERAL else _name(cell, main)
                 row = {"study": study.study.name, "cell": id, "axis": axis, "name": name}
                 row |= {"model": model_name(cell.model), "corpus": cell.corpus, "saes": len(cell.seed_list), "active": active}
-                rows.append(row | {"tokens": cell.tokens * cell.passes, "d_sae": cell.d_sae})
+                row |= {"tokens": cell.tokens * cell.passes, "hook_name": cell.hook_name, "variant": cell.variant}
+                rows.append(row | {"d_sae": cell.d_sae, "k": cell.k})
     found, order = pd.DataFrame(rows), [*AXES, SEVERAL]
     found = found.assign(place=found["axis"].map(order.index)).sort_values(["place", "tokens", "active", "d_sae"], kind="stable")
     return found.drop(columns="place").reset_index(drop=True)
@@ -70,13 +74,19 @@ def verdicts(studies: Sequence[Tables], chosen: pd.DataFrame) -> str:
 
 
 def combined(found: pd.DataFrame) -> pd.DataFrame:
-    """Each line of each claim over all cells of `effects` (`generality.together`), one row each, by `id` and `line`."""
+    """Each line of each claim over all cells of `effects`, one row each, by `id` and `line`.
+
+    Columns: those of `generality.together`; and with what cells share (`random_effects.crossed`) the mean, `shared`, and by how
+    much they differ along each axis, `spread_by`.
+    """
     rows = []
     for (claim, line), part in found.groupby(["id", "line"]):
-        whole = generality.together(part["margin"].to_numpy(), part["error"].to_numpy())
-        rows.append({"id": claim, "line": line} | whole._asdict())
+        margin, error = part["margin"].to_numpy(), part["error"].to_numpy()
+        whole = generality.together(margin, error)
+        shared = crossed(margin, error, part[list(SHARED)])
+        rows.append({"id": claim, "line": line, **whole._asdict(), "shared": shared.mean, "spread_by": shared.spread})
     order = {line: place for place, line in enumerate(get_args(Line))}
-    table = pd.DataFrame(rows, columns=["id", "line", *generality.Together._fields])
+    table = pd.DataFrame(rows, columns=["id", "line", *generality.Together._fields, "shared", "spread_by"])
     return table.sort_values(["id", "line"], key=lambda column: column.map(order) if column.name == "line" else column)
 
 
