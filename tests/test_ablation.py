@@ -21,7 +21,8 @@ from sae_stability.language.interventions import Reading, intervene
 from sae_stability.matching import stability
 from sae_stability.saes import variant
 from sae_stability.saes.ensemble import Ensemble
-from sae_stability.saes.sparse import Parameters
+from sae_stability.saes.sparse import Codes, Parameters
+from sae_stability.saes.squares import squared_errors
 from sae_stability.study import Variants
 
 HOOK = "blocks.1.hook_resid_post"
@@ -124,6 +125,34 @@ def test_removed_and_kept_errors_are_those_of_dense_codes(site, members, name):
         left = (z * ~member[:, None]) @ ensemble.W_dec + ensemble.parameters.b_dec[:, None]
         np.testing.assert_allclose(found.removed[set_name].sum(1), (x - left).square().sum((1, 2)), rtol=1e-4)
     np.testing.assert_allclose(found.kept["band", "stable"], found.removed["band", "unstable"], rtol=1e-4)
+
+
+def test_squared_errors_are_those_of_what_sets_write_token_by_token():
+    draw = torch.Generator().manual_seed(0)
+    starts = torch.tensor([0, 3, 3, 8, 9])  # one token on which nothing fires
+    features = torch.cat([torch.randperm(11, generator=draw)[:count] for count in starts.diff()])
+    codes = Codes(starts, features, torch.rand(9, generator=draw))
+    target, error, W_dec = (torch.randn(rows, 37, generator=draw) for rows in (4, 4, 11))
+    members = torch.rand(5, 11, generator=draw) < 0.5
+    members[0], members[1] = False, True
+    added, left = squared_errors(target, error, codes, W_dec, members)
+    for of, member in enumerate(members):
+        written = (codes.dense(11) * member) @ W_dec
+        assert torch.allclose(added[of], (error + written).square().sum(1), rtol=1e-5)
+        assert torch.allclose(left[of], (target - written).square().sum(1), rtol=1e-5)
+    assert torch.allclose(left[0], target.square().sum(1))
+    two = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert all(torch.equal(*same) for same in zip(squared_errors(target, error, codes, W_dec, members), (added, left), strict=True))
+    torch.set_num_threads(two)
+    for broken in (
+        codes._replace(features=features + 11),
+        codes._replace(starts=starts[:-1]),
+        codes._replace(values=codes.values[:-1]),
+        codes._replace(starts=torch.tensor([0, 3, 2, 8, 9])),
+    ):
+        with pytest.raises(ValueError, match="are no matrix of 4 tokens and 11 features"):
+            squared_errors(target, error, broken, W_dec, members)
 
 
 def test_the_reconstruction_with_its_error_restores_the_logits(site):

@@ -25,6 +25,7 @@ from sae_stability.language.activations import Activations
 from sae_stability.language.interventions import Predictions, Reading, intervene
 from sae_stability.methods.pursuit import matching_pursuit
 from sae_stability.saes.ensemble import Ensemble
+from sae_stability.saes.squares import squared_errors
 
 JUDGED = (
     100_000  # tokens at most on which refitted decoders are judged: what they are fitted on grows with the width, this need not
@@ -62,18 +63,20 @@ def on_reconstruction(held_out: Encoded, cluster: Int[np.ndarray, "token"], memb
     for rows, x, coded in progress:
         of = cluster[rows]
 
-        def squares(error: Tensor, of=of) -> np.ndarray:
-            return np.bincount(of, error.square().sum(1).double().numpy(), len(kinds))
+        def by_cluster(squares: Float[Tensor, "token"], of=of) -> Float[np.ndarray, "cluster"]:
+            return np.bincount(of, squares.double().numpy(), len(kinds))
 
-        total += squares(x - centre)
+        total += by_cluster((x - centre).square().sum(1))
         for seed, (sae, codes) in enumerate(coded):
-            without_features = x - sae.b_dec
+            without_features, sets = x - sae.b_dec, _of_seed(members, seed)
             error = without_features - codes.decode(sae.W_dec)
-            intact[seed] += squares(error)
-            for name, member in _of_seed(members, seed).items():
-                written = codes.keep(member[codes.features]).decode(sae.W_dec)
-                removed[name][seed] += squares(error + written)
-                kept[name][seed] += squares(without_features - written)
+            intact[seed] += by_cluster(error.square().sum(1))
+            if not sets:
+                continue
+            squares = squared_errors(without_features, error, codes, sae.W_dec, torch.stack(list(sets.values())))
+            for name, without, alone in zip(sets, *squares, strict=True):
+                removed[name][seed] += by_cluster(without)
+                kept[name][seed] += by_cluster(alone)
     return Residuals(total, intact, removed, kept)
 
 
