@@ -20,7 +20,7 @@ import nbformat
 import yaml
 
 from sae_stability import places
-from sae_stability.book import explorer, made, page
+from sae_stability.book import explorer, made, numbers, page
 from sae_stability.files import locked, read_json, replacing, sha256, write_json
 from sae_stability.keys import key_of, key_of_script, versions
 from sae_stability.pipeline import Plan
@@ -112,11 +112,12 @@ def _build(study: Study, site: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=site.parent, prefix=".book-") as scratch:
         stage, out = Path(scratch) / "stage", Path(scratch) / "out"
         shutil.copytree(root / "book", stage, ignore=shutil.ignore_patterns("*.ipynb", ".ipynb_checkpoints"))
-        for name, path in executed.items():
+        notebooks = {name: nbformat.read(path, as_version=4) for name, path in executed.items()}
+        numbers.write(stage, notebooks)
+        for name, notebook in notebooks.items():
             taken = store.provenance(f"chapters/{name}.ipynb") or {"commit": "unknown"}
-            executed_at = page.short(taken["commit"])
-            notebook = made.told(staged(nbformat.read(path, as_version=4)), stage, study.name, executed_at)
-            nbformat.write(notebook, stage / f"{name}.ipynb")
+            told = made.told(staged(notebook), stage, study.name, page.short(taken["commit"]))
+            nbformat.write(told, stage / f"{name}.ipynb")
         _jupyter_book(stage, out)
         built, main = out / "_build" / "html", plan.results(study.main)
         for path in built.glob("*.html"):

@@ -224,8 +224,8 @@ def what_comes_back(studies: Iterable[Tables]) -> pd.DataFrame:
 def cells_with_means(study: Tables) -> pd.DataFrame:
     """Every row of the table `cells`, with the means over its SAEs of loss_recovered, dead_share and training_seconds."""
     cells, saes = study.table("cells", every_cell=True), study.table("saes", every_cell=True)
-    means = saes.groupby("cell", as_index=False)[["loss_recovered", "dead", "training_seconds"]].mean()
-    cells = cells.merge(means, on="cell")
+    means = saes.groupby("cell")[["loss_recovered", "dead", "training_seconds"]].mean()
+    cells = cells.assign(**{name: cells["cell"].map(mean) for name, mean in means.items()})
     return cells.assign(dead_share=cells["dead"] / cells["d_sae"])
 
 

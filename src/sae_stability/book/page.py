@@ -3,11 +3,10 @@
 book = page.open_study(study)  # the results of a study, computed where they are missing
 book.table("cells")            # the main cell's rows of a table
 book.claim("C2")               # its line of the ledger
-page.say(f"... {page.interval(book.row, 'mean_stability', '.0%')} ...")
+page.say(f"... {page.linked(book, book.row, 'mean_stability', '.0%')} ...")
 """
 
 import html
-import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,6 +18,10 @@ from matplotlib.figure import Figure
 
 from sae_stability import places
 from sae_stability.book import made
+from sae_stability.book.numbers import estimate as estimate
+from sae_stability.book.numbers import interval as interval
+from sae_stability.book.numbers import line_interval as line_interval
+from sae_stability.book.numbers import linked as linked
 from sae_stability.book.tables import Tables
 from sae_stability.book.tables import open_study as open_study
 from sae_stability.book.tables import published as published
@@ -60,27 +63,6 @@ def markdown_table(rows: pd.DataFrame, columns: Mapping[str, Column]) -> str:
 def listed(rows: pd.DataFrame, item: str) -> str:
     """Rows in a sentence, each by a format string over its columns, with commas between them."""
     return ", ".join(item.format(**row) for _, row in rows.iterrows())
-
-
-def interval(row: Mapping, name: str, spec: str = ".3f") -> str:
-    """An estimate and its interval, from the columns NAME, NAME_low and NAME_high of a row; alone where it has none."""
-    value, low, high = (row[column] for column in (name, f"{name}_low", f"{name}_high"))
-    return _interval(value, low, high, spec)
-
-
-def line_interval(line: Mapping, spec: str = ".3f") -> str:
-    """The same of a line of the ledger, or of one of its conditions."""
-    return _interval(line["value"], line["ci_low"], line["ci_high"], spec)
-
-
-def estimate(value: float | None, spec: str = ".3f", missing: str = "not defined") -> str:
-    """An estimate alone. What has no value, such as the mean of an empty band, is not defined."""
-    return missing if value is None or math.isnan(value) else f"{value:{spec}}"
-
-
-def _interval(value: float | None, low: float | None, high: float | None, spec: str) -> str:
-    ends = "" if low is None or math.isnan(low) else f" [{low:{spec}}, {high:{spec}}]"
-    return estimate(value, spec) + ends
 
 
 def benchmarks_file() -> Path:
@@ -184,9 +166,9 @@ def _decided(line: dict) -> str:
         return ""
     conditions = line.get("conditions", [])
     deciding = [part for part in conditions if part["met"] is False] or [part for part in conditions if part["met"] is None]
-    if any(part["value"] == line["value"] for part in deciding):
+    if not deciding or any(part["value"] == line["value"] for part in deciding):
         return ""
-    return "".join(f"; by *{part['what']}*, {line_interval(part, '.2f')}" for part in deciding[:1])
+    return f"; by *{deciding[0]['what']}*, {line_interval(deciding[0], '.2f')}"
 
 
 def rules(lines: list[dict]) -> str:

@@ -46,6 +46,7 @@ class Tables(ABC):
             rows = self._read(name)
         except FileNotFoundError:
             return pd.DataFrame(columns=["cell", "cell_on_target"])
+        rows.attrs["table"] = name  # which its rows keep, for whoever prints a number of one
         return rows if every_cell else rows[rows["cell"] == self.cell.id].reset_index(drop=True)
 
     @cached_property

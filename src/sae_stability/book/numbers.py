@@ -1,0 +1,129 @@
+"""Numbers as pages print them; and those of the prose that stand in a table, each as a link to a page that says in which row.
+
+A link holds what the table has. Where the book is built, the page *Numbers* lists all of them.
+"""
+
+import html
+import json
+import math
+import re
+from collections.abc import Container, Mapping
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+
+from sae_stability.book.tables import Tables
+
+PAGE = "numbers"
+LINK = re.compile(r'<a class="number" href="[^"]*" data-row="([^"]*)"[^>]*>([^<]*)</a>')
+HEADINGS = ("as printed", "value", "interval", "where it stands")
+
+
+def interval(row: Mapping, name: str, spec: str = ".3f") -> str:
+    """An estimate and its interval, from the columns NAME, NAME_low and NAME_high of a row; alone where it has none."""
+    value, low, high = (row[column] for column in (name, f"{name}_low", f"{name}_high"))
+    return _interval(value, low, high, spec)
+
+
+def line_interval(line: Mapping, spec: str = ".3f") -> str:
+    """The same of a line of the ledger, or of one of its conditions."""
+    return _interval(line["value"], line["ci_low"], line["ci_high"], spec)
+
+
+def estimate(value: float | None, spec: str = ".3f", missing: str = "not defined") -> str:
+    """An estimate alone. What has no value, such as the mean of an empty band, is not defined."""
+    return missing if value is None or math.isnan(value) else f"{value:{spec}}"
+
+
+def _interval(value: float | None, low: float | None, high: float | None, spec: str) -> str:
+    ends = "" if low is None or math.isnan(low) else f" [{low:{spec}}, {high:{spec}}]"
+    return estimate(value, spec) + ends
+
+
+def linked(study: Tables, row: pd.Series, name: str, spec: str = ".3f") -> str:
+    """A number of a row of `study.table`, with its interval where it has one, as a link to the row (HTML, for prose). What is not
+    defined has no link.
+
+    Raises `ValueError` for a row of no table, and for one that was changed since.
+    """
+    ends = [end for end in (f"{name}_low", f"{name}_high") if pd.notna(row.get(end))]
+    printed = interval(row, name, spec) if ends else estimate(row[name], spec)
+    if pd.isna(row[name]):
+        return printed
+    if "table" not in row.attrs:
+        raise ValueError(f"{name}: a row of no table; take it from what study.table gives")
+    whole = study.table(row.attrs["table"], every_cell=True)
+    held = whole[[column for column in row.index if column in whole]]
+    same = (held.eq(row[held.columns]) | (held.isna() & row[held.columns].isna())).all(axis=1)
+    if name not in held or not same.any():
+        raise ValueError(f"{name}: no row of the table {row.attrs['table']} of {study.study.name} is like that")
+    cited = {
+        "study": study.study.name,
+        "table": row.attrs["table"],
+        "row": _told_apart(whole, int(same.to_numpy().argmax()), (name, *ends)),
+        "column": name,
+        "values": [float(row[column]) for column in (name, *ends)],
+    }
+    data = html.escape(json.dumps(cited))
+    title = html.escape(f"{cited['column']} of the table {cited['table']}")
+    return f'<a class="number" href="{PAGE}.html#{_anchor(cited)}" data-row="{data}" title="{title}">{printed}</a>'
+
+
+def _told_apart(table: pd.DataFrame, position: int, cited: Container[str]) -> dict[str, str | int | float | bool]:
+    """What tells a row from the others: its cell, and of the other columns as few as do; first of all those of no measurements."""
+    left, told = table, {}
+    for column in sorted(table.columns, key=lambda name: pd.api.types.is_float_dtype(table[name])):
+        value = table[column].iloc[position]
+        if column in cited or pd.isna(value):
+            continue
+        alike = left[left[column] == value]
+        if len(alike) < len(left) or column == "cell":
+            left, told[column] = alike, value.item() if hasattr(value, "item") else value
+    return told
+
+
+def _anchor(cited: Mapping) -> str:
+    words = "-".join(map(str, (cited["study"], cited["table"], *cited["row"].values(), cited["column"])))
+    return re.sub(r"[^A-Za-z0-9_]+", "-", words)
+
+
+def page(preface: str, chapters: Mapping[str, nbformat.NotebookNode]) -> str:
+    """The page of all numbers that executed chapters link, as Markdown: under each chapter's title its numbers."""
+    parts, seen = [preface], set[str]()
+    for name, notebook in chapters.items():
+        rows = []
+        for data, printed in _links(notebook):
+            cited = json.loads(html.unescape(data))
+            if _anchor(cited) not in seen:
+                seen.add(_anchor(cited))
+                rows.append(_row(cited, printed, name))
+        if rows:
+            head, body = "".join(f"<th>{heading}</th>" for heading in HEADINGS), "\n".join(rows)
+            table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
+            parts.append(f"## {_title(notebook)}\n\n{table}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _links(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
+    """What the prose of an executed notebook links: each as what the table has, and as it is printed."""
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
+    return [found for output in outputs for found in LINK.findall(output.get("data", {}).get("text/markdown", ""))]
+
+
+def _title(notebook: nbformat.NotebookNode) -> str:
+    return notebook.cells[0].source.partition("\n")[0].lstrip("# ")
+
+
+def _row(cited: Mapping, printed: str, chapter: str) -> str:
+    value, *ends = (f"{each:.6g}" for each in cited["values"])
+    row = ", ".join(f"{column} {each}" for column, each in cited["row"].items())
+    where = f"{cited['column']} in {cited['table']} of {cited['study']}: {row}"
+    shown = [f'<a href="{chapter}.html">{printed}</a>', value, " to ".join(ends), html.escape(where)]
+    return f'<tr id="{_anchor(cited)}">' + "".join(f"<td>{cell}</td>" for cell in shown) + "</tr>"
+
+
+def write(stage: Path, chapters: Mapping[str, nbformat.NotebookNode]) -> None:
+    """Complete the page among the sources of a book."""
+    path = stage / f"{PAGE}.md"
+    path.write_text(page(path.read_text(encoding="utf-8"), chapters), encoding="utf-8")

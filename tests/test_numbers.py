@@ -1,0 +1,130 @@
+"""Numbers in prose lead to the row of the table that has them."""
+
+import html
+import json
+import re
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from sae_stability.book import numbers, page
+from sae_stability.book.tables import Tables
+from sae_stability.loading import load_study
+
+CELL = load_study("quick").main.id
+TABLE = pd.DataFrame(
+    {
+        "cell": [CELL, CELL, CELL, "other"],
+        "kind": ["real", "real", "surrogate", "real"],
+        "weight": ["features", "energy", "features", "features"],
+        "share": [0.4871, 0.25, np.nan, 0.4871],
+        "share_low": [0.45, 0.2, np.nan, 0.1],
+        "share_high": [0.5, np.nan, np.nan, 0.9],
+        "seeds": [4, 4, 4, 5],
+    }
+)
+
+
+class Kept(Tables):
+    study = load_study("quick")
+    ledger = ()
+
+    def _read(self, name: str) -> pd.DataFrame:
+        return TABLE.copy()
+
+
+def cited(link: str) -> dict:
+    (found,) = re.findall(r'data-row="([^"]*)"', link)
+    return json.loads(html.unescape(found))
+
+
+def test_a_link_holds_the_row_and_prints_what_the_number_alone_would():
+    rows = Kept().table("reappearing")
+    by_place = rows.set_index(["kind", "weight"])
+    for row in (rows.iloc[0], by_place.loc[("real", "features")], rows.query("weight == 'features'").iloc[0]):
+        link = numbers.linked(Kept(), row, "share", ".0%")
+        assert re.sub("<[^>]*>", "", link) == page.interval(row, "share", ".0%") == "49% [45%, 50%]"
+        where = {"cell": CELL, "kind": "real", "weight": "features"}
+        wanted = {"study": "quick", "table": "reappearing", "row": where, "column": "share", "values": [0.4871, 0.45, 0.5]}
+        assert cited(link) == wanted
+    alone = numbers.linked(Kept(), rows.iloc[0], "seeds", ",")
+    assert re.sub("<[^>]*>", "", alone) == "4"
+    assert cited(alone)["values"] == [4]
+    assert numbers.linked(Kept(), rows.iloc[2], "share") == "not defined"  # which no digit of a table says better
+
+
+def test_a_measurement_tells_a_row_apart_where_nothing_else_does():
+    rows = Kept().table("sharing")
+    several = pd.concat([rows, rows.iloc[:1].assign(share=0.1)]).assign(threshold=[0.5, 0.7, np.nan, 0.9])
+    several.attrs["table"] = "sharing"
+    study = Kept()
+    study._read = lambda name: several.copy()
+    found = cited(numbers.linked(study, several.iloc[0], "share", ".0%"))
+    assert found["row"] == {"cell": CELL, "kind": "real", "weight": "features", "threshold": 0.5}
+
+
+def test_a_row_that_no_table_has_is_refused():
+    rows = Kept().table("reappearing")
+    with pytest.raises(ValueError, match="a row of no table"):
+        numbers.linked(Kept(), TABLE.iloc[0], "share")
+    with pytest.raises(ValueError, match="no row of the table reappearing of quick is like that"):
+        numbers.linked(Kept(), rows.assign(share=2 * rows["share"]).iloc[0], "share")
+    with pytest.raises(ValueError, match="no row of the table"):
+        numbers.linked(Kept(), rows.assign(twice=2 * rows["share"]).iloc[0], "twice")
+
+
+def test_the_page_lists_each_number_once_under_the_chapter_that_has_it_first():
+    rows = Kept().table("reappearing")
+    links = [numbers.linked(Kept(), rows.iloc[position], "share", ".0%") for position in (0, 1, 0)]
+    said = {"output_type": "display_data", "data": {"text/markdown": " and ".join(links)}, "metadata": {}}
+    chapters = {}
+    for name in ("stability", "function"):
+        chapters[name] = nbformat.v4.new_notebook()
+        title = nbformat.v4.new_markdown_cell(f"# Of {name}\n\nText.")
+        chapters[name].cells = [title, nbformat.v4.new_code_cell("", outputs=[said])]
+    text = numbers.page("# Numbers", chapters)
+    assert text.count("<tr id=") == 2
+    assert "## Of stability" in text
+    assert "Of function" not in text
+    (first, second) = re.findall(r'<tr id="([^"]*)">', text)
+    assert all(f'href="numbers.html#{anchor}"' in "".join(links) for anchor in (first, second))
+    told = ["0.4871", "0.45 to 0.5", f"share in reappearing of quick: cell {CELL}, kind real, weight features"]
+    assert "".join(f"<td>{cell}</td>" for cell in told) in text
+
+
+def rounded(printed: str) -> tuple[float, float]:
+    """A number as it is printed, and by how much rounding may have moved it."""
+    sign, digits, percent = re.fullmatch(r"([+−-]?)([\d,]*\.?\d*)(%?)", printed).groups()
+    places = len(digits.partition(".")[2]) + (2 if percent else 0)
+    value = float(digits.replace(",", "")) / (100 if percent else 1)
+    return (-value if sign in ("-", "−") else value), 0.5000001 * 10**-places
+
+
+def test_every_number_that_pages_link_is_what_its_table_has(site, quick):
+    """Read on the pages, and looked up in the tables: a number that drifts from its row is found here."""
+    from bs4 import BeautifulSoup
+
+    pages = {path.stem: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in site.glob("*.html")}
+    links = [(name, link) for name, each in pages.items() for link in each.select("article a.number")]
+    assert len(links) > 50
+    assert {"index", "setup", "stability", "function", "subspaces", "sharing", "activity", "real"} <= {name for name, _ in links}
+    for name, link in links:
+        row = pages["numbers"].find(id=link["href"].partition("#")[2])
+        assert row is not None, (name, link["href"])
+        _, value, ends, stands = (part.get_text() for part in row.find_all("td"))
+        column, table, study, where = re.fullmatch(r"(\S+) in (\S+) of (\S+): (.+)", stands).groups()
+        tables = page.published(study) if study != quick.study.name else quick
+        found = tables.table(table, every_cell=True)
+        for each in where.split(", "):
+            key, _, wanted = each.partition(" ")
+            found = found[found[key].astype(str) == wanted]
+        assert len(found) == 1, (name, stands)
+        (held,) = found.to_dict("records")
+        values = [held[column], *((held[f"{column}_low"], held[f"{column}_high"]) if ends else ())]
+        assert [value, *ends.split(" to ")][: len(values)] == [f"{each:.6g}" for each in values]
+        printed = re.findall(r"[+−-]?[\d,]*\.?\d+%?", link.get_text())
+        for shown, exact in zip(printed, values, strict=False):
+            number, reach = rounded(shown)
+            assert abs(number - exact) <= reach, (name, link.get_text(), values)
