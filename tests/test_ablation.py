@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from scipy import sparse
 
-from sae_stability import ablation
+from sae_stability import ablation, threads
 from sae_stability.ablation import removal
 from sae_stability.ablation.controls import CALIPER, CURVE_SEEDS, ORDERS, SHARES
 from sae_stability.ablation.translation import BROADER, CONTAINED, FATES, PREDICTED, RAREST
@@ -141,10 +141,12 @@ def test_squared_errors_are_those_of_what_sets_write_token_by_token():
         assert torch.allclose(added[of], (error + written).square().sum(1), rtol=1e-5)
         assert torch.allclose(left[of], (target - written).square().sum(1), rtol=1e-5)
     assert torch.allclose(left[0], target.square().sum(1))
-    two = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert all(torch.equal(*same) for same in zip(squared_errors(target, error, codes, W_dec, members), (added, left), strict=True))
-    torch.set_num_threads(two)
+    with threads.single():
+        alone = squared_errors(target, error, codes, W_dec, members)
+    assert all(torch.equal(*same) for same in zip(alone, (added, left), strict=True))
+    for here, directions, sets in ((error[:, 1:], W_dec, members), (error, W_dec[:, 1:], members), (error, W_dec, members[:, 1:])):
+        with pytest.raises(ValueError, match="do not fit one another"):
+            squared_errors(target, here, codes, directions, sets)
     for broken in (
         codes._replace(features=features + 11),
         codes._replace(starts=starts[:-1]),

@@ -29,6 +29,7 @@ TABLE = pd.DataFrame(
 
 class Kept(Tables):
     study = load_study("quick")
+    place = "results/quick/tables"
     ledger = ()
 
     def _read(self, name: str) -> pd.DataFrame:
@@ -42,27 +43,40 @@ def cited(link: str) -> dict:
 
 def test_a_link_holds_the_row_and_prints_what_the_number_alone_would():
     rows = Kept().table("reappearing")
-    by_place = rows.set_index(["kind", "weight"])
+    by_place = rows.set_index(["kind", "weight"], drop=False)
     for row in (rows.iloc[0], by_place.loc[("real", "features")], rows.query("weight == 'features'").iloc[0]):
         link = numbers.linked(Kept(), row, "share", ".0%")
         assert re.sub("<[^>]*>", "", link) == page.interval(row, "share", ".0%") == "49% [45%, 50%]"
         where = {"cell": CELL, "kind": "real", "weight": "features"}
-        wanted = {"study": "quick", "table": "reappearing", "row": where, "column": "share", "values": [0.4871, 0.45, 0.5]}
-        assert cited(link) == wanted
+        table = "results/quick/tables/reappearing.parquet"
+        assert cited(link) == {"table": table, "row": where, "column": "share", "values": [0.4871, 0.45, 0.5]}
     alone = numbers.linked(Kept(), rows.iloc[0], "seeds", ",")
     assert re.sub("<[^>]*>", "", alone) == "4"
     assert cited(alone)["values"] == [4]
+    one_end = numbers.linked(Kept(), rows.iloc[1], "share", ".0%")
+    assert re.sub("<[^>]*>", "", one_end) == "25%"
     assert numbers.linked(Kept(), rows.iloc[2], "share") == "not defined"  # which no digit of a table says better
 
 
+def test_a_row_that_cannot_be_told_from_another_has_no_link():
+    """Two sets of which nothing comes back, say, from whose rows an index has taken the names."""
+    rows = Kept().table("reappearing").assign(share=0.0, share_low=np.nan, share_high=np.nan)
+    study = Kept()
+    study._read = lambda name: rows.copy()
+    assert numbers.linked(study, rows.set_index(["kind", "weight"]).loc[("real", "energy")], "share", ".0%") == "0%"
+    told = numbers.linked(study, rows.set_index(["kind", "weight"], drop=False).loc[("real", "energy")], "share", ".0%")
+    assert cited(told)["row"] == {"cell": CELL, "kind": "real", "weight": "energy"}
+
+
 def test_a_measurement_tells_a_row_apart_where_nothing_else_does():
-    rows = Kept().table("sharing")
-    several = pd.concat([rows, rows.iloc[:1].assign(share=0.1)]).assign(threshold=[0.5, 0.7, np.nan, 0.9])
+    row = Kept().table("sharing").iloc[:1]
+    several = pd.concat([row.assign(threshold=threshold) for threshold in (0.5, -0.5, np.nan)])
     several.attrs["table"] = "sharing"
     study = Kept()
     study._read = lambda name: several.copy()
-    found = cited(numbers.linked(study, several.iloc[0], "share", ".0%"))
-    assert found["row"] == {"cell": CELL, "kind": "real", "weight": "features", "threshold": 0.5}
+    found = [cited(numbers.linked(study, several.iloc[position], "share", ".0%")) for position in range(3)]
+    assert [each["row"] for each in found] == [{"cell": CELL, "threshold": threshold} for threshold in (0.5, -0.5, None)]
+    assert len({numbers._anchor(each) for each in found}) == 3
 
 
 def test_a_row_that_no_table_has_is_refused():
@@ -90,7 +104,8 @@ def test_the_page_lists_each_number_once_under_the_chapter_that_has_it_first():
     assert "Of function" not in text
     (first, second) = re.findall(r'<tr id="([^"]*)">', text)
     assert all(f'href="numbers.html#{anchor}"' in "".join(links) for anchor in (first, second))
-    told = ["0.4871", "0.45 to 0.5", f"share in reappearing of quick: cell {CELL}, kind real, weight features"]
+    where = f"share in results/quick/tables/reappearing.parquet: cell {CELL}, kind real, weight features"
+    told = ["0.4871", "0.45 to 0.5", where]
     assert "".join(f"<td>{cell}</td>" for cell in told) in text
 
 
@@ -114,17 +129,18 @@ def test_every_number_that_pages_link_is_what_its_table_has(site, quick):
         row = pages["numbers"].find(id=link["href"].partition("#")[2])
         assert row is not None, (name, link["href"])
         _, value, ends, stands = (part.get_text() for part in row.find_all("td"))
-        column, table, study, where = re.fullmatch(r"(\S+) in (\S+) of (\S+): (.+)", stands).groups()
-        tables = page.published(study) if study != quick.study.name else quick
+        column, folder, table, where = re.fullmatch(r"(\S+) in (\S+)/(\S+)\.parquet: (.+)", stands).groups()
+        tables = quick if folder == "results/quick/tables" else page.published(folder.removeprefix("published/"))
         found = tables.table(table, every_cell=True)
         for each in where.split(", "):
             key, _, wanted = each.partition(" ")
-            found = found[found[key].astype(str) == wanted]
+            found = found[found[key].isna() if wanted == "None" else found[key].astype(str) == wanted]
         assert len(found) == 1, (name, stands)
         (held,) = found.to_dict("records")
         values = [held[column], *((held[f"{column}_low"], held[f"{column}_high"]) if ends else ())]
-        assert [value, *ends.split(" to ")][: len(values)] == [f"{each:.6g}" for each in values]
+        exact = [f"{each:,}" if isinstance(each, int) else f"{each:.6g}" for each in values]
+        assert [value, *(ends.split(" to ") if ends else ())] == exact
         printed = re.findall(r"[+−-]?[\d,]*\.?\d+%?", link.get_text())
-        for shown, exact in zip(printed, values, strict=False):
+        for shown, whole in zip(printed, values, strict=True):
             number, reach = rounded(shown)
-            assert abs(number - exact) <= reach, (name, link.get_text(), values)
+            assert abs(number - whole) <= reach, (name, link.get_text(), values)

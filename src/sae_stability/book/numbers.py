@@ -3,6 +3,7 @@
 A link holds what the table has. Where the book is built, the page *Numbers* lists all of them.
 """
 
+import hashlib
 import html
 import json
 import math
@@ -42,15 +43,14 @@ def _interval(value: float | None, low: float | None, high: float | None, spec: 
 
 
 def linked(study: Tables, row: pd.Series, name: str, spec: str = ".3f") -> str:
-    """A number of a row of `study.table`, with its interval where it has one, as a link to the row (HTML, for prose). What is not
-    defined has no link.
+    """A number of a row of `study.table`, with its interval where it has one, as a link to the row (HTML, for prose). There is no
+    link where it is not defined, and where several rows of the table are like this one.
 
     Raises `ValueError` for a row of no table, and for one that was changed since.
     """
-    ends = [end for end in (f"{name}_low", f"{name}_high") if pd.notna(row.get(end))]
+    ends = [f"{name}_low", f"{name}_high"]
+    ends = ends if all(pd.notna(row.get(end)) for end in ends) else []
     printed = interval(row, name, spec) if ends else estimate(row[name], spec)
-    if pd.isna(row[name]):
-        return printed
     if "table" not in row.attrs:
         raise ValueError(f"{name}: a row of no table; take it from what study.table gives")
     whole = study.table(row.attrs["table"], every_cell=True)
@@ -58,34 +58,38 @@ def linked(study: Tables, row: pd.Series, name: str, spec: str = ".3f") -> str:
     same = (held.eq(row[held.columns]) | (held.isna() & row[held.columns].isna())).all(axis=1)
     if name not in held or not same.any():
         raise ValueError(f"{name}: no row of the table {row.attrs['table']} of {study.study.name} is like that")
+    if pd.isna(row[name]) or same.sum() > 1:
+        return printed
     cited = {
-        "study": study.study.name,
-        "table": row.attrs["table"],
+        "table": f"{study.place}/{row.attrs['table']}.parquet",
         "row": _told_apart(whole, int(same.to_numpy().argmax()), (name, *ends)),
         "column": name,
-        "values": [float(row[column]) for column in (name, *ends)],
+        "values": [_plain(row[column]) for column in (name, *ends)],
     }
     data = html.escape(json.dumps(cited))
-    title = html.escape(f"{cited['column']} of the table {cited['table']}")
+    title = html.escape(f"{cited['column']} in {cited['table']}")
     return f'<a class="number" href="{PAGE}.html#{_anchor(cited)}" data-row="{data}" title="{title}">{printed}</a>'
 
 
-def _told_apart(table: pd.DataFrame, position: int, cited: Container[str]) -> dict[str, str | int | float | bool]:
-    """What tells a row from the others: its cell, and of the other columns as few as do; first of all those of no measurements."""
+def _told_apart(table: pd.DataFrame, position: int, cited: Container[str]) -> dict[str, str | int | float | bool | None]:
+    """What tells a row from the others: its cell, and each other column that leaves fewer rows; those of no measurements first."""
     left, told = table, {}
     for column in sorted(table.columns, key=lambda name: pd.api.types.is_float_dtype(table[name])):
         value = table[column].iloc[position]
-        if column in cited or pd.isna(value):
-            continue
-        alike = left[left[column] == value]
-        if len(alike) < len(left) or column == "cell":
-            left, told[column] = alike, value.item() if hasattr(value, "item") else value
+        alike = left[left[column].isna() if pd.isna(value) else left[column] == value]
+        if column == "cell" or (len(alike) < len(left) and column not in cited):
+            left, told[column] = alike, None if pd.isna(value) else _plain(value)
     return told
 
 
+def _plain(value):
+    """As JSON takes it: no number of numpy."""
+    return value.item() if hasattr(value, "item") else value
+
+
 def _anchor(cited: Mapping) -> str:
-    words = "-".join(map(str, (cited["study"], cited["table"], *cited["row"].values(), cited["column"])))
-    return re.sub(r"[^A-Za-z0-9_]+", "-", words)
+    place = json.dumps([cited["table"], cited["row"], cited["column"]])
+    return f"{cited['column']}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"
 
 
 def page(preface: str, chapters: Mapping[str, nbformat.NotebookNode]) -> str:
@@ -116,9 +120,9 @@ def _title(notebook: nbformat.NotebookNode) -> str:
 
 
 def _row(cited: Mapping, printed: str, chapter: str) -> str:
-    value, *ends = (f"{each:.6g}" for each in cited["values"])
+    value, *ends = (f"{each:,}" if isinstance(each, int) else f"{each:.6g}" for each in cited["values"])
     row = ", ".join(f"{column} {each}" for column, each in cited["row"].items())
-    where = f"{cited['column']} in {cited['table']} of {cited['study']}: {row}"
+    where = f"{cited['column']} in {cited['table']}: {row}"
     shown = [f'<a href="{chapter}.html">{printed}</a>', value, " to ".join(ends), html.escape(where)]
     return f'<tr id="{_anchor(cited)}">' + "".join(f"<td>{cell}</td>" for cell in shown) + "</tr>"
 

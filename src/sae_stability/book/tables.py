@@ -26,6 +26,11 @@ class Tables(ABC):
     origin = ""
     """Where the tables come from, in a sentence, if not from a study that was run here."""
 
+    @property
+    @abstractmethod
+    def place(self) -> str:
+        """The folder of the tables, from the root of the repository."""
+
     @abstractmethod
     def _read(self, name: str) -> pd.DataFrame:
         """A table with the rows of all cells. Raises `FileNotFoundError` where there is none."""
@@ -106,6 +111,10 @@ class Book(Tables):
     def folder(self) -> Path:
         return self.plan.store.folder
 
+    @property
+    def place(self) -> str:
+        return f"results/{self.study.name}/tables"
+
     def _read(self, name: str) -> pd.DataFrame:
         return self.plan.store.table(name)
 
@@ -149,6 +158,10 @@ class Published(Tables):
     """The tables of a study that takes long to compute, as they are published, and the provenance that came with them."""
 
     folder: Path
+
+    @property
+    def place(self) -> str:
+        return f"published/{self.folder.name}"
 
     @cached_property
     def provenance(self) -> dict:

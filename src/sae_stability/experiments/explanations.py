@@ -95,7 +95,8 @@ def language_model(study: Study, answers: Path) -> explanations.Engine:
 
 
 def weights(study: Study) -> str | dict[str, str] | None:
-    """What the files of a chat model on this machine hold. Raises `UserError` where there is none of that name."""
+    """What the files of a chat model on this machine hold; one of the hub stands for itself. Raises `UserError` where there is none
+    of that name."""
     if study.explainer is None or study.explainer.base_url is not None:
         return None
     try:

@@ -46,7 +46,7 @@ class LocalModel:
 
     @cached_property
     def _identity(self) -> dict:
-        """Whose answers are kept: another model under the same name says something else."""
+        """Whose answers are kept: other files in the same place say something else. A model of the hub goes by its name."""
         return {"model": fingerprint(models.locate(self.model)), "dtype": str(self.dtype)}
 
     @cached_property

@@ -26,10 +26,13 @@ def squared_errors(
 ) -> tuple[Float[Tensor, "set token"], Float[Tensor, "set token"]]:
     """For each set, the squares of each token's `error` with what the set writes added to it, and of `target` less what it writes.
 
-    Every token belongs to one thread, so that results do not depend on the number of threads. Raises `ValueError` for codes that
-    are none of these tokens and features: the kernel indexes without bounds checks.
+    Every token belongs to one thread, so that results do not depend on the number of threads. Raises `ValueError` for shapes that
+    do not fit, and for codes that are none of these tokens and features: the kernel indexes without bounds checks.
     """
     starts, features, values = codes
+    if not (target.shape == error.shape and target.shape[1] == W_dec.shape[1] and members.shape[1] == len(W_dec)):
+        shapes = ", ".join(str(list(each.shape)) for each in (target, error, W_dec, members))
+        raise ValueError(f"target, error, directions and members do not fit one another: {shapes}")
     matrix = len(starts) == len(target) + 1 and starts[0] == 0 and starts[-1] == len(features) == len(values)
     inside = bool((starts.diff() >= 0).all()) and bool(((features >= 0) & (features < len(W_dec))).all())
     if not (matrix and inside):
