@@ -8,7 +8,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import nbformat
@@ -71,13 +71,14 @@ def linked(study: Tables, row: pd.Series, name: str, spec: str = ".3f") -> str:
     return f'<a class="number" href="{PAGE}.html#{_anchor(cited)}" data-row="{data}" title="{title}">{printed}</a>'
 
 
-def _told_apart(table: pd.DataFrame, position: int, cited: Container[str]) -> dict[str, str | int | float | bool | None]:
+def _told_apart(table: pd.DataFrame, position: int, cited: Iterable[str]) -> dict[str, str | int | float | bool | None]:
     """What tells a row from the others: its cell, and each other column that leaves fewer rows; those of no measurements first."""
     left, told = table, {}
-    for column in sorted(table.columns, key=lambda name: pd.api.types.is_float_dtype(table[name])):
+    measured = {name for name in table if pd.api.types.is_float_dtype(table[name])}
+    for column in sorted(table.columns, key=lambda name: name in measured):
         value = table[column].iloc[position]
         alike = left[left[column].isna() if pd.isna(value) else left[column] == value]
-        if column == "cell" or (len(alike) < len(left) and column not in cited):
+        if column == "cell" or (len(alike) < len(left) and column not in measured & set(cited)):
             left, told[column] = alike, None if pd.isna(value) else _plain(value)
     return told
 
