@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from sae_stability import places
-from sae_stability.book import derived, page, tables
+from sae_stability.book import derived, numbers, page, tables
 from sae_stability.experiments import asked
 from sae_stability.files import read_json
 from sae_stability.loading import load_study
@@ -17,10 +17,16 @@ CHAPTERS, SHIPPED = places.root() / "book", places.published()
 
 
 def executed(name: str, monkeypatch, **names) -> str:
-    """All that the code cells of a chapter say, and the alt texts of what they show, for the quick study."""
+    """All that the code cells of a chapter say, numbers without their links, and the alt texts of what they show, for the quick
+    study."""
     said: list[str] = []
-    monkeypatch.setattr(page, "say", said.append)
-    monkeypatch.setattr(page, "show", lambda figure, name, alt, caption: said.append(alt))
+
+    def show(figure, name, alt, caption):
+        assert not numbers.LINK.search(alt + caption)  # which are no HTML
+        said.append(alt)
+
+    monkeypatch.setattr(page, "say", lambda text: said.append(numbers.LINK.sub(r"\2", text)))
+    monkeypatch.setattr(page, "show", show)
     cells = nbformat.read(CHAPTERS / f"{name}.ipynb", as_version=4).cells
     namespace = dict(names)
     for cell in cells:
