@@ -55,6 +55,11 @@ def test_a_record_names_the_function_and_holds_its_tables():
         record_of(new_axes("title")[0])
 
 
+def test_rows_that_are_looked_up_by_columns_which_they_keep_stand_in_the_data_as_they_are():
+    by_kind = TABLE.assign(kind=[f"kind {row}" for row in range(len(TABLE))]).set_index("kind", drop=False)
+    pd.testing.assert_frame_equal(record_of(drawn(by_kind, {}, SHARES)).tables["table"], by_kind.reset_index(drop=True))
+
+
 def test_the_same_figure_is_kept_in_the_same_bytes(monkeypatch):
     assert made.kept(figure(), "name") == made.kept(figure(), "name")
     monkeypatch.setattr(made, "LARGEST", 10)

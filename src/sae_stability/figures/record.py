@@ -51,7 +51,8 @@ def _tables(name: str, value: Any) -> dict[str, pd.DataFrame]:
     if isinstance(value, pd.Series):
         value = value.to_frame(value.name or name)
     if isinstance(value, pd.DataFrame):
-        flat = value if isinstance(value.index, pd.RangeIndex) else value.reset_index()
+        held = set(value.index.names) <= set(value.columns)  # of rows that are looked up by columns which they keep
+        flat = value.reset_index(drop=isinstance(value.index, pd.RangeIndex) or held)
         return {name: flat.set_axis([_plain(column) for column in flat.columns], axis=1)}
     if isinstance(value, Mapping):
         return {f"{name}-{_plain(key)}": table for key, each in value.items() for table in _tables(name, each).values()}
