@@ -77,6 +77,26 @@ def test_what_a_piece_gives_does_not_depend_on_the_others(folder, tmp_path):
     torch.testing.assert_close(together, torch.cat([model._leaning([ids]) for ids in asked]), atol=1e-4, rtol=1e-4)
 
 
+def test_answers_for_many_features_at_once_are_those_of_each_alone(folder, tmp_path, monkeypatch):
+    """In any order, and whatever stands beside them: questions of other lengths, and one that does not fit."""
+
+    def said_of(model: LocalModel) -> list[str | None]:
+        return [described and described.text for described in map(model.explain, features)]
+
+    features = [WINDOWS[:1], WINDOWS * 9, *([window] for window in WINDOWS), WINDOWS]
+    expected = said_of(engine(folder, tmp_path / "alone"))
+    too_long, together, asked = [Window([" array"] * 3000, [1.0] * 3000)], engine(folder, tmp_path / "together"), []
+    said = LocalModel._said
+    monkeypatch.setattr(LocalModel, "_said", lambda self, questions: asked.append(len(questions)) or said(self, questions))
+    monkeypatch.setattr(local_model, "BATCH", 3)
+    assert sum(together.explain_ahead([too_long, *features])) == 4  # one of them is asked twice
+    assert asked == [3, 1]
+    assert list(together.explain_ahead(features)) == []
+    assert said_of(together) == expected
+    assert asked == [3, 1]
+    assert len(set(expected)) > 1
+
+
 def test_answers_are_kept(folder, tmp_path, monkeypatch):
     first = engine(folder, tmp_path)
     said, found = first.explain(WINDOWS), first.detect("Arrays.", PIECES)
@@ -102,7 +122,7 @@ def test_a_model_that_knows_no_conversation_gets_plain_text(folder, tmp_path):
 def test_windows_that_do_not_fit_are_left_out_the_weakest_first(folder, tmp_path, monkeypatch):
     model = engine(folder, tmp_path)
     many, asked = [Window([" the", " array", f" {number}"], [0.0, 1.0, 0.0]) for number in range(400)], []
-    monkeypatch.setattr(LocalModel, "_said", lambda self, ids: asked.append(ids) or "Arrays.")
+    monkeypatch.setattr(LocalModel, "_said", lambda self, questions: asked.extend(questions) or ["Arrays."])
     assert model.explain(many).text == "Arrays."
     assert len(asked[0]) + LONGEST_EXPLANATION <= 2048
     assert model._tokenizer.decode(asked[0]).count("<<") - 1 in range(20, 400)  # the instruction has one more
@@ -150,7 +170,7 @@ def test_a_study_whose_explainer_is_not_there_is_refused(tmp_path):
 
 def test_explanations_are_scored_by_what_the_model_finds(folder, tmp_path, monkeypatch):
     scored = [Window([" array"], [1.0]), Window([" a"], [0.0]), Window([" array"], [2.0]), Window([" of"], [0.0])]
-    monkeypatch.setattr(LocalModel, "_said", lambda self, ids: "Arrays.")
+    monkeypatch.setattr(LocalModel, "_said", lambda self, questions: ["Arrays."] * len(questions))
     monkeypatch.setattr(LocalModel, "detect", lambda self, text, windows: [True, False, False, False])
     (found,) = explain(engine(folder, tmp_path), [Task(3, WINDOWS, scored)])
     assert (found.feature, found.text, found.precision, found.recall, found.balanced_accuracy) == (3, "Arrays.", 1.0, 0.5, 0.75)

@@ -71,6 +71,10 @@ def compute(results: Results, folder: Path) -> None:
     failed: list[dict] = []
     for seed, given in tasks(results):
         for engine in list(engines):
+            if isinstance(engine, explanations.LocalModel):
+                ahead = tqdm(total=len(given), desc=f"answers of {engine.name}, seed {seed}", unit="feature", disable=None)
+                for answered in engine.explain_ahead(task.shown for task in given if task.shown):
+                    ahead.update(answered)
             progress = tqdm(given, f"explanations by {engine.name}, seed {seed}", unit="feature", disable=None)
             left_out: dict[int, str] = {}
             try:

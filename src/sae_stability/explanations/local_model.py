@@ -5,9 +5,11 @@ text is read off what it predicts as the next token, yes or no, less what it pre
 of the two whatever they are asked (Zhao et al., *Calibrate before use*, arXiv:2102.09690).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from sae_stability.language import models
 from sae_stability.study import model_name
 
 YES, NO = (("yes", "Yes", " yes", " Yes"), ("no", "No", " no", " No"))
-BATCH = 8  # pieces of text that are judged in a forward pass
+BATCH = 8  # questions that are answered together
 
 
 @dataclass
@@ -67,17 +69,40 @@ class LocalModel:
 
     def explain(self, shown: list[Window]) -> Described | None:
         """What the model says; of windows that do not fit into its context, the weakest are left out."""
+        ids = self._question(shown)
+        if not self._kept(ids).is_file():
+            self._answer([ids])
+        text = read_json(self._kept(ids))["answer"]
+        return Described(text, self) if text else None
+
+    def explain_ahead(self, features: Iterable[list[Window]]) -> Iterator[int]:
+        """Answer for many features, `BATCH` at a time, so that `explain` finds the answers; how many, as they come.
+
+        A token of one answer costs as much as a token of each of several: both read the weights once.
+        """
+        asked: dict[Path, list[int]] = {}
+        for shown in features:
+            with suppress(LeftOut):  # which `explain` says
+                ids = self._question(shown)
+                asked[self._kept(ids)] = ids
+        missing = sorted((ids for kept, ids in asked.items() if not kept.is_file()), key=len)
+        for start in range(0, len(missing), BATCH):
+            self._answer(missing[start : start + BATCH])
+            yield len(missing[start : start + BATCH])
+
+    def _question(self, shown: list[Window]) -> list[int]:
         for count in range(len(shown), 0, -1):
             ids = self._prompt(explain_messages(shown[:count]))
             if len(ids) + LONGEST_EXPLANATION <= self._longest:
-                break
-        else:
-            raise LeftOut(f"its question is too long for {self.model}, which reads {self._longest:,} tokens")
-        kept = place_of({**self._identity, "ids": ids}, self.cache)
-        if not kept.is_file():
-            write_json(kept, {"answer": self._said(ids)})
-        text = read_json(kept)["answer"]
-        return Described(text, self) if text else None
+                return ids
+        raise LeftOut(f"its question is too long for {self.model}, which reads {self._longest:,} tokens")
+
+    def _kept(self, ids: list[int]) -> Path:
+        return place_of({**self._identity, "ids": ids}, self.cache)
+
+    def _answer(self, asked: list[list[int]]) -> None:
+        for ids, text in zip(asked, self._said(asked), strict=True):
+            write_json(self._kept(ids), {"answer": text})
 
     def detect(self, text: str, windows: list[list[str]]) -> list[bool]:
         """Whether yes is likelier than for an empty piece, for each window."""
@@ -112,18 +137,26 @@ class LocalModel:
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False).input_ids
 
-    def _said(self, ids: list[int]) -> str | None:
-        """The first line of a greedy answer, without the thoughts before it."""
+    def _said(self, asked: list[list[int]]) -> list[str | None]:
+        """The first line of a greedy answer to each question, without the thoughts before it."""
         from transformers import GenerationConfig
 
-        ends = self._weights.generation_config.eos_token_id
-        ends = self._tokenizer.eos_token_id if ends is None else ends
-        padding = ends[0] if isinstance(ends, list) else ends  # of one answer there is none, but the library asks for it
-        wanted = GenerationConfig(max_new_tokens=LONGEST_EXPLANATION, do_sample=False, eos_token_id=ends, pad_token_id=padding)
-        prompt = torch.tensor([ids], device=self.device)
+        named = self._weights.generation_config.eos_token_id
+        named = self._tokenizer.eos_token_id if named is None else named
+        ends = named if isinstance(named, list) else [] if named is None else [named]
+        padding = ends[0] if ends else 0
+        wanted = GenerationConfig(
+            max_new_tokens=LONGEST_EXPLANATION, do_sample=False, eos_token_id=ends or None, pad_token_id=padding
+        )
+        longest = max(map(len, asked))
+        prompts = torch.tensor([[padding] * (longest - len(ids)) + ids for ids in asked], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in asked], device=self.device)
         with torch.inference_mode():
-            answer = self._weights.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=wanted)
-        lines = text_of(self._tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True)).splitlines()
+            answers = self._weights.generate(prompts, attention_mask=mask, generation_config=wanted)[:, longest:]
+        return [self._first_line(takewhile(lambda token: token not in ends, answer)) for answer in answers.tolist()]
+
+    def _first_line(self, ids: Iterable[int]) -> str | None:
+        lines = text_of(self._tokenizer.decode(list(ids), skip_special_tokens=True)).splitlines()
         return next((line.strip() for line in lines if line.strip()), None)
 
     def _leaning(self, asked: Sequence[list[int]]) -> Float[Tensor, "piece"]:
