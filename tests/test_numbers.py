@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from sae_stability.book import numbers, page
-from sae_stability.book.tables import Tables
+from sae_stability.book.tables import Tables, placed
 from sae_stability.loading import load_study
 
 CELL = load_study("quick").main.id
@@ -79,6 +79,22 @@ def test_a_measurement_tells_a_row_apart_where_nothing_else_does():
     assert len({numbers._anchor(each) for each in found}) == 3
 
 
+def test_a_number_beside_a_verdict_leads_to_its_line_and_one_of_a_condition_to_the_condition():
+    bound = {"what": "share of features, less chance", "value": 0.3, "ci_low": None, "ci_high": None, "bound": 0.1, "below": False}
+    line = {"cell": CELL, "id": "C1", "line": "as stated", "value": 0.4871, "ci_low": 0.45, "ci_high": 0.5, "conditions": [bound]}
+    plain = numbers.line_interval(line, ".2f")
+    assert plain == "0.49 [0.45, 0.50]"
+    (line,) = placed([line], "published/variants")
+    link = numbers.line_interval(line, ".2f")
+    assert re.sub("<[^>]*>", "", link) == plain
+    row = {"cell": CELL, "id": "C1", "line": "as stated"}
+    ledger = {"table": "published/variants/claims.json", "row": row, "column": "value", "values": [0.4871, 0.45, 0.5]}
+    assert cited(link) == ledger
+    of_condition = cited(numbers.line_interval(pd.DataFrame(line["conditions"]).iloc[0]))  # as tables of conditions print it
+    assert of_condition == ledger | {"row": row | {"condition": bound["what"]}, "values": [0.3]}
+    assert numbers.line_interval(line | {"value": None, "ci_low": None, "ci_high": None}) == "not defined"
+
+
 def test_a_row_that_no_table_has_is_refused():
     rows = Kept().table("reappearing")
     with pytest.raises(ValueError, match="a row of no table"):
@@ -117,27 +133,40 @@ def rounded(printed: str) -> tuple[float, float]:
     return (-value if sign in ("-", "−") else value), 0.5000001 * 10**-places
 
 
+def in_ledger(ledger: list[dict], where: str) -> dict:
+    """The line that is told, or its condition."""
+    cell, claim, line, _, condition = re.fullmatch(r"cell (\S+), id (\S+), line ([^,]+)(, condition (.+))?", where).groups()
+    (found,) = (each for each in ledger if (each["cell"], each["id"], each["line"]) == (cell, claim, line))
+    if condition is None:
+        return found
+    (part,) = (each for each in found["conditions"] if each["what"] == condition)
+    return part
+
+
 def test_every_number_that_pages_link_is_what_its_table_has(site, quick):
-    """Read on the pages, and looked up in the tables: a number that drifts from its row is found here."""
+    """Read on the pages, and looked up in the tables and ledgers: a number that drifts from its row is found here."""
     from bs4 import BeautifulSoup
 
     pages = {path.stem: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in site.glob("*.html")}
     links = [(name, link) for name, each in pages.items() for link in each.select("article a.number")]
-    assert len(links) > 50
+    assert len(links) > 150
     assert {"index", "setup", "stability", "function", "subspaces", "sharing", "activity", "real"} <= {name for name, _ in links}
     for name, link in links:
         row = pages["numbers"].find(id=link["href"].partition("#")[2])
         assert row is not None, (name, link["href"])
         _, value, ends, stands = (part.get_text() for part in row.find_all("td"))
-        column, folder, table, where = re.fullmatch(r"(\S+) in (\S+)/(\S+)\.parquet: (.+)", stands).groups()
-        tables = quick if folder == "results/quick/tables" else page.published(folder.removeprefix("published/"))
-        found = tables.table(table, every_cell=True)
-        for each in where.split(", "):
-            key, _, wanted = each.partition(" ")
-            found = found[found[key].isna() if wanted == "None" else found[key].astype(str) == wanted]
-        assert len(found) == 1, (name, stands)
-        (held,) = found.to_dict("records")
-        values = [held[column], *((held[f"{column}_low"], held[f"{column}_high"]) if ends else ())]
+        column, folder, table, where = re.fullmatch(r"(\S+) in (\S+)/(\S+)\.(?:parquet|json): (.+)", stands).groups()
+        tables = quick if folder.startswith("results/quick") else page.published(folder.removeprefix("published/"))
+        if table == "claims":
+            held, low, high = in_ledger(tables.ledger, where), "ci_low", "ci_high"
+        else:
+            found, low, high = tables.table(table, every_cell=True), f"{column}_low", f"{column}_high"
+            for each in where.split(", "):
+                key, _, wanted = each.partition(" ")
+                found = found[found[key].isna() if wanted == "None" else found[key].astype(str) == wanted]
+            assert len(found) == 1, (name, stands)
+            (held,) = found.to_dict("records")
+        values = [held[column], *((held[low], held[high]) if ends else ())]
         exact = [f"{each:,}" if isinstance(each, int) else f"{each:.6g}" for each in values]
         assert [value, *(ends.split(" to ") if ends else ())] == exact
         printed = re.findall(r"[+−-]?[\d,]*\.?\d+%?", link.get_text())

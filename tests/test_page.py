@@ -151,6 +151,10 @@ def test_the_scoreboard_shows_verdict_and_statistic_and_untested_claims_too():
     assert beside[3].endswith("|  | – not tested |")  # what nobody asked here
     (untreated,) = page.scoreboard({"here": [ledger.not_tested("B5")]}).splitlines()[2:]
     assert untreated.startswith("| B5 |")
+    assert untreated.endswith("| – not tested |")
+    (answered,) = page.scoreboard({"here": [ledger.not_tested("B1")]}).splitlines()[2:]
+    assert answered.startswith("| {doc}`B1 <costs>` |")
+    assert answered.endswith("| – measured, on its page |")
     assert set(page.CHAPTERS) <= set(ledger.CLAIMS)
     assert set(page.CHAPTERS.values()) <= set(build.chapters())
     assert (

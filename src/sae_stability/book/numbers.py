@@ -1,4 +1,4 @@
-"""Numbers as pages print them; and those of the prose that stand in a table, each as a link to a page that says in which row.
+"""Numbers as pages print them; those that stand in a row of a table, or in a line of a ledger, as links to a page that says where.
 
 A link holds what the table has. Where the book is built, the page *Numbers* lists all of them.
 """
@@ -28,8 +28,13 @@ def interval(row: Mapping, name: str, spec: str = ".3f") -> str:
 
 
 def line_interval(line: Mapping, spec: str = ".3f") -> str:
-    """The same of a line of the ledger, or of one of its conditions."""
-    return _interval(line["value"], line["ci_low"], line["ci_high"], spec)
+    """The same of a line of the ledger, or of one of its conditions: as a link, where it is known in which ledger it stands."""
+    printed = _interval(line["value"], line["ci_low"], line["ci_high"], spec)
+    if "stands" not in line or pd.isna(line["value"]):
+        return printed
+    ends = [line["ci_low"], line["ci_high"]]
+    values = [line["value"], *(() if pd.isna(ends).any() else ends)]
+    return _link({**line["stands"], "column": "value", "values": values}, printed)
 
 
 def estimate(value: float | None, spec: str = ".3f", missing: str = "not defined") -> str:
@@ -66,6 +71,10 @@ def linked(study: Tables, row: pd.Series, name: str, spec: str = ".3f") -> str:
         "column": name,
         "values": [_plain(row[column]) for column in (name, *ends)],
     }
+    return _link(cited, printed)
+
+
+def _link(cited: Mapping, printed: str) -> str:
     data = html.escape(json.dumps(cited))
     title = html.escape(f"{cited['column']} in {cited['table']}")
     return f'<a class="number" href="{PAGE}.html#{_anchor(cited)}" data-row="{data}" title="{title}">{printed}</a>'

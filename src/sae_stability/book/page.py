@@ -156,7 +156,8 @@ def scoreboard(ledgers: Mapping[str, list[dict]]) -> str:
 
 def _judgement(line: dict) -> str:
     if line["verdict"] == "not tested":
-        return f"{SIGNS['not tested']} not tested"
+        measured = line["id"] in CHAPTERS and line["id"].startswith("B")  # a question asks how much, and no verdict answers that
+        return f"{SIGNS['not tested']} {'measured, on its page' if measured else 'not tested'}"
     return f"{SIGNS[line['verdict']]} {line['line']}: **{line['verdict']}**, {line_interval(line, '.2f')}{_decided(line)}"
 
 

@@ -38,7 +38,7 @@ class Tables(ABC):
     @property
     @abstractmethod
     def ledger(self) -> list[dict]:
-        """Every line of every cell."""
+        """Every line of every cell, as `placed` gives them."""
 
     @property
     def cell(self) -> Cell:
@@ -120,8 +120,7 @@ class Book(Tables):
 
     @cached_property
     def ledger(self) -> list[dict]:
-        """Every line of every cell."""
-        return self.plan.store.claims()
+        return placed(self.plan.store.claims(), f"results/{self.study.name}")
 
     @property
     def commits(self) -> tuple[str, str]:
@@ -176,7 +175,7 @@ class Published(Tables):
 
     @cached_property
     def ledger(self) -> list[dict]:
-        return read_json(self.folder / "claims.json")
+        return placed(read_json(self.folder / "claims.json"), self.place)
 
     @property
     def origin(self) -> str:  # type: ignore[override]
@@ -185,6 +184,17 @@ class Published(Tables):
             f"These tables are published with the book: they come from commit `{short(self.provenance['commit'])}`, on "
             f"{machine}, and `sae-stability run {self.study.name}` computes them again."
         )
+
+
+def placed(lines: list[dict], folder: str) -> list[dict]:
+    """Lines of a ledger, each with where it stands in the repository, and so each of its conditions (`stands`), for whoever prints
+    a number of one."""
+    for line in lines:
+        row = {name: line[name] for name in ("cell", "id", "line")}
+        line["stands"] = {"table": f"{folder}/claims.json", "row": row}
+        for condition in line.get("conditions", []):
+            condition["stands"] = {"table": f"{folder}/claims.json", "row": row | {"condition": condition["what"]}}
+    return lines
 
 
 def open_study(name: str) -> Book:
