@@ -20,7 +20,7 @@ import nbformat
 import yaml
 
 from sae_stability import places
-from sae_stability.book import explorer, made, numbers, page
+from sae_stability.book import explorer, launch, made, numbers, page
 from sae_stability.files import locked, read_json, replacing, sha256, write_json
 from sae_stability.keys import key_of, key_of_script, versions
 from sae_stability.pipeline import Plan
@@ -98,8 +98,8 @@ def build(study: Study, site: Path | None = None) -> Path:
 def _build(study: Study, site: Path) -> Path:
     store, root = Store(study), places.root()
     executed = {name: store.folder / "chapters" / f"{name}.ipynb" for name in chapters()}
-    static = sorted(file for file in [*(root / "book").rglob("*"), root / "_config.yml", root / "_toc.yml"] if file.is_file())
-    content = {str(file): sha256(file) for file in [*executed.values(), *static]}
+    static = sorted(file for file in [*(root / "book").rglob("*"), root / "_toc.yml"] if file.is_file())
+    content = {"_config.yml": launch.configuration(), **{str(file): sha256(file) for file in [*executed.values(), *static]}}
     plan = Plan(study)
     results = [key for stage in plan.stages for key in stage.entries.values()]
     key = key_of({"content": content, "drawing": versions(DRAWING)}, [_build], results)
@@ -202,6 +202,7 @@ def _papermill(notebook: Path, into: Path, store: Store) -> None:
 
 
 def _jupyter_book(stage: Path, out: Path) -> None:
+    (stage / "_config.yml").write_text(launch.configuration(), encoding="utf-8")
     command = [
         sys.executable,
         "-c",
@@ -209,7 +210,7 @@ def _jupyter_book(stage: Path, out: Path) -> None:
         "build",
         str(stage),
         "--config",
-        str(places.root() / "_config.yml"),
+        str(stage / "_config.yml"),
     ]
     command += ["--toc", str(places.root() / "_toc.yml"), "--path-output", str(out), "-W", "--keep-going"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=stage)
