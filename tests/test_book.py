@@ -152,6 +152,35 @@ def test_pictures_lose_bytes_and_nothing_that_one_sees():
     assert np.quantile(np.abs(whole - small).max(2), 0.999) < 40
 
 
+def test_figures_are_vectors_of_the_same_size_on_dense_screens(site, address, chromium):
+    seen = """images => images.map(image => [image.currentSrc.split("/").pop(), Math.round(image.getBoundingClientRect().width)])"""
+    shown = {}
+    for density in (1, 2):
+        page = chromium.new_page(viewport={"width": 390, "height": 844}, device_scale_factor=density)
+        page.goto(f"{address}/stability.html", wait_until="networkidle")
+        shown[density] = page.locator("article figure img").evaluate_all(seen)
+    names = re.findall(r'<figure[^>]* id="([^"]+)"', (site / "stability.html").read_text(encoding="utf-8"))
+    assert len(names) >= 5
+    assert all(name.endswith(".png") for name, _ in shown[1])
+    assert [name for name, _ in shown[2]] == [f"{name}.svg" for name in names]
+    assert [width for _, width in shown[1]] == [width for _, width in shown[2]]
+
+
+def test_vectors_that_are_a_load_stay_out(tmp_path, monkeypatch):
+    html = '<figure class="a" id="{0}">\n<img alt="b" src="_images/{0}.png" />\n</figure>'
+    (tmp_path / "_images").mkdir()
+    (tmp_path / build.made.FOLDER).mkdir(parents=True)
+    for name, size in (("small", 10), ("large", 20)):
+        Image.new("RGB", (30, 20)).save(tmp_path / "_images" / f"{name}.png")
+        (tmp_path / build.made.FOLDER / f"{name}.svg").write_text("x" * size)
+    monkeypatch.setattr(build, "VECTORS", 15)
+    page = "".join(html.format(name) for name in ("small", "large", "without"))
+    wanted = page.replace(
+        'src="_images/small.png"', f'srcset="{build.made.FOLDER}/small.svg 2x" width="30" src="_images/small.png"'
+    )
+    assert build.sharper(page, tmp_path) == wanted
+
+
 def test_staging_hides_injected_parameters_and_places_alt_texts():
     show = nbformat.v4.new_code_cell("show()")
     described = {"alt": "what it shows", "caption": "in short", "name": "fig"}

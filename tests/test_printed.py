@@ -27,6 +27,8 @@ def test_the_book_is_printed_with_a_bookmark_a_page_and_no_link_into_this_machin
     assert "How this figure was made" not in text
     links = [str(note.get_object().get("/A", {}).get("/URI", "")) for page in book.pages for note in page.get("/Annots") or ()]
     assert not [link for link in links if link.startswith("file:")]
+    figures = sum(path.read_text(encoding="utf-8").count("<figure") for path in site.glob("*.html"))
+    assert sum(len(page.images) for page in book.pages) < figures / 4  # the others are vectors
 
 
 def test_what_is_missing_is_said(site, tmp_path, monkeypatch):

@@ -32,6 +32,9 @@ ICONS = re.compile(r"<script[^>]*/fontawesome\.js[^>]*></script>")
 """What draws the theme's icons once more, which its stylesheet has: the largest file of every page."""
 SEARCH = re.compile(r'<script src="(_static/searchtools|_static/language_data|searchindex)\.js"></script>')
 """What finds words while one types, on every page; the book has a page that searches."""
+FIGURE = re.compile(r'(?P<before><figure[^>]* id="(?P<name>[^"]+)">\s*(?:<a [^>]*>)?\s*<img [^>]*?)src="(?P<picture>[^"]+\.png)"')
+"""A figure of a chapter, by its name, as it stands on a page."""
+VECTORS = 300_000  # bytes of an SVG
 AT_ONCE = 2  # chapters under execution: most of their time goes by on one thread, a quarter of it in imports
 
 
@@ -121,7 +124,8 @@ def _build(study: Study, site: Path) -> Path:
         _jupyter_book(stage, out)
         built, main = out / "_build" / "html", plan.results(study.main)
         for path in built.glob("*.html"):
-            path.write_text(lighter(path.read_text(encoding="utf-8"), path.stem == "search"), encoding="utf-8")
+            light = lighter(path.read_text(encoding="utf-8"), path.stem == "search")
+            path.write_text(sharper(light, built), encoding="utf-8")
         if explorer.NEEDS in main.entries:
             explorer.write(main, built / explorer.FOLDER)
         write_json(built / "provenance.json", {"key": key, "study": study.name, "commit": git_commit()})
@@ -171,6 +175,20 @@ def lighter(page: str, searches: bool) -> str:
     """A page as HTML without the two megabytes that it does not need."""
     page = ICONS.sub("", page).replace("mathjax/tex-chtml.js", "mathjax/startup.js")
     return page if searches else SEARCH.sub("", page)
+
+
+def sharper(page: str, built: Path) -> str:
+    """A page as HTML whose figures are vectors on screens of more than one dot a pixel, where the vectors are no load."""
+    from PIL import Image
+
+    def with_vectors(found: re.Match) -> str:
+        vectors = f"{made.FOLDER}/{found['name']}.svg"
+        if not (built / vectors).is_file() or (built / vectors).stat().st_size > VECTORS:
+            return found[0]
+        with Image.open(built / found["picture"]) as picture:  # whose size on the page the vectors keep
+            return f'{found["before"]}srcset="{vectors} 2x" width="{picture.width}" src="{found["picture"]}"'
+
+    return FIGURE.sub(with_vectors, page)
 
 
 def _papermill(notebook: Path, into: Path, store: Store) -> None:

@@ -36,7 +36,8 @@ def printed(site: Path, into: Path) -> int:
         raise UserError(f"no {BROWSERS[0]} on this machine, which prints the pages; apt-get install {BROWSERS[0]}")
     book = PdfWriter()
     with sync_playwright() as playwright:
-        page = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"]).new_page()
+        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
+        page = chromium.new_page(device_scale_factor=2)  # as screens on which figures are vectors
         page.emulate_media(media="print", color_scheme="light")
         for address in tqdm(_pages(page, site), "printing", unit="page", disable=None):
             page.goto(address, wait_until="networkidle")
