@@ -158,7 +158,7 @@ def test_a_stage_alone_says_what_it_needs(call, small_options, house):
     assert "/quality/report" in error[0]
     status, _, error = call("stage", "embedded", "tabels", *small_options, "--name", "other")
     assert (status, len(error)) == (2, 1)
-    assert "it has shared/texts/" in error[0]
+    assert "has no tabels, did you mean tables?; `sae-stability run STUDY --dry-run`, with the same options, lists its" in error[0]
 
 
 def test_what_may_not_be_written_is_said_in_one_line(call, small_options, monkeypatch, house):

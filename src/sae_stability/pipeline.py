@@ -168,7 +168,8 @@ class Plan:
         """Raises `UserError` where the study has no such stage."""
         stages = {stage.name: stage for stage in self.stages}
         if name not in stages:
-            raise UserError(f"stage: {self.study.name} has no {name}; it has {', '.join(stages)}")
+            listed = "`sae-stability run STUDY --dry-run`, with the same options, lists its stages"
+            raise UserError(f"stage: {self.study.name} has no {name}{nearest(name, stages)}; {listed}")
         return stages[name]
 
     def is_done(self, stage: Stage) -> bool:
