@@ -190,8 +190,26 @@ def test_staging_hides_injected_parameters_and_places_alt_texts():
     staged = build.staged(nbformat.v4.new_notebook(cells=[title, injected, show, silent]))
     assert [cell.source for cell in staged.cells] == ["# Title", "show()", silent.source, build.SETUP, "study = 'x'"]
     assert "remove-cell" in staged.cells[4].metadata.tags
+    assert [cell.metadata.mystnb["code_prompt_show"] for cell in staged.cells if cell.cell_type == "code"] == [
+        "The code that draws this figure",
+        "The code that sets this page up",
+        "The code that sets this page up",
+    ]
     assert staged.cells[1].metadata.mystnb["image"]["alt"] == "what it shows"
     assert staged.cells[1].metadata.mystnb["figure"] == {"caption": "in short", "name": "fig"}
+
+
+def test_folds_say_what_the_code_in_them_does(site):
+    def cell(tags=(), **data) -> nbformat.NotebookNode:
+        outputs = [nbformat.v4.new_output("display_data", data)] if data else []
+        return nbformat.v4.new_code_cell("x", metadata={"tags": list(tags)}, outputs=outputs)
+
+    assert build.does(cell(["parameters"])) == "The parameters of this page"
+    assert build.does(cell(**{"text/markdown": "so it is"})) == "The code behind this text"
+    assert build.does(cell(**{"text/markdown": "so:\n\n| a | b |\n| --- | --- |\n| 1 | 2 |"})) == "The code behind this table"
+    assert build.does(cell(**{"text/html": "<p>"})) == "The code behind this text"
+    for path in site.glob("*.html"):
+        assert "Show code cell" not in path.read_text(encoding="utf-8"), path.name
 
 
 @pytest.mark.parametrize("name", build.chapters())

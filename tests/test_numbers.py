@@ -120,7 +120,7 @@ def test_the_page_lists_each_number_once_under_the_chapter_that_has_it_first():
     assert "Of function" not in text
     (first, second) = re.findall(r'<tr id="([^"]*)">', text)
     assert all(f'href="numbers.html#{anchor}"' in "".join(links) for anchor in (first, second))
-    where = f"share in results/quick/tables/reappearing.parquet: cell {CELL}, kind real, weight features"
+    where = f"share in results/<wbr>quick/<wbr>tables/<wbr>reappearing.parquet: cell {CELL}, kind real, weight features"
     told = ["0.4871", "0.45 to 0.5", where]
     assert "".join(f"<td>{cell}</td>" for cell in told) in text
 

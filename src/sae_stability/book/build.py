@@ -137,12 +137,13 @@ def _build(study: Study, site: Path) -> Path:
 
 
 def staged(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """An executed notebook as the book shows it: injected parameters hidden, alt texts and captions where MyST-NB reads them, and
-    the code that sets a page up behind what it says."""
+    """An executed notebook as the book shows it: injected parameters hidden, alt texts and captions where MyST-NB reads them, each
+    fold of code with what the code does, and the code that sets a page up behind what it says."""
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
         tags = cell.metadata.setdefault("tags", [])
+        cell.metadata["mystnb"] = {"code_prompt_show": does(cell), "code_prompt_hide": "Hide the code"}
         if "injected-parameters" in tags:
             tags.append("remove-cell")
         for output in cell.outputs:
@@ -150,15 +151,26 @@ def staged(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
                 output.data["image/png"] = in_few_colours(output.data["image/png"])
             described = output.get("metadata", {}).get("image/png", {})
             if "alt" in described:
-                cell.metadata["mystnb"] = {
-                    "image": {"alt": described["alt"]},
-                    "figure": {"caption": described["caption"], "name": described["name"]},
-                }
+                cell.metadata["mystnb"]["image"] = {"alt": described["alt"]}
+                cell.metadata["mystnb"]["figure"] = {"caption": described["caption"], "name": described["name"]}
     setup = list(takewhile(lambda cell: not cell.get("outputs"), notebook.cells))
     prose, code = ([cell for cell in setup if (cell.cell_type == "code") == is_code] for is_code in (False, True))
     if code:
         notebook.cells = [*prose, *notebook.cells[len(setup) :], nbformat.v4.new_markdown_cell(SETUP), *code]
     return notebook
+
+
+def does(cell: nbformat.NotebookNode) -> str:
+    """What the code of an executed cell does, for the fold that hides it."""
+    shown = [output.get("data", {}) for output in cell.outputs]
+    if "parameters" in cell.metadata.get("tags", []):
+        return "The parameters of this page"
+    if not shown:
+        return "The code that sets this page up"
+    if any("image/png" in each for each in shown):
+        return "The code that draws this figure"
+    is_table = any("| --- |" in each.get("text/markdown", "") for each in shown)
+    return f"The code behind this {'table' if is_table else 'text'}"
 
 
 def in_few_colours(png: str) -> str:

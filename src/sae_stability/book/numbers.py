@@ -133,7 +133,7 @@ def _row(cited: Mapping, printed: str, chapter: str) -> str:
     value, *ends = (f"{each:,}" if isinstance(each, int) else f"{each:.6g}" for each in cited["values"])
     row = ", ".join(f"{column} {each}" for column, each in cited["row"].items())
     where = f"{cited['column']} in {cited['table']}: {row}"
-    shown = [f'<a href="{chapter}.html">{printed}</a>', value, " to ".join(ends), html.escape(where)]
+    shown = [f'<a href="{chapter}.html">{printed}</a>', value, " to ".join(ends), html.escape(where).replace("/", "/<wbr>")]
     return f'<tr id="{_anchor(cited)}">' + "".join(f"<td>{cell}</td>" for cell in shown) + "</tr>"
 
 
