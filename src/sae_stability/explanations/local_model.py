@@ -7,7 +7,7 @@ of the two whatever they are asked (Zhao et al., *Calibrate before use*, arXiv:2
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -40,6 +40,8 @@ class LocalModel:
     """A folder for the answers."""
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    answered: dict[tuple[int, ...], str | None] = field(default_factory=dict, repr=False, compare=False)
+    """What it has said, by the tokens of the question."""
 
     @property
     def name(self) -> str:
@@ -69,26 +71,26 @@ class LocalModel:
 
     def explain(self, shown: list[Window]) -> Described | None:
         """What the model says; of windows that do not fit into its context, the weakest are left out."""
-        ids = self._question(shown)
-        if not self._kept(ids).is_file():
-            self._answer([ids])
-        text = read_json(self._kept(ids))["answer"]
+        ids = tuple(self._question(shown))
+        if ids not in self.answered:
+            self._answer([list(ids)])
+        text = self.answered[ids]
         return Described(text, self) if text else None
 
     def explain_ahead(self, features: Iterable[list[Window]]) -> Iterator[int]:
-        """Answer for many features, `BATCH` at a time, so that `explain` finds the answers; how many, as they come.
+        """Answer for many features, `BATCH` at a time, so that `explain` knows the answers; how many, as they come.
 
-        A token of one answer costs as much as a token of each of several: both read the weights once.
+        A token of one answer costs as much as a token of each of several: both read the weights once. Which questions are answered
+        together follows from the features alone, since rounding may differ with it.
         """
-        asked: dict[Path, list[int]] = {}
+        asked = set[tuple[int, ...]]()
         for shown in features:
             with suppress(LeftOut):  # which `explain` says
-                ids = self._question(shown)
-                asked[self._kept(ids)] = ids
-        missing = sorted((ids for kept, ids in asked.items() if not kept.is_file()), key=len)
-        for start in range(0, len(missing), BATCH):
-            self._answer(missing[start : start + BATCH])
-            yield len(missing[start : start + BATCH])
+                asked.add(tuple(self._question(shown)))
+        ordered = [list(ids) for ids in sorted(asked, key=lambda ids: (len(ids), ids))]
+        for start in range(0, len(ordered), BATCH):
+            self._answer(ordered[start : start + BATCH])
+            yield len(ordered[start : start + BATCH])
 
     def _question(self, shown: list[Window]) -> list[int]:
         for count in range(len(shown), 0, -1):
@@ -97,12 +99,12 @@ class LocalModel:
                 return ids
         raise LeftOut(f"its question is too long for {self.model}, which reads {self._longest:,} tokens")
 
-    def _kept(self, ids: list[int]) -> Path:
-        return place_of({**self._identity, "ids": ids}, self.cache)
-
     def _answer(self, asked: list[list[int]]) -> None:
-        for ids, text in zip(asked, self._said(asked), strict=True):
-            write_json(self._kept(ids), {"answer": text})
+        """Answer some questions together; the answers are kept together too."""
+        kept = place_of({**self._identity, "questions": asked}, self.cache)
+        if not kept.is_file():
+            write_json(kept, {"answers": self._said(asked)})
+        self.answered |= zip(map(tuple, asked), read_json(kept)["answers"], strict=True)
 
     def detect(self, text: str, windows: list[list[str]]) -> list[bool]:
         """Whether yes is likelier than for an empty piece, for each window."""
