@@ -185,7 +185,7 @@ def test_training_costs_what_its_products_do():
 def test_stages_of_a_size_take_the_median_of_their_rates():
     jobs = pd.DataFrame({"kind": ["training"] * 3 + ["matching"], "work": [1e9, 4e9, 9e9, 5e9], "seconds": [1.0, 2.0, 3.0, 1.0]})
     laws = costs.fitted(jobs)
-    assert {kind: law.exponent for kind, law in laws.items()} == {"training": 1, "matching": 1}
+    assert {kind: law.fixed for kind, law in laws.items()} == {"training": 0, "matching": 0}
     assert laws["training"].seconds(6e9) == pytest.approx(3)
     assert laws["matching"].seconds(1e10) == pytest.approx(2)
     seconds = costs.seconds("training", SIZE, laws) - costs.START_SECONDS
@@ -200,15 +200,33 @@ def test_stages_of_a_size_take_the_median_of_their_rates():
     assert np.isnan(ratio[3])
 
 
-def test_stages_of_several_sizes_follow_a_power_of_their_work_and_never_grow_faster():
-    work = np.array([1e9, 1e10, 1e11, 1e12])
-    slow = costs.fitted(pd.DataFrame({"kind": "training", "work": work, "seconds": 2e-6 * work**0.6}))["training"]
-    assert slow.exponent == pytest.approx(0.6)
-    assert slow.seconds(1e13) == pytest.approx(2e-6 * 1e13**0.6)
-    fast = costs.fitted(pd.DataFrame({"kind": "training", "work": work, "seconds": 1e-13 * work**1.4}))["training"]
-    assert fast.exponent == 1
-    jobs = pd.DataFrame({"kind": "training", "work": work, "seconds": 2e-6 * work**0.6})
+def test_stages_of_several_sizes_take_a_fixed_part_and_grow_with_their_work():
+    jobs = pd.DataFrame({"kind": "training", "work": [1e9, 1e10, 1e11, 1e12]})
+    jobs["seconds"] = 7 + 2e-10 * jobs["work"]
+    law = costs.fitted(jobs)["training"]
+    assert (law.fixed, law.per_work) == (pytest.approx(7), pytest.approx(2e-10))
+    assert law.seconds(1e14) == pytest.approx(2e4, rel=1e-3)  # what is large is foretold at the rate of what is large
     np.testing.assert_allclose(costs.error(jobs)["ratio"], 1)
+    steep = costs.fitted(jobs.assign(seconds=1e-13 * jobs["work"] ** 1.4))["training"]
+    assert steep.fixed == 0  # and never less than nothing
+    flat = costs.fitted(jobs.assign(seconds=[9.0, 8.0, 8.0, 8.0]))["training"]
+    assert flat == costs.Law(pytest.approx(8e-12))
+    assert costs.fitted(jobs.assign(work=[1.0, 2.0, 4.0, 9.9], seconds=[1.0, 2.0, 4.0, 9.9]))["training"].fixed == 0
+
+
+def test_pools_cost_what_is_trained_for_them():
+    """Of 96 seeds in pools of eight: fine-tuning of five products, and for six groups as much again thrice, but for one seed."""
+
+    def of(*changes: str) -> float:
+        study = load_study("pools-of-8", list(changes))
+        return costs._trained(study, study.main)
+
+    assert of("pool_controls=false") == pytest.approx(5 * 12 * 0.1)
+    assert of() == pytest.approx(5 * 12 * 0.1 + 6 * (8 + 8.1 + 7))
+    assert of("pool_size=32", "surrogate_seeds=32") == pytest.approx(5 * 3 * 0.1 + 3 * (32 + 32.1 + 31))
+    trained = replace(SIZE, trained=2.5)
+    more = costs.work("pooling", trained) - costs.work("pooling", SIZE)
+    assert more == pytest.approx(2.5 * costs.work("training", SIZE) / SIZE.seeds)
 
 
 def test_costs_elsewhere_are_those_of_the_stages_and_their_sum():
@@ -232,7 +250,7 @@ def test_how_far_estimates_lie_is_told_by_kind():
     assert found.loc["training", ["jobs", "seconds", "rate"]].tolist() == [3, 2.0, 5e8]
     # 1 s foretold from 2 and 4 by the median of their logarithms, and so on: factors of 8**0.5, 1 and 8**0.5.
     assert found.loc["training", "error"] == pytest.approx(8**0.5)
-    assert found["exponent"].tolist() == [1, 1]
+    assert found["fixed"].tolist() == [0, 0]
     assert np.isnan(found.loc["matching", "error"])
 
 

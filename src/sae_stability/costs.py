@@ -1,8 +1,8 @@
 """What the stages of a study cost before they run: seconds and memory (B1).
 
-The *work* of a stage follows from the study: multiply-adds of a model that reads, of SAEs that train, of cosines. Seconds are a
-power of the work, fitted to the stages of its kind that were measured (`published/costs`), beside what starting a process takes:
-small products are slower than large ones.
+The *work* of a stage follows from the study: multiply-adds of a model that reads, of SAEs that train, of cosines. Seconds are what
+a stage takes however small it is, and in proportion to its work what it takes beyond, both fitted to the stages of its kind that
+were measured (`published/costs`); to which comes what starting a process takes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import nnls
 
 from sae_stability import places
 from sae_stability.ablation.effects import CHOSEN_AGAIN, REFITTED
@@ -18,15 +19,20 @@ from sae_stability.ablation.removal import JUDGED
 from sae_stability.experiments import Stage, texts
 from sae_stability.experiments.ensembles import TRAINING
 from sae_stability.experiments.matching import CODE_TOKENS
+from sae_stability.experiments.pools import TUNING, split
+from sae_stability.experiments.rivals import PAID
 from sae_stability.language.activations import layer_of
 from sae_stability.pipeline import Plan
+from sae_stability.study import Cell, Study
 
 START_SECONDS = 15.0
 """To start a process that reads the package, and to see what is done."""
 START_GB = 1.0
 """What such a process holds before it computes."""
 SPAN = 10.0
-"""Times as much work as the least that the largest stage of a kind needs to have, for an exponent to be fitted to them."""
+"""Times as much work as the least that the largest stage of a kind needs to have, for two numbers to be fitted to them."""
+TUNED_PRODUCTS = 5
+"""What is fine-tuned for each group of seeds that is pooled (`experiments.pools.compared`)."""
 FLOAT, DOUBLE = 4, 8
 
 
@@ -48,17 +54,19 @@ class Size:
     """Weights of the language model up to its last layer, without its vocabulary; of activations, up to the last site."""
     loss_tokens: int
     """Tokens on which the model is read with something removed."""
+    trained: float = 0.0
+    """What pools of the seeds have trained, in trainings of a seed."""
 
 
 @dataclass(frozen=True)
 class Law:
-    """The seconds of a kind of stage, by its work: factor times work to the power of an exponent."""
+    """The seconds of a kind of stage, by its work."""
 
-    factor: float
-    exponent: float = 1.0
+    per_work: float
+    fixed: float = 0.0
 
     def seconds(self, work: float) -> float:
-        return self.factor * work**self.exponent
+        return self.fixed + self.per_work * work
 
 
 UNKNOWN = Law(1e-9)
@@ -88,7 +96,15 @@ def size(plan: Plan, stage: Stage) -> Size | None:
         batch=cell.batch,
         parameters=12 * (read if stage.kind == "activations" else facts["layers"]) * facts["d_model"] ** 2,
         loss_tokens=study.loss_tokens + study.ablation_tokens,
+        trained=_trained(study, cell) if stage.kind == "pooling" else 0.0,
     )
+
+
+def _trained(study: Study, cell: Cell) -> float:
+    """Fine-tuning of pools, and where a study pays for it what costs as much: longer, wider, and one after another."""
+    groups = split(len(cell.seed_list), 0, study.pool_size)
+    paid = min(PAID, len(groups)) * (2 * len(groups[0]) + TUNING + len(groups[0]) - 1) if study.pool_controls else 0
+    return TUNED_PRODUCTS * len(groups) * TUNING + paid
 
 
 def work(kind: str, of: Size) -> float:
@@ -98,15 +114,17 @@ def work(kind: str, of: Size) -> float:
         return reads
     if kind == "null source":
         return (of.tokens + of.held_out) * of.d_in**2
-    if kind == TRAINING:  # the encoder's product, and six of the rows that fire
-        return of.seeds * of.tokens * of.d_in * (of.d_sae + 6 * of.k)
+    of_a_seed = of.tokens * of.d_in * (of.d_sae + 6 * of.k)  # the encoder's product, and six of the rows that fire
+    if kind == TRAINING:
+        return of.seeds * of_a_seed
     if kind == "matching":
         return of.seeds**2 / 2 * of.d_sae**2 * of.d_in + of.seeds * CODE_TOKENS * encodes
     if kind == "function":
         again = REFITTED * of.d_sae + min(JUDGED, REFITTED * of.d_sae)
         pursued = len(CHOSEN_AGAIN) * again * of.k * of.d_sae
         return of.seeds * (pursued + of.parameters * of.loss_tokens)
-    return of.seeds * (min(CODE_TOKENS, of.held_out) * encodes + of.parameters * of.loss_tokens)
+    reading = of.seeds * (min(CODE_TOKENS, of.held_out) * encodes + of.parameters * of.loss_tokens)
+    return reading + of.trained * of_a_seed
 
 
 def memory_gb(kind: str, of: Size | None) -> float:
@@ -148,13 +166,14 @@ def fitted(jobs: pd.DataFrame) -> dict[str, Law]:
 
 
 def _law(jobs: pd.DataFrame) -> Law:
-    """Seconds in proportion to work, at the median rate; where stages of a kind are of different sizes, with the exponent, at most
-    one, that suits them best."""
-    work, taken = np.log(jobs["work"].to_numpy()), np.log(jobs["seconds"].clip(lower=0.1).to_numpy())
-    exponent = 1.0
-    if np.ptp(work) >= np.log(SPAN):
-        exponent = float(np.clip(np.polyfit(work, taken, 1)[0], 0, 1))
-    return Law(float(np.exp(np.median(taken - exponent * work))), exponent)
+    """Seconds in proportion to work, at the median rate; where stages of a kind are of different sizes, with a fixed part, by least
+    squares of relative errors. Where the largest takes no longer than others, at its rate: something always grows."""
+    work, taken = jobs["work"].to_numpy(), jobs["seconds"].clip(lower=0.1).to_numpy()
+    largest = work.argmax()
+    if work[largest] < SPAN * work.min():
+        return Law(float(np.exp(np.median(np.log(taken / work)))))
+    (fixed, grows), _ = nnls(np.stack([np.ones(len(work)), work / work[largest]], 1) / taken[:, None], np.ones(len(work)))
+    return Law(float(grows / work[largest]), float(fixed)) if grows > 0 else Law(float(taken[largest] / work[largest]))
 
 
 @cache
@@ -198,13 +217,13 @@ def error(jobs: pd.DataFrame) -> pd.DataFrame:
 def by_kind(jobs: pd.DataFrame) -> pd.DataFrame:
     """How well what jobs take is known beforehand: one row a kind, longest first. Columns of `jobs`: those of `error`.
 
-    Columns: kind, jobs, seconds (the median), rate (work a second, the median), exponent (of its law), error (the factor within
-    which half of the estimates lie).
+    Columns: kind, jobs, seconds (the median), rate (work a second, the median), fixed (seconds of its law, whatever the work), error
+    (the factor within which half of the estimates lie).
     """
     factor, rate = np.exp(np.abs(np.log(jobs["ratio"]))), jobs["work"] / jobs["seconds"].clip(lower=0.1)
     found = jobs.assign(error=factor, rate=rate).groupby("kind")
     table = found.agg(jobs=("stage", "size"), seconds=("seconds", "median"), rate=("rate", "median"), error=("error", "median"))
-    table["exponent"] = [law.exponent for law in fitted(jobs).values()]
+    table["fixed"] = [law.fixed for law in fitted(jobs).values()]
     return table.sort_values("seconds", ascending=False).reset_index()
 
 
