@@ -166,8 +166,8 @@ def fitted(jobs: pd.DataFrame) -> dict[str, Law]:
 
 
 def _law(jobs: pd.DataFrame) -> Law:
-    """Seconds in proportion to work, at the median rate; where stages of a kind are of different sizes, with a fixed part, by least
-    squares of relative errors. Where the largest takes no longer than others, at its rate: something always grows."""
+    """Seconds in proportion to work, at the median rate; where stages of a kind are of different sizes, beside a fixed part, by
+    least squares of relative errors. Where the largest takes no longer than others, at its rate: something always grows."""
     work, taken = jobs["work"].to_numpy(), jobs["seconds"].clip(lower=0.1).to_numpy()
     largest = work.argmax()
     if work[largest] < SPAN * work.min():
@@ -217,8 +217,8 @@ def error(jobs: pd.DataFrame) -> pd.DataFrame:
 def by_kind(jobs: pd.DataFrame) -> pd.DataFrame:
     """How well what jobs take is known beforehand: one row a kind, longest first. Columns of `jobs`: those of `error`.
 
-    Columns: kind, jobs, seconds (the median), rate (work a second, the median), fixed (seconds of its law, whatever the work), error
-    (the factor within which half of the estimates lie).
+    Columns: kind, jobs, seconds (the median), rate (work a second, the median), fixed (seconds of its law, however small the work),
+    error (the factor within which half of the estimates lie).
     """
     factor, rate = np.exp(np.abs(np.log(jobs["ratio"]))), jobs["work"] / jobs["seconds"].clip(lower=0.1)
     found = jobs.assign(error=factor, rate=rate).groupby("kind")
