@@ -349,6 +349,7 @@ def main() -> None:
     fresh = {"commits": {}, "processors": {}} | {key: before[key] for key in ("bfloat16",) if key in before}
     results = before if before and set(arguments.parts) < set(PARTS) else fresh
     commit = git_commit()  # before what is measured changes this checkout
+    where = {"machine": machine(device), "versions": versions()}  # which fails at once where peers are missing
     for part in arguments.parts:  # each is kept as soon as it is measured
         if part == "times":
             data = train_on if shape.d_in == train_on.d_in else drawn_activations(shape.d_in, 50 * shape.batch)
@@ -370,7 +371,7 @@ def main() -> None:
             results["matching"] = compare_matching()
             print(results["matching"])
         results["commits"][part], results["processors"][part] = commit, _processor()
-        results |= {"machine": machine(device), "versions": versions(), "commit": commit, "date": time.strftime("%Y-%m-%d")}
+        results |= {**where, "commit": commit, "date": time.strftime("%Y-%m-%d")}
         write_json(arguments.out, results)
 
 
