@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_stability import ablation
+from sae_stability import ablation, pipeline
 from sae_stability.ablation.controls import BALANCE
 from sae_stability.evaluation import Encoded
 from sae_stability.experiments.function import SMALLEST_SUPPORT, judge_c4, judge_carrying, shares
@@ -21,6 +21,7 @@ from sae_stability.figures import function as figures
 from sae_stability.language.activations import Activations
 from sae_stability.language.corpus import Contexts
 from sae_stability.language.interventions import Reading
+from sae_stability.loading import load_study
 from sae_stability.matching import BANDS, Stability, stability
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.saes.sparse import Parameters
@@ -288,3 +289,23 @@ def test_a_matched_comparison_that_covers_little_or_is_out_of_balance_tells_noth
     assert line["verdict"] == "supported"  # matches of stable features are of the subspace, and do nothing
     monkeypatch.setattr(ablation.Estimates, "balance", lambda self, band: 0.02)
     assert judge_carrying("C3", planted.estimates, planted.estimates)[2]["verdict"] == "inconclusive"
+
+
+def test_what_removals_of_an_ensemble_do_outlives_a_kill_while_its_surrogate_is_measured(house, small, monkeypatch):
+    study, asked, measure = load_study("embedded", [*small, "experiments=[function]"], name="killed"), [], ablation.measure
+
+    def killed(*inputs, detail, **others):
+        asked.append(detail)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return measure(*inputs, detail=detail, **others)
+
+    monkeypatch.setattr(ablation, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.compute(study)
+    (begun,) = house.rglob("function/*/real.safetensors")
+    before = begun.stat().st_mtime_ns
+    pipeline.compute(study)
+    assert asked == ["curves", "bands", "bands"]
+    assert begun.stat().st_mtime_ns == before
+    assert {file.stem for file in begun.parent.glob("*.safetensors")} == {"real", "surrogate", "sample"}

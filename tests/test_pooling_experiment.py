@@ -32,7 +32,8 @@ from sae_stability.matching import stability
 from sae_stability.pooling import Stars, measure
 from sae_stability.statistics import bootstrap_ratio, over_pairs
 from sae_stability.study import Recipe
-from sae_stability.training import train
+from sae_stability.training import shards, train
+from sae_stability.training.loop import Training
 
 
 def test_groups_are_disjoint_and_of_equal_size():
@@ -145,7 +146,7 @@ def test_sums_of_saes_rebuild_by_their_mean_or_one_after_another():
     assert len(bagged) == 2
     for group, chain in zip(seeds.groups, bagged, strict=True):
         expected = torch.stack([rebuilt(seeds.saes[one], x) for one in group]).mean(0)
-        torch.testing.assert_close(chain.rebuild(x), expected)
+        torch.testing.assert_close(chain.rebuild(x)[1], expected)
     boosted = rivals.boosted(seeds, recipe)
     for group, chain in zip(seeds.groups, boosted, strict=True):
         first, second = chain.saes
@@ -154,22 +155,57 @@ def test_sums_of_saes_rebuild_by_their_mean_or_one_after_another():
         alone = train(recipe, Activations.of(left), [seeds.ensemble.seeds[group[1]]]).dictionary(0)
         torch.testing.assert_close(second.W_dec, alone.W_dec, atol=1e-4, rtol=1e-4)
         expected = rebuilt(first, x) + rebuilt(second, x - rebuilt(first, x))
-        torch.testing.assert_close(chain.rebuild(x), expected)
+        torch.testing.assert_close(chain.rebuild(x)[1], expected)
     cluster = np.arange(500) // 50
     held_out = seeds.train.first(500)
-    fit, energy = rivals.fit(boosted, held_out, cluster, seeds.ensemble)
-    alone, _ = rivals.fit([rivals.Sum(chain.saes[:1], boosted=True) for chain in boosted], held_out, cluster, seeds.ensemble)
+    fit = rivals.fit(boosted, held_out, cluster, seeds.ensemble)
+    alone = rivals.fit([rivals.Sum(chain.saes[:1], boosted=True) for chain in boosted], held_out, cluster, seeds.ensemble)
     plain = evaluation.fit(seeds.ensemble, held_out, cluster)
     heads = [group[0] for group in seeds.groups]
     np.testing.assert_allclose(alone.residual, plain.residual[heads], rtol=1e-3)  # a chain of one is the SAE
-    np.testing.assert_allclose(alone.total, plain.total, rtol=1e-4)
+    assert (alone.total == plain.total).all()
     assert torch.equal(alone.firings, plain.firings[heads])
-    error = (x - boosted[0].rebuild(x)).square().sum() * seeds.ensemble.scale**2
+    error = (x - boosted[0].rebuild(x)[1]).square().sum() * seeds.ensemble.scale**2
     assert fit.residual[0].sum() == pytest.approx(float(error), rel=1e-4)
     assert fit.residual.sum() < alone.residual.sum()  # what is left is explained in part
     first, second = boosted[0].saes
-    assert torch.allclose(energy[0, :32], measure(first, x).energy)
-    assert torch.allclose(energy[0, 32:], measure(second, x - rebuilt(first, x)).energy)
+    left = x - rebuilt(first, x)
+    reads = [(first, x), (second, left)]
+    assert torch.allclose(boosted[0].energy(x), torch.cat([measure(sae, read).energy for sae, read in reads]))
+    assert torch.equal(fit.firings[0], torch.cat([measure(sae, read).firings for sae, read in reads]))
+    both = [measure(sae, x).energy for sae in bagged[0].saes]
+    assert torch.equal(bagged[0].energy(x), torch.cat(both))
+
+
+def test_what_costs_as_much_is_kept_as_it_is_trained(tmp_path, monkeypatch):
+    seeds, recipe = small_seeds()
+
+    def rivals_of(folder=None) -> list[torch.Tensor]:
+        longer, wider = rivals.trained(seeds, recipe, 32, folder=folder).values()
+        return [longer.W_dec, wider.W_dec, *(chain.directions for chain in rivals.boosted(seeds, recipe, folder=folder))]
+
+    undisturbed, begun, left = rivals_of(), [], [0]
+
+    def killed(*inputs):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return train(*inputs)
+
+    class Counted(Training):
+        def __init__(self, recipe, seeds, coefficients, visits, d_in, folder, *more):
+            begun.append(folder.relative_to(tmp_path).parts[0])
+            super().__init__(recipe, seeds, coefficients, visits, d_in, folder, *more)
+
+    monkeypatch.setattr(rivals.training, "train", killed)
+    monkeypatch.setattr(shards, "Training", Counted)
+    for left[0] in (1, 2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            rivals_of(tmp_path)
+    left[0] = 4
+    for again, before in zip(rivals_of(tmp_path), undisturbed, strict=True):
+        assert torch.equal(again, before)
+    assert begun == ["longer", "wider", *(f"boosted-{seeds.ensemble.seeds[group[1]]}" for group in seeds.groups)]
 
 
 def test_how_much_more_of_pools_comes_back_in_single_saes_is_paired_by_group():

@@ -11,7 +11,7 @@ from sae_stability import files, pruning
 from sae_stability import store as module
 from sae_stability.files import locked, read_json, read_metadata, replacing, save_tensors, write_json, write_table
 from sae_stability.loading import load_study
-from sae_stability.store import Store
+from sae_stability.store import SCRATCH, Store
 
 
 @pytest.fixture
@@ -60,6 +60,17 @@ def test_what_is_in_scratch_outlives_a_kill_for_the_same_work_only(store):
     assert not other.scratch.exists()
     with store.computing("shared/x", {"shared/x/0": "key"}) as again:
         assert (again.scratch / "checkpoint").read_text() == "half"
+
+
+def test_what_an_entry_keeps_for_a_resumption_is_no_result_of_it(store):
+    entry = {"stage": "key"}
+    with pytest.raises(KeyboardInterrupt), store.computing("stage", entry) as work:
+        write_json(work.folder / SCRATCH / "part" / "half.json", 1)
+        raise KeyboardInterrupt
+    with store.computing("stage", entry) as work:
+        write_json(work.folder / "result.json", read_json(work.folder / SCRATCH / "part" / "half.json"))
+    assert list(store.provenance("stage")["files"]) == ["result.json"]
+    assert sorted(file.name for file in store.path("stage").iterdir()) == ["provenance.json", "result.json"]
 
 
 def test_a_stage_killed_while_its_provenance_is_written_keeps_its_files(store, monkeypatch):

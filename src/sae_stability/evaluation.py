@@ -1,6 +1,6 @@
 """How good SAEs are on held-out documents: explained variance, L0, firing frequencies, the model's loss when spliced in."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,9 @@ from sae_stability.saes.sparse import Codes, Parameters
 from sae_stability.statistics import Interval, bootstrap_ratio
 
 ROWS = 8192  # tokens encoded at a time
+
+Rebuilt = Iterator[tuple[Int[Tensor, "firing"], Float[Tensor, "token d_in"]]]
+"""Of each of several SAEs the feature of each firing, and the error of the reconstruction."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +71,35 @@ class Losses:
 
 def fit(ensemble: Ensemble, activations: Activations, cluster: Int[np.ndarray, "token"]) -> Fit:
     """Measure every seed on held-out `activations`, whose rows come from `cluster`."""
-    seeds, rows = len(ensemble.seeds), len(activations)
+
+    def rebuilt(x: Float[Tensor, "token d_in"]) -> Rebuilt:
+        normalised = ensemble.normalise(x)
+        for sae, codes in ensemble.codes(normalised):
+            yield codes.fired(), codes.decode(sae.W_dec) + sae.b_dec - normalised
+
+    return fit_of(rebuilt, (len(ensemble.seeds), ensemble.d_sae), activations, cluster, ensemble)
+
+
+def fit_of(
+    rebuilt: Callable[[Float[Tensor, "token d_in"]], Rebuilt],
+    shape: tuple[int, int],
+    activations: Activations,
+    cluster: Int[np.ndarray, "token"],
+    units: Ensemble,
+) -> Fit:
+    """Measure whatever rebuilds activations: `rebuilt` gives what each of several does on raw ones, `shape` how many these are, and
+    how many features each has. Errors are in the normalised units of an ensemble."""
+    rows = len(activations)
     kinds, cluster = np.unique(cluster[:rows], return_inverse=True)
-    firings = torch.zeros(seeds, ensemble.d_sae, dtype=torch.int64)
-    residual, total = np.zeros((seeds, len(kinds))), np.zeros(len(kinds))
-    centre = (activations.mean - ensemble.mean) * ensemble.scale  # of the held-out tokens, in the ensemble's units
+    firings = torch.zeros(shape, dtype=torch.int64)
+    residual, total = np.zeros((shape[0], len(kinds))), np.zeros(len(kinds))
+    centre = (activations.mean - units.mean) * units.scale  # of the held-out tokens
     for start in tqdm(range(0, rows, ROWS), "evaluation", unit="batch", disable=None):
-        x = ensemble.normalise(activations.data[start : start + ROWS])
-        of = cluster[start : start + ROWS]
-        total += np.bincount(of, (x - centre).square().sum(1).numpy(), len(kinds))
-        for seed, (sae, codes) in enumerate(ensemble.codes(x)):
-            residual[seed] += np.bincount(of, (codes.decode(sae.W_dec) + sae.b_dec - x).square().sum(1).numpy(), len(kinds))
-            firings[seed] += torch.bincount(codes.fired(), minlength=ensemble.d_sae)
+        x, of = activations.data[start : start + ROWS], cluster[start : start + ROWS]
+        total += np.bincount(of, (units.normalise(x) - centre).square().sum(1).numpy(), len(kinds))
+        for position, (fired, error) in enumerate(rebuilt(x)):
+            residual[position] += np.bincount(of, error.square().sum(1).numpy(), len(kinds))
+            firings[position] += torch.bincount(fired, minlength=shape[1])
     return Fit(firings, rows, residual, total)
 
 

@@ -113,8 +113,7 @@ class Store:
         seconds = (time.monotonic() - started) / len(entries)
         for entry, key in entries.items():
             folder = work.folders[entry]
-            files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (BEGUN, PROVENANCE)]
-            self._record(entry, key, seconds, files)
+            self._record(entry, key, seconds, _results(folder))
             (folder / BEGUN).unlink(missing_ok=True)  # last: a run that is killed while files are hashed keeps them
         shutil.rmtree(scratch.parent, ignore_errors=True)
         with suppress(OSError):
@@ -195,6 +194,12 @@ def size(paths: Sequence[Path]) -> int:
     """Bytes of files and folders."""
     files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
     return sum(file.stat().st_size for file in files)
+
+
+def _results(folder: Path) -> list[Path]:
+    """The files of an entry, without those that only say where its computation stands."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and SCRATCH not in file.relative_to(folder).parts)
+    return [file for file in files if file.name not in (BEGUN, PROVENANCE)]
 
 
 def _provenance_path(path: Path) -> Path:

@@ -99,7 +99,8 @@ class Experiment:
 
     name: str
     compute: Callable[[Results, Path], None] | None
-    """Fills a folder from the results of the cell; None where the report reads what others computed."""
+    """Fills a folder from the results of the cell; None where the report reads what others computed. What it puts into `SCRATCH`
+    there outlives a kill and is no result."""
     after: tuple[str, ...] = ()
     """Experiments whose results `compute` reads."""
     reads: tuple[str, ...] = ()

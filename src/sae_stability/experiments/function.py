@@ -100,10 +100,14 @@ def compute(results: Results, folder: Path) -> None:
     """Remove the bands of the ensemble and of its surrogate, with their controls; on the main cell also in several orders.
 
     The surrogate's SAEs are judged on what they were trained on for reconstruction, and on the model's activations for prediction.
+    Where a run was killed, what it had done for the ensemble stays.
     """
     site = texts.reading(results, results.study.ablation_tokens)
     cluster = site.contexts.cluster[site.contexts.is_text]
     for kind in KINDS:
+        file = folder / f"{kind}.safetensors"
+        if file.is_file():
+            continue
         ensemble, matched = ensembles.ensemble(results, kind), matching.stability(results, kind)
         held_out = texts.activations(results, "evaluation", kind)
         encoded = Encoded.of(ensemble, held_out.first(CODE_TOKENS))
@@ -112,13 +116,13 @@ def compute(results: Results, folder: Path) -> None:
         )
         alone = impacts.single(results, kind).impacts
         measured, removed = ablation.measure(encoded, alone, matched, cluster, site, refitted_on=held_out, detail=detail)
-        save_tensors(folder / f"{kind}.safetensors", measured.tensors(), {})
         if kind == "real" and results.is_main:
             sampled, first = ablation.sample(alone, removed, SAMPLED), ensemble.of(0)
             here = ablation.impact_on_prediction(site, first)  # on the tokens on which the truth is measured
             true = ablation.true_impact_on_prediction(site, first, sampled)
             orders = {"first_order": here.first_order[0, sampled[0]], "second_order": here.second_order[0, sampled[0]]}
             save_tensors(folder / "sample.safetensors", {"feature": sampled[0], "true": true[0], **orders}, {})
+        save_tensors(file, measured.tensors(), {})  # last: it says that all of this ensemble is done
 
 
 def effects(results: Results, kind: str = "real") -> Estimates:

@@ -45,6 +45,7 @@ from sae_stability.matching import Stability, calibrated_threshold, stability
 from sae_stability.pooling import measure
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.statistics import Interval, bootstrap_ratio, difference, jackknifed_mean, matched_pairs, over_pairs
+from sae_stability.store import SCRATCH
 from sae_stability.study import Cell, Study
 from sae_stability.triggers import SURFACE
 from sae_stability.triggers import triggers as ask
@@ -103,8 +104,13 @@ def compute(results: Results, folder: Path) -> None:
     calibrated = calibrated_threshold(seeds.alone, of_noise.alone, NULL_SHARE)
     pairs = [shares(of_noise.alone, of_noise.energy, calibrated).assign(product=NOISE_SINGLE, partition=0)]
 
+    scratch = folder / SCRATCH
+
     def pooled_in(partition: int) -> pd.DataFrame:
-        return pd.concat(seeds.pools(partition, calibrated)).assign(partition=partition)
+        kept = scratch / f"partition-{partition}.parquet"
+        if not kept.is_file():
+            write_table(kept, pd.concat(seeds.pools(partition, calibrated)).assign(partition=partition))
+        return pd.read_parquet(kept)
 
     pairs += threads.each_seed(lambda number: pooled_in(number + 1), PARTITIONS - 1, "pools")  # pools of the first are judged
     if len(of_noise.saes) >= NOISE_SEEDS:
@@ -117,7 +123,7 @@ def compute(results: Results, folder: Path) -> None:
 
     products = {SINGLE: ensemble} | compared(seeds, recipe, device)
     if results.study.pool_controls:
-        products |= rivals.trained(seeds, recipe, products[TUNED].d_sae, device)
+        products |= rivals.trained(seeds, recipe, products[TUNED].d_sae, device, scratch)
     held_out, contexts = texts.activations(results, "evaluation").first(JUDGED), texts.contexts(results, "evaluation")
     cluster, arrays = contexts.cluster[contexts.is_text], dict[str, np.ndarray]()
     features = []
@@ -132,9 +138,10 @@ def compute(results: Results, folder: Path) -> None:
             arrays["in singles"] = in_singles(product.W_dec, energy, seeds)
             write_table(folder / "lost.parquet", lost(product.W_dec, alike.alive, seeds))
     if results.study.pool_controls:
-        chains = {BAGGED: rivals.bagged(seeds), BOOSTED: rivals.boosted(seeds, recipe, device)}
+        chains = {BAGGED: rivals.bagged(seeds), BOOSTED: rivals.boosted(seeds, recipe, device, scratch)}
         for name, sums in chains.items():
-            fit, energy = rivals.fit(sums, held_out, cluster, ensemble)
+            fit = rivals.fit(sums, held_out, cluster, ensemble)
+            energy = torch.stack([chain.energy(held_out.data.float()) for chain in sums])
             arrays |= {f"{name}/firings": fit.firings.numpy(), f"{name}/residual": fit.residual}
             alike = stability(torch.stack([chain.directions for chain in sums]), threshold, energy > 0)
             pairs.append(shares(alike, energy, calibrated).assign(product=name, partition=0))

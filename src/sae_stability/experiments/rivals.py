@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_stability import training
-from sae_stability.evaluation import ROWS, Fit
+from sae_stability.evaluation import ROWS, Fit, Rebuilt, fit_of
 from sae_stability.experiments.pools import CALIBRATION, Seeds, fine_tuned
 from sae_stability.language.activations import Activations
 from sae_stability.pooling import SHARED, calibrated, joined, measure
@@ -25,15 +26,15 @@ PAID = 6
 """Most SAEs of a kind that are trained: where there are many groups, those of the first."""
 
 
-def trained(seeds: Seeds, recipe: Recipe, width: int, device: str = "cpu") -> dict[str, Ensemble]:
+def trained(seeds: Seeds, recipe: Recipe, width: int, device: str = "cpu", folder: Path | None = None) -> dict[str, Ensemble]:
     """SAEs as many times as long in training as a pool has seeds, and as many times as wide, of which the strongest features are
-    kept and fine-tuned as pools are."""
+    kept and fine-tuned as pools are. With a `folder`, a run that is killed goes on where it was."""
     size, first = len(seeds.groups[0]), [seeds.ensemble.seeds[group[0]] for group in seeds.groups[:PAID]]
     recipe = recipe.model_copy(update={"coefficient": seeds.ensemble.coefficient or None})
     longer = recipe.model_copy(update={"passes": recipe.passes * size})
     wider = recipe.model_copy(update={"d_sae": recipe.d_sae * size})
-    long = training.train(longer, seeds.train, first, described=LONGER, device=device)
-    wide = training.train(wider, seeds.train, first, described=WIDER, device=device)
+    long = training.train(longer, seeds.train, first, folder and folder / "longer", LONGER, device)
+    wide = training.train(wider, seeds.train, first, folder and folder / "wider", WIDER, device)
     return {LONGER: long, WIDER: fine_tuned(pruned(wide, width, seeds), recipe, seeds, device)}
 
 
@@ -72,9 +73,20 @@ class Sum:
             if self.boosted:
                 x = x - part
 
-    def rebuild(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_in"]:
-        """The reconstruction."""
-        return torch.stack([part for _, part in self.parts(x)]).sum(0)
+    def rebuild(self, x: Float[Tensor, "token d_in"]) -> tuple[Int[Tensor, "firing"], Float[Tensor, "token d_in"]]:
+        """The feature of each firing, and the reconstruction."""
+        fired, parts = zip(*((codes.fired(), part) for codes, part in self.parts(x)), strict=True)
+        width = len(self.saes[0].directions)  # all are of one recipe
+        return torch.cat([its + number * width for number, its in enumerate(fired)]), torch.stack(parts).sum(0)
+
+    def energy(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "d_sum"]:
+        """The mean energy of each feature."""
+        energy = []
+        for sae, (_, part) in zip(self.saes, self.parts(x), strict=True):
+            energy.append(measure(sae, x).energy)
+            if self.boosted:
+                x = x - part
+        return torch.cat(energy)
 
 
 def bagged(seeds: Seeds) -> list[Sum]:
@@ -82,15 +94,17 @@ def bagged(seeds: Seeds) -> list[Sum]:
     return [Sum([seeds.saes[one] for one in group], boosted=False) for group in seeds.groups[:PAID]]
 
 
-def boosted(seeds: Seeds, recipe: Recipe, device: str = "cpu") -> list[Sum]:
-    """The first seed of each group, and SAEs of its other seeds that are trained on what is left, one after another."""
+def boosted(seeds: Seeds, recipe: Recipe, device: str = "cpu", folder: Path | None = None) -> list[Sum]:
+    """The first seed of each group, and SAEs of its other seeds that are trained on what is left, one after another. With a
+    `folder`, a run that is killed goes on where it was."""
     chains, data = [], seeds.train.data
     for group in tqdm(seeds.groups[:PAID], BOOSTED, unit="chain", disable=None):
         saes, left = [seeds.saes[group[0]]], data.to(torch.float32, copy=True)
         for one in group[1:]:
             _take_away(left, saes[-1], device)
-            its_seed, rest = [seeds.ensemble.seeds[one]], Activations.of(left.to(data.dtype))
-            saes.append(training.train(recipe, rest, its_seed, described=BOOSTED, device=device).dictionary(0))
+            seed, rest = seeds.ensemble.seeds[one], Activations.of(left.to(data.dtype))
+            there = folder and folder / f"boosted-{seed}"
+            saes.append(training.train(recipe, rest, [seed], there, BOOSTED, device).dictionary(0))
         chains.append(Sum(saes, boosted=True))
     return chains
 
@@ -103,24 +117,12 @@ def _take_away(left: Float[Tensor, "token d_in"], sae: SAE, device: str) -> None
         rows.copy_(x - there.codes(x).decode(there.W_dec) - there.parameters.b_dec)
 
 
-def fit(
-    sums: list[Sum], activations: Activations, cluster: Int[np.ndarray, "token"], like: Ensemble
-) -> tuple[Fit, Float[Tensor, "sum d_sum"]]:
-    """As `evaluation.fit`, in the units of an ensemble; and the mean energy of each feature."""
-    rows, features = len(activations), len(sums[0].directions)
-    kinds, cluster = np.unique(cluster[:rows], return_inverse=True)
-    firings, energy = torch.zeros(len(sums), features, dtype=torch.int64), torch.zeros(len(sums), features, dtype=torch.float64)
-    residual, total = np.zeros((len(sums), len(kinds))), np.zeros(len(kinds))
-    for start in tqdm(range(0, rows, ROWS), "evaluation", unit="batch", disable=None):
-        x, of = activations.data[start : start + ROWS].float(), cluster[start : start + ROWS]
-        total += np.bincount(of, (x - activations.mean).square().sum(1).numpy(), len(kinds))
-        for number, chain in enumerate(sums):
-            left, first = x, 0
-            for sae, (codes, part) in zip(chain.saes, chain.parts(x), strict=True):
-                left, its = left - part, slice(first, first + len(sae.directions))
-                firings[number, its] += torch.bincount(codes.fired(), minlength=len(sae.directions))
-                energy[number, its].index_add_(0, codes.features, codes.values.double().square())
-                first = its.stop
-            residual[number] += np.bincount(of, left.square().sum(1).numpy(), len(kinds))
-    lengths = torch.stack([chain.directions.double().square().sum(1) for chain in sums])
-    return Fit(firings, rows, residual * like.scale**2, total * like.scale**2), energy / rows * lengths
+def fit(sums: list[Sum], activations: Activations, cluster: Int[np.ndarray, "token"], units: Ensemble) -> Fit:
+    """As `evaluation.fit`, of sums of SAEs, in the units of an ensemble."""
+
+    def rebuilt(x: Float[Tensor, "token d_in"]) -> Rebuilt:
+        for chain in sums:
+            fired, again = chain.rebuild(x.float())
+            yield fired, (again - x) * units.scale
+
+    return fit_of(rebuilt, (len(sums), len(sums[0].directions)), activations, cluster, units)
