@@ -16,6 +16,7 @@ from sae_stability.book import build
 HEAVIEST = 2_000_000  # bytes of a page with all that it loads, unpacked
 WEIGHT = """["navigation", "resource"].flatMap((kind) => performance.getEntriesByType(kind))
     .reduce((sum, loaded) => sum + loaded.decodedBodySize, 0)"""
+UNFOLD = "document.querySelectorAll('details.more').forEach((fold) => (fold.open = true))"
 
 
 @pytest.mark.parametrize("width", [1200, 390])
@@ -39,6 +40,7 @@ def test_every_page_opens_without_a_fault(site, address, chromium, width):
         weight = page.evaluate(WEIGHT)
         if weight > HEAVIEST:
             faults.append(f"{name}: {weight / 1e6:.2f} MB")
+        page.evaluate(UNFOLD)
         overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         if overflow > 1:
             faults.append(f"{name}: wider than the screen by {overflow}")
@@ -66,11 +68,28 @@ def test_no_page_keeps_readers_out(site, address, chromium, theme):
         if path.name == "explorer.html":
             page.locator("#explorer tbody a").first.click()
             page.wait_for_selector("#explorer .partner code")
+        page.evaluate(UNFOLD)
         for found in Axe().run(page).response["violations"]:
             if found["impact"] in ("serious", "critical"):
                 where = [node["html"][:120] for node in found["nodes"][:3]]
                 barriers.append((path.name, found["id"], len(found["nodes"]), where))
     assert not barriers
+
+
+def test_details_are_folded_until_a_link_leads_into_them_or_they_are_printed(site, address, chromium):
+    page = chromium.new_page(viewport={"width": 1200, "height": 844})
+    page.goto(f"{address}/stability.html", wait_until="networkidle")
+    folds, opened = page.locator("article details.more"), page.locator("article details.more[open]")
+    assert folds.count() >= 5
+    assert opened.count() == 0
+    assert all(len(told) > 10 for told in folds.locator("> summary").all_inner_texts())
+    crowded = page.locator("#are-features-crowded > h3")
+    assert not crowded.is_visible()
+    page.evaluate("location.hash = 'are-features-crowded'")
+    crowded.wait_for(state="visible")
+    assert opened.count() == 1
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert opened.count() == folds.count()
 
 
 def test_below_every_figure_stands_how_it_was_made(site, quick):
@@ -158,6 +177,7 @@ def test_figures_are_vectors_of_the_same_size_on_dense_screens(site, address, ch
     for density in (1, 2):
         page = chromium.new_page(viewport={"width": 390, "height": 844}, device_scale_factor=density)
         page.goto(f"{address}/stability.html", wait_until="networkidle")
+        page.evaluate(UNFOLD)
         shown[density] = page.locator("article figure img").evaluate_all(seen)
     names = re.findall(r'<figure[^>]* id="([^"]+)"', (site / "stability.html").read_text(encoding="utf-8"))
     assert len(names) >= 5
@@ -192,7 +212,7 @@ def test_staging_hides_injected_parameters_and_places_alt_texts():
     assert "remove-cell" in staged.cells[4].metadata.tags
     assert [cell.metadata.mystnb["code_prompt_show"] for cell in staged.cells if cell.cell_type == "code"] == [
         "The code that draws this figure",
-        "The code that sets this page up",
+        "Code that shows nothing here",
         "The code that sets this page up",
     ]
     assert staged.cells[1].metadata.mystnb["image"]["alt"] == "what it shows"

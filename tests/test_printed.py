@@ -25,6 +25,7 @@ def test_the_book_is_printed_with_a_bookmark_a_page_and_no_link_into_this_machin
     text = "".join(page.extract_text() for page in book.pages)
     assert "Contents\n" not in text
     assert "How this figure was made" not in text
+    assert "Are features crowded?" in text  # what is folded on the page is printed
     links = [str(note.get_object().get("/A", {}).get("/URI", "")) for page in book.pages for note in page.get("/Annots") or ()]
     assert not [link for link in links if link.startswith("file:")]
     figures = sum(path.read_text(encoding="utf-8").count("<figure") for path in site.glob("*.html"))

@@ -20,7 +20,7 @@ import nbformat
 import yaml
 
 from sae_stability import places
-from sae_stability.book import explorer, launch, made, numbers, page
+from sae_stability.book import explorer, folds, launch, made, numbers, page
 from sae_stability.files import locked, read_json, replacing, sha256, write_json
 from sae_stability.keys import key_of, key_of_script, versions
 from sae_stability.pipeline import Plan
@@ -138,12 +138,14 @@ def _build(study: Study, site: Path) -> Path:
 
 def staged(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """An executed notebook as the book shows it: injected parameters hidden, alt texts and captions where MyST-NB reads them, each
-    fold of code with what the code does, and the code that sets a page up behind what it says."""
-    for cell in notebook.cells:
+    fold of code with what the code does and each of details with what they find, and the code that sets a page up behind what it
+    says."""
+    setup = list(takewhile(lambda cell: not cell.get("outputs"), notebook.cells))
+    for position, cell in enumerate(notebook.cells):
         if cell.cell_type != "code":
             continue
         tags = cell.metadata.setdefault("tags", [])
-        cell.metadata["mystnb"] = {"code_prompt_show": does(cell), "code_prompt_hide": "Hide the code"}
+        cell.metadata["mystnb"] = {"code_prompt_show": does(cell, position < len(setup)), "code_prompt_hide": "Hide the code"}
         if "injected-parameters" in tags:
             tags.append("remove-cell")
         for output in cell.outputs:
@@ -153,20 +155,19 @@ def staged(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             if "alt" in described:
                 cell.metadata["mystnb"]["image"] = {"alt": described["alt"]}
                 cell.metadata["mystnb"]["figure"] = {"caption": described["caption"], "name": described["name"]}
-    setup = list(takewhile(lambda cell: not cell.get("outputs"), notebook.cells))
     prose, code = ([cell for cell in setup if (cell.cell_type == "code") == is_code] for is_code in (False, True))
     if code:
         notebook.cells = [*prose, *notebook.cells[len(setup) :], nbformat.v4.new_markdown_cell(SETUP), *code]
-    return notebook
+    return folds.told(notebook)
 
 
-def does(cell: nbformat.NotebookNode) -> str:
+def does(cell: nbformat.NotebookNode, sets_up: bool = False) -> str:
     """What the code of an executed cell does, for the fold that hides it."""
     shown = [output.get("data", {}) for output in cell.outputs]
     if "parameters" in cell.metadata.get("tags", []):
         return "The parameters of this page"
     if not shown:
-        return "The code that sets this page up"
+        return "The code that sets this page up" if sets_up else "Code that shows nothing here"
     if any("image/png" in each for each in shown):
         return "The code that draws this figure"
     is_table = any("| --- |" in each.get("text/markdown", "") for each in shown)

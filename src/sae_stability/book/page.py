@@ -75,10 +75,13 @@ def benchmarks() -> dict:
 
 
 def show(figure: Figure, name: str, alt: str, caption: str) -> None:
-    """Display a figure with its alt text, caption and the name by which pages refer to it; how it was made is kept beside it."""
+    """Display a figure with its alt text, caption and the name by which pages refer to it; how it was made is kept beside it.
+
+    Its title is what it found, which a fold says that holds it.
+    """
     from IPython.display import display
 
-    display(figure, metadata={"image/png": {"alt": alt, "caption": caption, "name": name}})
+    display(figure, metadata={"image/png": {"alt": alt, "caption": caption, "name": name, "title": figure.get_suptitle()}})
     display({made.KEPT: made.kept(figure, name)}, raw=True)
 
 
