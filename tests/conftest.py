@@ -51,6 +51,11 @@ from sae_stability.language import pretraining  # noqa: E402
 from sae_stability.loading import load_study  # noqa: E402
 from sae_stability.study import Cell  # noqa: E402
 
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=1, help="how often whole studies are killed, at least, before they count as safe")
+
+
 WORDS = [
     "the",
     "array",

@@ -1,6 +1,7 @@
 """Whole studies: other models and corpora, kills, what is shared, two at once, what is altered, and what the quick study holds."""
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -105,32 +106,44 @@ def test_of_a_dataset_as_much_is_read_as_fills_both_splits(small, monkeypatch):
         assert round(wanted[-1] / corpus.CHARACTERS_A_TOKEN - held_out) >= cell.tokens
 
 
-def test_killed_at_any_moment_the_claims_are_those_of_an_undisturbed_run(tmp_path, small):
+def compute(results: Path, name: str, overrides: list[str]) -> None:
+    """Compute a study into results of its own, in a process that was forked."""
+    os.environ["SAE_STABILITY_RESULTS"] = str(results)
+    pipeline.compute(load_study("embedded", overrides, name=name))
+
+
+def test_killed_at_any_moment_the_claims_are_those_of_an_undisturbed_run(tmp_path, small, request):
+    context = multiprocessing.get_context("forkserver")  # children start at once: imports are done before they are forked
+    context.set_forkserver_preload(["sae_stability.pipeline", "transformer_lens", __name__])
     # More passes than the other tests take, so that kills fall into training too; few experiments, since one store keeps all.
     overrides = [*small, "passes=8", "experiments=[function, triggers]"]
 
-    def start(name: str) -> subprocess.Popen:
-        environment = os.environ | {"SAE_STABILITY_RESULTS": str(tmp_path / name)}
-        command = [sys.executable, "-c", COMPUTE, "study", *overrides]
-        return subprocess.Popen(
-            command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+    def start(name: str) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=compute, args=(tmp_path / name, "study", overrides))
+        process.start()
+        return process
 
-    started = time.monotonic()
-    assert start("calm").wait() == 0
-    seconds = time.monotonic() - started
-    generator, alive = random.Random(0), 0
-    # Early ones first: the undisturbed run compiled kernels for all others, and a run that ends leaves nothing to kill.
-    for share in sorted(generator.uniform(0.1, 0.8) for _ in range(3)):
-        process = start("killed")
-        time.sleep(share * seconds)
-        if process.poll() is None:
-            alive += 1
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert alive > 0
-    assert start("killed").wait() == 0
-    assert read(tmp_path / "calm", "study") == read(tmp_path / "killed", "study")
+    def seconds_of(name: str) -> float:
+        started, process = time.monotonic(), start(name)
+        process.join()
+        assert process.exitcode == 0
+        return time.monotonic() - started
+
+    seconds_of("first")  # compiles kernels
+    seconds, generator, kills, rounds = seconds_of("calm"), random.Random(0), 0, 0
+    while kills < request.config.getoption("--kills"):
+        rounds += 1
+        for share in sorted(generator.uniform(0, 0.9) for _ in range(3)):  # early ones first: the last one finds little to do
+            process = start(f"killed-{rounds}")
+            process.join(share * seconds)
+            if process.is_alive():
+                kills += 1
+                os.kill(process.pid, signal.SIGKILL)
+                process.join()
+        seconds_of(f"killed-{rounds}")
+        assert read(tmp_path / "calm", "study") == read(tmp_path / f"killed-{rounds}", "study")
+        shutil.rmtree(tmp_path / f"killed-{rounds}")
+    assert read(tmp_path / "calm", "study") == read(tmp_path / "first", "study")
 
 
 def trained(house: Path) -> dict[Path, int]:

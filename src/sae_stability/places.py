@@ -1,6 +1,7 @@
 """Where things stand: the checkout, what it ships, the results of studies. Asked at every call: an environment can move them."""
 
 import os
+import subprocess
 from pathlib import Path
 
 from sae_stability.errors import UserError
@@ -28,6 +29,18 @@ def root() -> Path:
     if named and not checkout.is_dir():
         raise UserError(f"SAE_STABILITY_ROOT: {named} is no folder; name a checkout, or unset it")
     return checkout if (checkout / "studies").is_dir() else Path.cwd()
+
+
+def git(*arguments: str) -> str | None:
+    """What git says of the checkout; None where there is no git, or the checkout is no repository but a copy inside another one."""
+
+    def said(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root(), capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return said(*arguments) if Path(said("rev-parse", "--show-toplevel")).resolve() == root().resolve() else None
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def model(name: str) -> Path:

@@ -12,7 +12,6 @@ import os
 import platform
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -222,16 +221,8 @@ def _sha256_at(path: Path, _size: int, _changed: int) -> str:
 
 def git_commit() -> str:
     """The commit of the checkout, with `+changes` where the working tree differs from it."""
-    root = places.root()
-    try:
-        top = subprocess.run(["git", "rev-parse", "--show-toplevel"], cwd=root, capture_output=True, text=True, check=True).stdout
-        if Path(top.strip()).resolve() != root.resolve():
-            return "unknown"  # a copy of this project inside another repository
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("+changes" if changed else "")
+    commit, changed = places.git("rev-parse", "HEAD"), places.git("status", "--porcelain")
+    return "unknown" if commit is None or changed is None else commit + ("+changes" if changed else "")
 
 
 @cache

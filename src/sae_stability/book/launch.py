@@ -5,8 +5,6 @@ services make the environment of `environment.yml`. Colab has no button: it brin
 """
 
 import re
-import subprocess
-from pathlib import Path
 
 import yaml
 
@@ -21,9 +19,10 @@ PUBLIC = re.compile(
 def configuration() -> str:
     """The book's `_config.yml`, with the address of the repository; without buttons, where it has no public one."""
     settings = yaml.safe_load((places.root() / "_config.yml").read_text(encoding="utf-8"))
-    address = public(_git("remote", "get-url", "origin"))
-    if address is not None and Path(_git("rev-parse", "--show-toplevel")).resolve() == places.root().resolve():
-        settings["repository"] = {"url": address, "branch": _git("branch", "--show-current") or "main", "path_to_book": "book"}
+    address = public(places.git("remote", "get-url", "origin") or "")
+    if address is not None:
+        branch = places.git("branch", "--show-current") or "main"
+        settings["repository"] = {"url": address, "branch": branch, "path_to_book": "book"}
     else:
         settings["launch_buttons"] = {"thebe": False}  # else they would open Jupyter Book's own repository
     return yaml.safe_dump(settings, sort_keys=False)
@@ -33,11 +32,3 @@ def public(remote: str) -> str | None:
     """The page of a repository, from how git names it; None for one that is not on a public host."""
     found = PUBLIC.fullmatch(remote)
     return f"https://{found['host']}/{found['path']}" if found else None
-
-
-def _git(*arguments: str) -> str:
-    """What git says of this checkout; nothing where there is none."""
-    try:
-        return subprocess.run(["git", *arguments], cwd=places.root(), capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
