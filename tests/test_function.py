@@ -16,8 +16,10 @@ import torch
 from sae_stability import ablation, pipeline
 from sae_stability.ablation.controls import BALANCE
 from sae_stability.evaluation import Encoded
+from sae_stability.experiments import translation
 from sae_stability.experiments.function import SMALLEST_SUPPORT, judge_c4, judge_carrying, shares
 from sae_stability.figures import function as figures
+from sae_stability.files import save_arrays
 from sae_stability.language.activations import Activations
 from sae_stability.language.corpus import Contexts
 from sae_stability.language.interventions import Reading
@@ -289,6 +291,21 @@ def test_a_matched_comparison_that_covers_little_or_is_out_of_balance_tells_noth
     assert line["verdict"] == "supported"  # matches of stable features are of the subspace, and do nothing
     monkeypatch.setattr(ablation.Estimates, "balance", lambda self, band: 0.02)
     assert judge_carrying("C3", planted.estimates, planted.estimates)[2]["verdict"] == "inconclusive"
+
+
+def test_what_another_seed_spares_is_told_pair_by_pair(tmp_path):
+    rng = np.random.default_rng(0)
+    intact, removed = np.zeros(40), rng.uniform(1, 3, (5, 1)) * rng.uniform(0.5, 1.5, 40)  # pairs and texts differ by much
+    sums = {"intact": intact, "size": np.ones(40), "removed": removed, "averaged": removed, "transplanted": removed - 0.1}
+    for band in translation.TRANSLATED:
+        save_arrays(tmp_path / f"transplant-{band}.safetensors", sums)
+    table = translation.transplants(SimpleNamespace(folder=lambda _: tmp_path)).set_index(["band", "what"])
+    instead, without, spared = (table.loc["stable", what] for what in ("transplanted", "removed", translation.SPARED))
+    assert instead["change_high"] > without["change_low"]
+    assert spared["change"] == pytest.approx(-0.1)
+    assert spared["change_low"] == pytest.approx(-0.1)
+    assert spared["change_high"] == pytest.approx(-0.1)
+    assert without["change"] == pytest.approx(removed.mean())
 
 
 def test_what_removals_of_an_ensemble_do_outlives_a_kill_while_its_surrogate_is_measured(house, small, monkeypatch):

@@ -19,6 +19,8 @@ from sae_stability.matching import BANDS
 from sae_stability.statistics import over_pairs, resampled
 
 TRANSLATED = ("stable", "unstable")
+SPARED = "transplanted less removed"
+"""What another seed's contribution spares, in the same pair and on the same text, of what it costs to have none."""
 
 
 def compute(results: Results, folder: Path) -> None:
@@ -45,13 +47,14 @@ def transplants(results: Results) -> pd.DataFrame:
     """What the model loses where a band's contribution is removed, averaged, or written by another seed: nats a token.
 
     A number a pair of seeds that follow one another, whose bands are those of the other seeds; to leave a seed out is to leave its
-    pairs out.
+    pairs out. `SPARED` is a difference within pairs.
     """
     rows = []
     for band in TRANSLATED:
         sums = load_file(results.folder("translation") / f"transplant-{band}.safetensors")
-        for what in TRANSPLANTS:
-            lost = sums[what] - sums["intact"]
+        losses = {what: sums[what] - sums["intact"] for what in TRANSPLANTS}
+        losses[SPARED] = sums["transplanted"] - sums["removed"]
+        for what, lost in losses.items():
             by_pair = np.full((len(lost), len(lost)), np.nan)
             by_pair[np.arange(len(lost)), (np.arange(len(lost)) + 1) % len(lost)] = lost.sum(1) / sums["size"].sum()
             weights = resampled(lost.shape[1])
