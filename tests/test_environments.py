@@ -182,7 +182,7 @@ def test_what_nothing_can_be_trained_on_is_said(given, said):
 def test_what_is_set_for_other_programs_on_numba_stays_out_of_kernels():
     script = (
         "import torch; from sae_stability.methods.pursuit import matching_pursuit;"
-        "print(float(matching_pursuit(torch.eye(3), torch.eye(3), 1)[1].sum()))"
+        "print(float(matching_pursuit(torch.eye(3), torch.eye(3), 1, torch.zeros(1, 3) > 0)[0][1].sum()))"
     )
     others = {"NUMBA_DISABLE_JIT": "1", "NUMBA_THREADING_LAYER": "tbb", "NUMBA_NUM_THREADS": "0"}
     done = subprocess.run([sys.executable, "-c", script], env=os.environ | others, capture_output=True, text=True, check=False)

@@ -12,7 +12,7 @@ from sae_stability.methods.pursuit import matching_pursuit
 
 def codes_of(x: torch.Tensor, directions: torch.Tensor, k: int) -> np.ndarray:
     """The codes [token, d_sae] that matching pursuit finds."""
-    features, values = matching_pursuit(x, directions, k)
+    ((features, values),) = matching_pursuit(x, directions, k, torch.zeros(1, len(directions), dtype=torch.bool))
     return torch.zeros(len(x), len(directions)).scatter_add_(1, features, values).numpy() if len(directions) else values.numpy()
 
 
@@ -56,6 +56,21 @@ def test_more_tokens_than_are_encoded_at_a_time_change_nothing(monkeypatch):
 def test_nothing_is_taken_where_every_direction_points_away_or_none_is_left():
     away = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     assert not codes_of(-torch.ones(3, 2), away, 2).any()
-    features, values = matching_pursuit(torch.ones(3, 2), away[:0], 2)
-    assert features.shape == values.shape == (3, 2)
-    assert not values.any()
+    for none in (away[:0], away):
+        ((features, values),) = matching_pursuit(torch.ones(3, 2), none, 2, torch.ones(1, len(none), dtype=torch.bool))
+        assert features.shape == values.shape == (3, 2)
+        assert not values.any()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 1000), st.integers(2, 30), st.integers(1, 6))
+def test_without_a_set_the_others_are_pursued_as_if_they_were_alone(seed, count, k):
+    x, directions = drawn(7, 5, seed=seed), F.normalize(drawn(count, 5, seed=seed + 1), dim=1)
+    without = torch.stack(
+        [drawn(count, seed=seed + 2) > 0.5, torch.zeros(count, dtype=torch.bool), drawn(count, seed=seed + 3) > -1]
+    )
+    for (features, values), gone in zip(matching_pursuit(x, directions, k, without), without, strict=True):
+        left = directions[~gone]
+        found = torch.zeros(len(x), max(len(left), 1)).scatter_add_(1, features, values)[:, : len(left)]
+        np.testing.assert_allclose(found, by_hand(x.numpy(), left.double().numpy(), k) if len(left) else found, atol=1e-4)
+        assert len(left) or not values.any()

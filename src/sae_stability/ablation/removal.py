@@ -106,11 +106,12 @@ def reselected(
 
     def errors(seed: int) -> dict[Name | None, np.ndarray]:
         """Of one seed, by the set that it does without."""
-        sae, found = ensemble.saes[seed], {}
-        directions, centred = F.normalize(sae.W_dec, dim=1), x - sae.b_dec
-        for name, gone in _of_seed(without, seed).items():
-            left = directions[alive[seed] & ~gone].to(device)
-            predicted = refitted(*matching_pursuit(centred, left, ensemble.k), len(left), x, torch.from_numpy(judged)).numpy()
+        sae, live, found = ensemble.saes[seed], alive[seed], {}
+        sets = {name: gone[live] for name, gone in _of_seed(without, seed).items()}
+        directions = F.normalize(sae.W_dec, dim=1)[live].to(device)
+        codes = matching_pursuit(x - sae.b_dec, directions, ensemble.k, torch.stack(list(sets.values())))
+        for (name, gone), of_set in zip(sets.items(), codes, strict=True):
+            predicted = refitted(*of_set, int((~gone).sum()), x, torch.from_numpy(judged)).numpy()
             found[name] = np.bincount(cluster[judged], np.square(target[judged] - predicted).sum(1), len(kinds))
         return found
 
