@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
-from sae_stability import training
+from sae_stability import threads, training
 from sae_stability.evaluation import ROWS, Fit, Rebuilt, fit_of
 from sae_stability.experiments.pools import CALIBRATION, Seeds, fine_tuned
 from sae_stability.language.activations import Activations
@@ -97,16 +96,19 @@ def bagged(seeds: Seeds) -> list[Sum]:
 def boosted(seeds: Seeds, recipe: Recipe, device: str = "cpu", folder: Path | None = None) -> list[Sum]:
     """The first seed of each group, and SAEs of its other seeds that are trained on what is left, one after another. With a
     `folder`, a run that is killed goes on where it was."""
-    chains, data = [], seeds.train.data
-    for group in tqdm(seeds.groups[:PAID], BOOSTED, unit="chain", disable=None):
+    data, groups = seeds.train.data, seeds.groups[:PAID]
+
+    def chain(number: int) -> Sum:
+        group = groups[number]
         saes, left = [seeds.saes[group[0]]], data.to(torch.float32, copy=True)
         for one in group[1:]:
             _take_away(left, saes[-1], device)
             seed, rest = seeds.ensemble.seeds[one], Activations.of(left.to(data.dtype))
             there = folder and folder / f"boosted-{seed}"
             saes.append(training.train(recipe, rest, [seed], there, BOOSTED, device).dictionary(0))
-        chains.append(Sum(saes, boosted=True))
-    return chains
+        return Sum(saes, boosted=True)
+
+    return threads.each_seed(chain, len(groups), BOOSTED, one_at_a_time=device != "cpu")
 
 
 def _take_away(left: Float[Tensor, "token d_in"], sae: SAE, device: str) -> None:
