@@ -108,12 +108,12 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
     assert "start from the truth less random start" in told
     assert "spanned by 8" in told  # the reverse test
     assert "has not been run" in executed("pooling", monkeypatch)
-    for name in ("pooling", "pools-of-4"):
+    for name in ("pooling", "pools-of-4", "pools-of-8"):
         shutil.copytree(SHIPPED / name, tmp_path / "published" / name)
     told = executed("pooling", monkeypatch)
     assert "has not been run" not in told
     assert "These verdicts are of the study `pooling`" in told
-    assert "**Pools of 4 seeds.**" in told
+    assert all(f"**Pools of {size} seeds.**" in told for size in (4, 8))
     assert "C9 in the study `pooling`" in told  # fresh seeds
     assert "a union finds +" in told
     told = executed("subspaces", monkeypatch)
