@@ -238,3 +238,21 @@ def test_pursuit_takes_what_the_plain_kernel_takes(shape):
 def test_cosines_must_be_those_of_the_directions():
     with pytest.raises(ValueError, match=r"gram: \[3, 3\] does not fit 4 directions"):
         compiled.pursue(torch.ones(2, 4), torch.eye(3), 1)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_a_unit_step_is_adam_on_the_sphere(scale):
+    W = torch.nn.functional.normalize(normal(300, 70, seed=0), dim=1)
+    ours, theirs = W.clone(), torch.nn.Parameter(W.clone())
+    moments, adam = (torch.zeros_like(W), torch.zeros_like(W)), torch.optim.Adam([theirs], lr=0.01, betas=(0.8, 0.99), eps=1e-7)
+    for step in range(1, 20):
+        its = scale * normal(300, 70, seed=step)
+        compiled.unit_step(ours, its, moments, 0.01, step, (0.8, 0.99), 1e-7)
+        theirs.grad = its - (its * theirs.detach()).sum(1, keepdim=True) * theirs.detach()
+        adam.step()
+        with torch.no_grad():
+            theirs.copy_(torch.nn.functional.normalize(theirs, dim=1))
+        torch.testing.assert_close(ours, theirs.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours.norm(dim=1), torch.ones(300))
+    with pytest.raises(ValueError, match="moments"):
+        compiled.unit_step(ours, its, (moments[0], moments[1][:-1]), 0.01, 1, (0.9, 0.999), 1e-8)

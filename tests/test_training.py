@@ -1,4 +1,5 @@
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,27 @@ def test_an_interrupted_run_resumes_to_the_same_bits(fixed, name, tmp_path, monk
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_an_odd_seed_is_shared_among_the_workers(cell, monkeypatch):
+    both_at_work, begun = threading.Barrier(2, timeout=20), []
+    advance = loop.Training._advance
+
+    def in_company(self, trainee, most_dead, steps, **of):
+        begun.append((trainee.seed, steps.start))
+        both_at_work.wait()  # which breaks where a worker has nothing to do
+        return advance(self, trainee, most_dead, steps, **of)
+
+    monkeypatch.setattr(loop.threads, "workers", lambda seeds: 2)
+    monkeypatch.setattr(loop.Training, "_advance", in_company)
+    monkeypatch.setattr(loop, "STRETCH", 2)
+    steps = range(8)
+    monkeypatch.setattr(loop, "CURVE_POINTS", 2)  # after four steps, and after eight
+    monkeypatch.setattr(loop, "SNAPSHOT_SHARES", ())
+    x = sparse_data(len(steps) * cell.batch)
+    train(cell.model_copy(update={"tokens": len(x)}), x, [3, 4, 5])
+    for seed in (3, 4, 5):
+        assert [start for of, start in begun if of == seed] == list(steps[::2])
+
+
 def test_checkpoints_that_take_long_are_made_rarely(cell, tmp_path, monkeypatch):
     now, saved = [0.0], []
 
@@ -135,6 +157,7 @@ def test_checkpoints_that_take_long_are_made_rarely(cell, tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "save_tensors", save)
     monkeypatch.setattr(loop.Training, "_mark", a_second_later)
     monkeypatch.setattr(loop, "STRETCH", 1)
+    monkeypatch.setattr(loop, "TURNS", 1)
     short = cell.model_copy(update={"tokens": 600 * 4, "batch": 4})
     train(short, sparse_data(600 * 4), [0, 1], tmp_path, checkpoint_seconds=20)
     assert saved == [21, 277, 533]  # after 20 seconds, then after the 250 of which 5 are two in a hundred

@@ -95,6 +95,25 @@ def totals(by_feature: ByFeature, weights: Float[Tensor, "firing"]) -> Float[Ten
     return torch.from_numpy(_totals(weights.numpy(), by_feature.starts.numpy(), order.numpy()))
 
 
+def unit_step(
+    W: Float[Tensor, "d_sae d_in"],
+    gradient: Float[Tensor, "d_sae d_in"],
+    moments: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
+    rate: float,
+    step: float,
+    betas: tuple[float, float],
+    epsilon: float,
+) -> None:
+    """Adam's step number `step`, counted from 1, for directions that stay at unit length, in place.
+
+    A direction has no length to learn: the gradient along it is left out, and what it grew is taken back.
+    """
+    arrays = [tensor.numpy() for tensor in (W, gradient, *moments)]
+    _require(all(array.shape == arrays[0].shape for array in arrays), f"gradient or moments do not fit directions {list(W.shape)}")
+    size, root = rate / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5
+    threads.call(_unit_step, *arrays, *map(np.float32, (size, root, 1 - betas[0], betas[1], 1 - betas[1], epsilon)))
+
+
 def pursue(
     along: Float[Tensor, "token d_sae"], gram: Float[Tensor, "d_sae d_sae"], k: int
 ) -> tuple[Int[Tensor, "token k"], Float[Tensor, "token k"]]:
@@ -282,6 +301,26 @@ def _weighted_rows(weights, rows, starts, chosen, blocks, out):
                 for c in range(d_in):
                     total[c] += weight * row[c]
                 p += 1
+
+
+@njit(parallel=True, nogil=True, cache=True, fastmath=REASSOCIATED)
+def _unit_step(W, gradient, first, second, size, root, new, kept, new_square, epsilon):
+    d_in = W.shape[1]
+    for f in prange(len(W)):
+        direction, its, mean, square = W[f], gradient[f], first[f], second[f]
+        along = np.float32(0)
+        for c in range(d_in):
+            along += its[c] * direction[c]
+        length = np.float32(0)
+        for c in range(d_in):
+            pull = its[c] - along * direction[c]
+            mean[c] += new * (pull - mean[c])
+            square[c] = kept * square[c] + new_square * pull * pull
+            direction[c] -= size * mean[c] / (np.sqrt(square[c]) / root + epsilon)
+            length += direction[c] * direction[c]
+        length = np.float32(1) / max(np.sqrt(length), np.float32(1e-12))
+        for c in range(d_in):
+            direction[c] *= length
 
 
 @njit(nogil=True, cache=True)

@@ -92,7 +92,8 @@ def backpropagate(
     of_device = kernels(centred)
     firings = codes.by_feature(len(sae.W_dec))
     of_device.sums(firings, codes.values, upstream, gradient.W_dec)
-    of_device.sums(firings._replace(rows=firings.rows // parts), into_pre, centred, gradient.W_enc_rows)
+    by_token = firings._replace(rows=firings.rows // parts) if parts > 1 else firings
+    of_device.sums(by_token, into_pre, centred, gradient.W_enc_rows)
     gradient.b_enc.copy_(of_device.totals(firings, into_pre))
     gradient.b_dec.copy_(into_b_dec - gradient.b_enc @ sae.W_enc_rows)
     return firings

@@ -19,7 +19,8 @@ def descend(optimizer: torch.optim.Adam, sae: Parameters, gradient: Parameters, 
         group, state = optimizer.param_groups[0], _state(optimizer, sae.W_dec)
         state["step"] += 1
         moments = state["exp_avg"], state["exp_avg_sq"]
-        unit_step(sae.W_dec, gradient.W_dec, moments, group["lr"], state["step"], group["betas"], group["eps"])
+        step = state["step"] if sae.W_dec.is_cuda else state["step"].item()
+        unit_step(sae.W_dec, gradient.W_dec, moments, group["lr"], step, group["betas"], group["eps"])
         sae.W_dec.grad = None  # which the optimizer then passes over
         optimizer.step()
         return

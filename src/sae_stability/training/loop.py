@@ -6,7 +6,9 @@ but the activations: a seed trained alone and the same seed trained in company g
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,7 +38,8 @@ CURVE_POINTS = 100  # the training curve's resolution
 SNAPSHOT_SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of the steps: decoders kept to see stability grow
 DIVERGED = 100  # times the squared norm of the activations: a larger squared error is no training any more
 FINISHING_BATCHES = 16  # of the last tokens, for what a variant measures once its training has ended
-STRETCH = 16  # steps that a seed takes before the others get their turn, and before anybody waits for a device
+STRETCH = 16  # steps that a seed takes before the others get their turn
+TURNS = 2  # stretches of each seed before all wait for one another, and before anybody waits for a device
 POWER = 4  # bounds on dead features are powers of it, so that few kinds of steps are recorded
 DEVICE_SHARE = 0.5  # of what is free on a device, that a block of activations may take
 CHECKPOINT = "checkpoint.safetensors"
@@ -121,15 +124,36 @@ class Training:
         block = self._brought(block)
         with threads.pool(self.workers) as pool:
             while self.step < end and self.running:
-                stop = min(end, self.step + STRETCH, min(event for event in self.events if event > self.step))
-                steps = range(self.step, stop)
-                advance = partial(self._advance, steps=steps, visit=visit, first=first, block=block)
-                measured = list(pool.map(advance, self.running, self._most_dead(stop - 1)))
-                for trainee, of_steps in zip(self.running, measured, strict=True):
-                    self._judge(trainee, steps, of_steps)
+                stop = min(end, self.step + TURNS * STRETCH, min(event for event in self.events if event > self.step))
+                steps, running = range(self.step, stop), self.running
+                advance = partial(self._advance, visit=visit, first=first, block=block)
+                for trainee, of_steps in zip(running, self._in_turns(pool, running, steps, advance), strict=True):
+                    self._judge(trainee, steps, torch.cat(of_steps))
                 self.step = stop
                 self.bar.update(self.recipe.batch * len(steps) * len(self.trainees))
                 self._mark()
+
+    def _in_turns(
+        self, pool: Executor, running: list[Trainee], steps: range, advance: Callable[..., Float[Tensor, "step 3"]]
+    ) -> list[list[Float[Tensor, "step 3"]]]:
+        """What each seed measured, a stretch after another. A worker takes whichever seed waits: an odd one is shared."""
+        most_dead = self._most_dead(steps.stop - 1)
+        measured: list[list[Tensor]] = [[] for _ in running]
+        waiting: deque[tuple[int, int]] = deque((position, steps.start) for position in range(len(running)))
+
+        def work(_: int) -> None:
+            while True:
+                try:
+                    position, start = waiting.popleft()
+                except IndexError:
+                    return
+                stretch = range(start, min(start + STRETCH, steps.stop))
+                measured[position].append(advance(running[position], most_dead[position], stretch))
+                if stretch.stop < steps.stop:
+                    waiting.append((position, stretch.stop))
+
+        list(pool.map(work, range(self.workers)))
+        return measured
 
     def _brought(self, block: Activations) -> Activations:
         """The block in the memory of the device, where that has room for it: gathering its rows there is a hundred times faster."""

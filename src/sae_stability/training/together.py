@@ -9,16 +9,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numba import njit
 
 from sae_stability.language.activations import Activations
-from sae_stability.saes.compiled import REASSOCIATED
+from sae_stability.saes.compiled import REASSOCIATED, unit_step
 from sae_stability.saes.parameters import Parameters
 from sae_stability.study import Recipe
 from sae_stability.training.loop import STRETCH, schedule, shuffled_rows
 from sae_stability.training.revival import AUX_COEFFICIENT
 
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's, as PyTorch has them
 GROUP = 16  # pre-activations whose largest is found together, in a vector register
 
 
@@ -28,7 +28,7 @@ def train_together(recipe: Recipe, activations: Activations, seeds: Sequence[int
     batch, steps_a_pass = recipe.batch, len(activations) // recipe.batch
     gradient = Parameters(*(torch.zeros_like(tensor) for tensor in sae))
     weights, into = (tuple(tensor.numpy() for tensor in each) for each in (sae, gradient))
-    moments = [tuple(np.zeros_like(tensor) for tensor in weights) for _ in range(2)]
+    moments = [Parameters(*(torch.zeros_like(tensor) for tensor in sae)) for _ in range(2)]
     error = np.empty((count, batch, d_in), np.float32)
     last_fired = np.zeros((count, d_sae), np.int64)
     steps = recipe.passes * steps_a_pass
@@ -45,32 +45,20 @@ def train_together(recipe: Recipe, activations: Activations, seeds: Sequence[int
         _gradients(*seen, recipe.k, step, weights, into, error, last_fired)
         if dead.any():
             _revive(*seen, error, dead, weights, into)
-        _tangential(weights, into)
         rate = recipe.rate * schedule(step / steps, recipe.warmup, recipe.decay)
-        for parameter, its, first, second in zip(weights, into, *moments, strict=True):
-            _adam(parameter.reshape(-1), its.reshape(-1), first.reshape(-1), second.reshape(-1), rate, step + 1)
-        F.normalize(sae.W_dec, dim=2, out=sae.W_dec)
-
-
-@njit(nogil=True, cache=True, fastmath=REASSOCIATED)
-def _tangential(weights, into):
-    """Take away the gradient along each direction, which has no length to learn, as `descent.descend` does."""
-    W_dec, gradient = weights[2], into[2]
-    seeds, d_sae, d_in = W_dec.shape
-    for s in range(seeds):
-        for feature in range(d_sae):
-            along = np.float32(0)
-            for c in range(d_in):
-                along += gradient[s, feature, c] * W_dec[s, feature, c]
-            for c in range(d_in):
-                gradient[s, feature, c] -= along * W_dec[s, feature, c]
+        for name, parameter, its, first, second in zip(sae._asdict(), sae, gradient, *moments, strict=True):
+            if name == "W_dec":
+                W, pull, *both = (tensor.view(-1, d_in) for tensor in (parameter, its, first, second))
+                unit_step(W, pull, both, rate, step + 1, BETAS, EPSILON)
+            else:
+                _adam(*(tensor.view(-1).numpy() for tensor in (parameter, its, first, second)), rate, step + 1)
 
 
 @njit(nogil=True, cache=True, fastmath=REASSOCIATED)
 def _adam(parameter, gradient, first, second, rate, step):
     """A step of Adam with PyTorch's defaults, in place (Kingma & Ba, arXiv:1412.6980)."""
-    beta1, beta2, eps = np.float32(0.9), np.float32(0.999), np.float32(1e-8)
-    size, root = np.float32(rate / (1 - 0.9**step)), np.float32((1 - 0.999**step) ** 0.5)
+    beta1, beta2, eps = np.float32(BETAS[0]), np.float32(BETAS[1]), np.float32(EPSILON)
+    size, root = np.float32(rate / (1 - BETAS[0] ** step)), np.float32((1 - BETAS[1] ** step) ** 0.5)
     for i in range(len(parameter)):
         first[i] += (1 - beta1) * (gradient[i] - first[i])
         second[i] = beta2 * second[i] + (1 - beta2) * gradient[i] * gradient[i]
