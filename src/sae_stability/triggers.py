@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from scipy.stats import mannwhitneyu
 
+from sae_stability.groups import group_sums
 from sae_stability.language.corpus import Contexts
 from sae_stability.matching import Banding
 from sae_stability.spelling import Spelling, is_signs
@@ -86,24 +87,10 @@ def explained(activations: sparse.csr_array, group: Int[np.ndarray, "token"], fi
     Averages come from the `fitted` tokens and are judged on the others, less those of groups that the fitted half lacks. Negative
     where averages mislead; NaN where a feature does not fire on one of the halves.
     """
-    _, group = np.unique(group, return_inverse=True)
-    count = int(group.max()) + 1
-    known = np.bincount(group[fitted], minlength=count) > 0
-    judged = ~fitted & known[group]
-    sums, sizes = [], []
-    for rows in (fitted, judged):
-        where = np.flatnonzero(rows)
-        members = sparse.csr_array((np.ones(len(where)), (group[where], where)), shape=(count, len(group)))
-        sums.append(members @ activations)
-        sizes.append(np.bincount(group[where], minlength=count).astype(float))
-    squares = judged.astype(float) @ _with_values(activations, np.square(activations.data))
-    averages = sparse.diags_array(1 / np.maximum(sizes[0], 1)) @ sums[0]
-    crossed = np.asarray(averages.multiply(sums[1]).sum(0)).ravel()
-    predicted = np.asarray((sparse.diags_array(sizes[1]) @ averages.multiply(averages)).sum(0)).ravel()
-    mean = np.asarray(sums[0].sum(0)).ravel() / sizes[0].sum()
-    total = np.asarray(sums[1].sum(0)).ravel()
-    spread = squares - 2 * mean * total + sizes[1].sum() * mean**2
+    of_fitted, total, squares, crossed, predicted, judged = group_sums(activations, group, fitted)
     with np.errstate(divide="ignore", invalid="ignore"):
+        mean = of_fitted / fitted.sum()
+        spread = squares - 2 * mean * total + judged * mean**2
         share = 1 - (squares - 2 * crossed + predicted) / spread
     return np.where((squares > 0) & (mean > 0), share, np.nan)
 

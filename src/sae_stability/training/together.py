@@ -46,12 +46,13 @@ def train_together(recipe: Recipe, activations: Activations, seeds: Sequence[int
         if dead.any():
             _revive(*seen, error, dead, weights, into)
         rate = recipe.rate * schedule(step / steps, recipe.warmup, recipe.decay)
-        for name, parameter, its, first, second in zip(sae._asdict(), sae, gradient, *moments, strict=True):
+        for name, *of in zip(sae._asdict(), sae, gradient, *moments, strict=True):
             if name == "W_dec":
-                W, pull, *both = (tensor.view(-1, d_in) for tensor in (parameter, its, first, second))
-                unit_step(W, pull, both, rate, step + 1, BETAS, EPSILON)
+                W, its, first, second = (tensor.view(-1, d_in) for tensor in of)
+                unit_step(W, its, (first, second), rate, step + 1, BETAS, EPSILON)
             else:
-                _adam(*(tensor.view(-1).numpy() for tensor in (parameter, its, first, second)), rate, step + 1)
+                parameter, its, first, second = (tensor.view(-1).numpy() for tensor in of)
+                _adam(parameter, its, first, second, rate, step + 1)
 
 
 @njit(nogil=True, cache=True, fastmath=REASSOCIATED)
