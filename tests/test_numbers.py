@@ -161,7 +161,7 @@ def test_every_number_that_pages_link_is_what_its_table_has(site, quick):
             held, low, high = in_ledger(tables.ledger, where), "ci_low", "ci_high"
         else:
             found, low, high = tables.table(table, every_cell=True), f"{column}_low", f"{column}_high"
-            for each in where.split(", "):
+            for each in re.split(rf", (?=(?:{'|'.join(map(re.escape, found.columns))}) )", where):  # values may hold commas
                 key, _, wanted = each.partition(" ")
                 found = found[found[key].isna() if wanted == "None" else found[key].astype(str) == wanted]
             assert len(found) == 1, (name, stands)
