@@ -67,6 +67,14 @@ def test_what_a_group_explains_is_what_its_averages_explain(seed):
         assert found[feature] == pytest.approx(1 - (left**2).sum() / ((own - mean) ** 2).sum(), rel=1e-4, abs=1e-4)
 
 
+def test_groups_of_other_tokens_are_refused():
+    activations, group = sparse.csr_array(np.eye(4)), np.array([0, 1, 1, 0])
+    for lengths in ((4, 3), (3, 4), (5, 5)):
+        of_groups, of_halves = (np.resize(each, length) for each, length in zip((group, group > 0), lengths, strict=True))
+        with pytest.raises(ValueError, match="activations of 4"):
+            explained(activations, of_groups, of_halves)
+
+
 def test_planted_triggers_are_told_by_the_rule():
     where = text()
     rng = np.random.default_rng(1)

@@ -17,7 +17,11 @@ def group_sums(
     """Per feature of `activations` [token, feature]: its sum over `fitted` tokens, that and its squares over the judged ones, which
     are others whose group has a fitted token; then, predicted to be the average of its group over fitted tokens, the sum of the
     product of activation and prediction and that of squared predictions over judged tokens; and how many these are.
+
+    Raises `ValueError` for lengths that differ: the kernel looks at no bounds.
     """
+    if not len(group) == len(fitted) == activations.shape[0]:
+        raise ValueError(f"group and fitted: {len(group)} and {len(fitted)} tokens, but activations of {activations.shape[0]}")
     order = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.diff(group[order], prepend=group[order[:1]] - 1, append=group[order[-1:]] + 1))
     return _group_sums(order, starts, activations.indptr, activations.indices, activations.data, fitted, activations.shape[1])
