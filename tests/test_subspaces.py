@@ -16,9 +16,19 @@ from helpers import drawn
 from sae_stability import subspaces
 from sae_stability.book import page
 from sae_stability.experiments.groups import RANDOM_PARTITIONS
-from sae_stability.experiments.subspaces import RANDOM, captured, ceiling, contrast, judge_c7, of_ceiling, without_strong
+from sae_stability.experiments.subspaces import (
+    RANDOM,
+    captured,
+    ceiling,
+    contrast,
+    judge_c7,
+    of_ceiling,
+    random_directions,
+    without_strong,
+)
 from sae_stability.figures import subspaces as figures
 from sae_stability.files import save_arrays
+from sae_stability.language.activations import Activations
 from sae_stability.matching import Stability, stability
 from sae_stability.matching.theory import ambiguity_rank
 from sae_stability.statistics import jackknife, over_pairs, reach_without
@@ -154,6 +164,19 @@ def test_other_directions_keep_energies_and_fire_alone():
     within = np.stack([np.cov(tied.toarray()[part() == number].T, bias=True) for number in range(PARTS)]).mean(0)
     expected = directions.T @ np.diag(np.diag(within)) @ directions
     assert alone.moments(members).covariance(chosen) == pytest.approx(expected)
+
+
+def test_random_directions_are_of_the_covariance_and_no_two_seeds_have_the_same():
+    stretch = torch.linspace(0.1, 3, D_IN)
+    held_out = Activations.of(drawn(5000, D_IN, seed=0) * stretch + 7)
+    members = [Written(firing(400, seed), np.eye(400, D_IN), part()) for seed in range(2)]
+    first, second = random_directions({3: members[0], 8: members[1]}, held_out)
+    (alone,) = random_directions({8: members[0]}, held_out)  # whichever its place among seeds
+    np.testing.assert_array_equal(alone.directions, second.directions)
+    np.testing.assert_array_equal(alone.energy, members[0].energy)
+    assert np.abs(first.directions - second.directions).max() > 0.1
+    np.testing.assert_allclose(np.linalg.norm(first.directions, axis=1), 1)
+    assert np.corrcoef(np.square(first.directions).mean(0), stretch.numpy() ** 2)[0, 1] > 0.99
 
 
 def test_energies_and_firings_are_those_of_the_codes():

@@ -1,5 +1,6 @@
 """Do unstable features lie in subspaces that come back, although they do not (C7)?"""
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def compute(results: Results, folder: Path) -> None:
     whitened = whitening(held_out.covariance, SMALLEST_VARIANCE).double().numpy()
     coordinates = plain | {STRONG_OUT: without_strong(covariance), WHITENED: whitened}
     compared = subspaces.compare(model, chosen, coordinates, covariance, "subspaces, written")
-    random = _random_directions(model, held_out)
+    random = random_directions(dict(zip(ensembles.ensemble(results).seeds, model, strict=False)), held_out)
     alone = subspaces.compare(random, lambda *seed: {"unstable": chosen(*seed)["unstable"]}, plain, covariance, "subspaces, random")
     save_arrays(folder / "real.safetensors", compared.with_set(alone, "unstable", RANDOM).arrays())
 
@@ -120,12 +121,12 @@ def without_strong(covariance: np.ndarray) -> np.ndarray:
     return np.eye(len(covariance)) - strong @ strong.T
 
 
-def _random_directions(model: list[Written], held_out: Activations) -> list[Written]:
-    """What random directions of the activations' covariance would write in the place of each seed's features."""
+def random_directions(model: Mapping[int, Written], held_out: Activations) -> list[Written]:
+    """What random directions of the activations' covariance would write in the place of each seed's features, by the seeds."""
     draw, found = gaussian(held_out.with_moments(0 * held_out.mean, held_out.covariance)), []
-    for position, seed in enumerate(model):
-        drawn = F.normalize(draw(len(seed.directions), torch.Generator().manual_seed(position)).double(), dim=1)
-        found.append(seed.alone_in(drawn.numpy()))
+    for seed, written_by in model.items():
+        drawn = F.normalize(draw(len(written_by.directions), torch.Generator().manual_seed(seed)).double(), dim=1)
+        found.append(written_by.alone_in(drawn.numpy()))
     return found
 
 
