@@ -255,3 +255,50 @@ def test_cells_without_intervals_are_told(studies):
     assert across.combined(some)["cells"].max() == 21 - len(studies[0].study.cells)
     figure = figures.forest(some[some["id"] == "C2"], [("C2", LINES[0], "share"), ("C4", LINES[0], "impact")], "title")
     assert [len(axis.texts) for axis in figure.axes] == [0, 1]
+
+
+def drawn(*values: float, below: bool = False) -> list[dict]:
+    """Lines of draws of one cell: the first condition has these values, and the second nothing but 99."""
+    return [line(f"draw {place}", "C7", LINES[1], value, bound=0.0, below=below) for place, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_draws_of_a_cell_have_student_s_interval_and_the_bound_of_their_condition(below):
+    values = np.array([0.01, 0.03, 0.02, 0.05]) * (-1 if below else 1)
+    lines = drawn(*values, below=below)
+    lines[0]["conditions"][0]["met"] = True
+    first, second = generality.over_draws(lines).to_dict("records")
+    assert (first["what"], first["draws"], first["met_in"], first["met"]) == ("first", 4, 1, True)
+    assert first["value"] == pytest.approx(values.mean())
+    ends = stats.t.interval(0.95, 3, values.mean(), values.std(ddof=1) / 2)
+    assert (first["value_low"], first["value_high"]) == pytest.approx(ends)
+    assert (second["what"], second["met"], second["value"]) == ("other", not below, 99.0)
+    wide = generality.over_draws(drawn(*(values - values.mean()), below=below))
+    assert wide["met"].iloc[0] is None
+
+
+def test_a_condition_that_a_draw_has_no_value_of_is_open():
+    lines = drawn(0.1, 0.2, 0.3)
+    lines[1]["conditions"][0] |= dict.fromkeys(("value", "ci_low", "ci_high"))
+    open_one = generality.over_draws(lines).iloc[0]
+    assert np.isnan(open_one["value"])
+    assert open_one["met"] is None
+    assert generality.over_draws([]).empty
+
+
+def test_a_page_shows_each_draw_by_its_seeds_and_their_mean_below():
+    cells = {f"draw {place}": SimpleNamespace(seed_list=[10 * place, 10 * place + 4, 10 * place + 2]) for place in range(3)}
+    ledger = {each["cell"]: each for each in drawn(-0.1, -0.3, -0.2, below=True)}
+    study = SimpleNamespace(
+        study=SimpleNamespace(cells=cells),
+        claim=lambda claim, cell, line: ledger[cell],
+        claims=lambda claim, cell: [ledger[cell]],
+    )
+    rows = across.draws(study, "C7", LINES[1])
+    first = rows[rows["id"] == "first"]
+    assert list(first["name"]) == ["seeds 0 to 4", "seeds 10 to 14", "seeds 20 to 24", "mean of draws"]
+    assert list(first["position"]) == [0, 1, 2, 3]
+    np.testing.assert_allclose(first["value"], [-0.1, -0.3, -0.2, -0.2])
+    np.testing.assert_allclose(first["margin"], [0.1, 0.3, 0.2, 0.2])
+    assert "| first | -0.200 [" in across.over_draws(study, "C7")
+    assert "| below 0 | open | 0 of 3 |" in across.over_draws(study, "C7")

@@ -9,6 +9,7 @@ import pytest
 from sae_stability import places
 from sae_stability.book import derived, numbers, page, tables
 from sae_stability.experiments import asked
+from sae_stability.figures import style
 from sae_stability.files import read_json
 from sae_stability.loading import load_study
 from sae_stability.pipeline import Plan
@@ -69,6 +70,14 @@ def test_published_variants_stand_in_for_a_grid_of_the_same_cell_only(quick, els
     assert other.compared is other
 
 
+def test_published_draws_stand_in_for_further_nulls(quick, elsewhere, tmp_path):
+    assert quick.beside_nulls is quick  # there are none
+    shutil.copytree(elsewhere.folder, tmp_path / "published" / tables.DRAWS)
+    assert quick.beside_nulls.folder == tmp_path / "published" / tables.DRAWS
+    own = tables.Book(Plan(load_study("quick", ["nulls=[surrogate,whitened]"])))
+    assert own.beside_nulls is own
+
+
 def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch):
     """Pages that read nothing else: what is longer and wider, what nobody had seen, and what is asked of many seeds."""
     for name in ("lengths", "widths", "unseen", "many-seeds", "smollm2"):
@@ -116,9 +125,24 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
     assert all(f"**Pools of {size} seeds.**" in told for size in (4, 8))
     assert "C9 in the study `pooling`" in told  # fresh seeds
     assert "a union finds +" in told
+    shutil.copytree(SHIPPED / "draws", tmp_path / "published" / "draws")
     told = executed("subspaces", monkeypatch)
     assert all(line["verdict"] in told for line in quick.lines if line["id"] == "C7")
     assert "C7 in the study `quick`" in told
+    draws = page.published("draws")
+    met = sum(draws.claim("C7", cell, "beyond size and noise")["conditions"][1]["met"] is True for cell in draws.study.cells)
+    (row,) = (row for row in told.splitlines() if "| less that of random directions of equal energy |" in row and " of 8 |" in row)
+    assert f"| {met} of 8 |" in row
+    assert "Dot chart of three differences in each of 8 draws" in told
+    assert "model with shuffled weights, most alike" in told
+    assert "whitened activations, groups" in told
+    told = executed("stability", monkeypatch)
+    back = derived.share_back_everywhere(derived.one_a_feature(draws.table("counts")))
+    assert all(f"{style.KINDS[kind].name} {back[kind]:.0%}" in told for kind in draws.cell.kinds)
+    assert told.count("Mean stability there is") == 3
+    means = draws.table("cells", every_cell=True)["mean_stability"]
+    assert f"between\n{means.min():.3f} [" in told
+    assert f"hold the mean of all, {means.mean():.3f}" in told
     told = executed("asked", monkeypatch)
     assert "reported by readers of the paper, not checked by us" in told
     assert "0.18 %" in told
@@ -143,6 +167,8 @@ def test_chapters_say_what_is_not_published(quick, tmp_path, monkeypatch):
     assert "sae-stability run smollm2" in executed("real", monkeypatch)
     assert "sae-stability run unseen" in executed("rules", monkeypatch)
     assert "sae-stability run many-seeds" in executed("asked", monkeypatch)
+    assert "sae-stability run draws" in executed("subspaces", monkeypatch)
+    assert "no null but the surrogate" in executed("stability", monkeypatch)
     assert executed("synthetic", monkeypatch).count("`make worlds` makes them") == 2  # slices of the diagram, and the reverse test
 
 

@@ -73,6 +73,40 @@ def verdicts(studies: Sequence[Tables], chosen: pd.DataFrame) -> str:
     return page.markdown_table(chosen, columns)
 
 
+def over_draws(study: Tables, claim: str) -> str:
+    """The conditions of a claim over the draws of a study's main cell, which are its cells, line by line."""
+    means = generality.over_draws(line for id in study.study.cells for line in study.claims(claim, id))
+    columns: dict[str, page.Column] = {
+        "line": "{line}",
+        "condition": "{what}",
+        "mean over draws, 95 % interval": partial(page.interval, name="value"),
+        "bound": lambda row: f"{'below' if row['below'] else 'above'} {row['bound']:g}",
+        " ": lambda row: page.MET[row["met"]],
+        "met in": "{met_in} of {draws}",
+    }
+    return page.markdown_table(means, columns)
+
+
+def draws(study: Tables, claim: str, line: str) -> pd.DataFrame:
+    """The conditions of a line of a claim on every draw of a study's main cell, and last their mean: rows of `figures.forest`.
+
+    Columns: id (the condition), line, position, name (the seeds of the draw), axis, value, low, high, bound and margin.
+    """
+    cells = study.study.cells
+    lines = [study.claim(claim, id, line) for id in cells]
+    names = [f"seeds {min(cell.seed_list)} to {max(cell.seed_list)}" for cell in cells.values()]
+    single = [
+        {"id": part["what"], "position": position, "name": name, "axis": "draw", "value": part["value"], "bound": part["bound"]}
+        | {"low": part["ci_low"], "high": part["ci_high"], "below": part["below"]}
+        for position, (name, each) in enumerate(zip(names, lines, strict=True))
+        for part in each["conditions"]
+    ]
+    means = generality.over_draws(lines).rename(columns={"what": "id", "value_low": "low", "value_high": "high"})
+    means = means.assign(position=len(cells), name="mean of draws", axis="mean")
+    found = pd.concat([pd.DataFrame(single), means[list(single[0])]], ignore_index=True).assign(line=line)
+    return found.assign(margin=(found["value"] - found["bound"]) * (1 - 2 * found["below"].astype(int)))
+
+
 def combined(found: pd.DataFrame) -> pd.DataFrame:
     """Each line of each claim over all cells of `effects`, one row each, by `id` and `line`.
 

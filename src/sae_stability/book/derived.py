@@ -126,8 +126,12 @@ def at_equal_seeds(results: Results, threshold: float) -> pd.DataFrame:
 def grid_at_equal_seeds(study: Tables) -> pd.DataFrame:
     """The same of each cell of the grid and its surrogate, at its own threshold, with what tells the cell apart as `name`."""
     counts = study.others("counts")
-    counts = counts[counts["kind"].isin(["real", "surrogate"])]
-    return counts.loc[counts.index.repeat(counts["features"]), ["name", "kind", "matches", "trials"]].reset_index(drop=True)
+    return one_a_feature(counts[counts["kind"].isin(["real", "surrogate"])])[["name", "kind", "matches", "trials"]]
+
+
+def one_a_feature(counts: pd.DataFrame) -> pd.DataFrame:
+    """The table `counts`, or rows of it, with a row for each of the features that it counts."""
+    return counts.loc[counts.index.repeat(counts["features"])].reset_index(drop=True)
 
 
 def share_back_everywhere(features: pd.DataFrame) -> pd.Series:

@@ -47,6 +47,8 @@ FURTHER_NULLS = {
     "left. The only features in it are those of single tokens. What comes back there needs no context.",
 }
 """What nulls beside the surrogate are trained on, and what they say."""
+MET = {True: "met", False: "failed", None: "open"}
+"""What pages call a condition, by whether it is met."""
 Column = str | Callable[[pd.Series], str]
 """How a column of a printed table is made of a row: a format string over its columns (`"{l0:.1f}"`), or a function."""
 
@@ -188,12 +190,11 @@ def judged(lines: list[dict]) -> str:
     """The verdicts of the lines of a claim, each with its conditions, as Markdown. A page of its own spells every rule out."""
     if "conditions" not in lines[0]:
         return f"**{lines[0]['id']} is not tested** in this study."
-    signs = {True: "met", False: "failed", None: "open"}
     columns: dict[str, Column] = {
         "condition": "{what}",
         "value, 95 % interval": line_interval,
         "bound": lambda part: f"{'below' if part['below'] else 'above'} {part['bound']:g}",
-        " ": lambda part: signs[part["met"]],
+        " ": lambda part: MET[part["met"]],
     }
     return "\n\n".join(
         f"**{line['id']}, {line['line']}: {line['verdict']}**, {line['scope']}.\n\n"

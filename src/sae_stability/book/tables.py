@@ -17,6 +17,8 @@ from sae_stability.study import Cell, Study, model_name, told_apart
 
 VARIANTS = "variants"
 """The published study in which the main cell of `embedded` is trained by every variant."""
+DRAWS = "draws"
+"""The published study in which it is trained by eight times eleven seeds, and by the first of them on every null."""
 
 
 class Tables(ABC):
@@ -139,6 +141,11 @@ class Book(Tables):
         elsewhere, number = published(VARIANTS), {"seeds", "surrogate_seeds", "nulls"}
         alike = elsewhere is not None and elsewhere.cell.model_dump(exclude=number) == self.cell.model_dump(exclude=number)
         return elsewhere if alike and elsewhere and len(self.study.cells) == 1 else self
+
+    @property
+    def beside_nulls(self) -> Tables:
+        """Where a main cell is set beside further nulls: this study, where it has any but the surrogate, or the published draws."""
+        return self if len(self.cell.nulls) > 1 else published(DRAWS) or self
 
     def stages(self) -> pd.DataFrame:
         """What each stage took: name, seconds (of its last part, where it was interrupted), peak_memory_gb, machine."""

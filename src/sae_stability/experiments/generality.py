@@ -5,7 +5,7 @@ effects: a mean over cells, how much cells scatter beyond their own error, and w
 that shares a model with another is not a draw of its own, so the mean is asked for without each of the models, too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -15,7 +15,7 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from sae_stability.ledger import NOWHERE, OTHERWISE, Condition, Line, Rule, judged
-from sae_stability.statistics import Interval
+from sae_stability.statistics import Interval, jackknifed_mean
 from sae_stability.study import Study
 
 ASKED = ("C1", "C2", "C3", "C4", "C5", "C7")
@@ -106,6 +106,25 @@ def together(margin: Float[np.ndarray, "cell"], error: Float[np.ndarray, "cell"]
     inconsistency = max(0.0, 1 - (cells - 1) / scatter(0.0)) if scatter(0.0) > 0 else 0.0
     next_cell = around((variance + of_mean**2) ** 0.5, cells - 2)
     return Together(cells, right, wrong, around(of_mean, cells - 1), variance**0.5, inconsistency, next_cell)
+
+
+def over_draws(lines: Iterable[dict]) -> pd.DataFrame:
+    """The lines of a claim on several draws of one cell, which have no seed in common: each condition over draws, a row each.
+
+    Columns: line, what, bound, below, draws, met_in (draws in which the condition is met), and value, its mean over draws with
+    Student's interval (value_low, value_high), and met: whether that mean meets the condition, None where it is open. All draws
+    are measured on one text, which the interval has no part of. A condition that some draw has no value of is open.
+    """
+    found = pd.DataFrame([{"line": line["line"], **condition} for line in lines for condition in line.get("conditions", [])])
+    rows = []
+    for (line, what), of_draws in found.groupby(["line", "what"], sort=False) if len(found) else ():
+        first, mean = of_draws.iloc[0], jackknifed_mean(of_draws["value"].astype(float))
+        condition = Condition(what, mean, first["bound"], first["below"])
+        counts = {"draws": len(of_draws), "met_in": sum(met is True for met in of_draws["met"])}
+        row = {"line": line, "what": what, "bound": first["bound"], "below": first["below"], **counts}
+        rows.append(row | {"value": mean.value, "value_low": mean.low, "value_high": mean.high, "met": condition.met})
+    columns = ["line", "what", "bound", "below", "draws", "met_in", "value", "value_low", "value_high", "met"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _certain(p: Float[np.ndarray, "cell"]) -> Bool[np.ndarray, "cell"]:
