@@ -136,6 +136,10 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
     assert "Dot chart of three differences in each of 8 draws" in told
     assert "model with shuffled weights, most alike" in told
     assert "whitened activations, groups" in told
+    shared = draws.table("subspaces").query("quantity == 'share of ceiling' and coordinates == 'written' and rank == 16")
+    shared = shared.set_index(["kind", "of"])["value"]
+    for kind in ("surrogate", "randomised", "token-conditional"):
+        assert f"*{style.KINDS[kind].name}* (by {shared['real', 'unstable'] - shared[kind, 'alike']:+.2f} [" in told
     told = executed("stability", monkeypatch)
     back = derived.share_back_everywhere(derived.one_a_feature(draws.table("counts")))
     assert all(f"{style.KINDS[kind].name} {back[kind]:.0%}" in told for kind in draws.cell.kinds)
