@@ -32,7 +32,7 @@ def executed(name: str, monkeypatch, **names) -> str:
     namespace = dict(names)
     for cell in cells:
         if cell.cell_type == "code":
-            exec(cell.source if "parameters" not in cell.metadata.tags else "study = 'quick'", namespace)
+            exec(cell.source + ("\nstudy = 'quick'" if "parameters" in cell.metadata.tags else ""), namespace)
     return "\n".join(said)
 
 
