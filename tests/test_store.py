@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sae_stability import files, pruning
+from sae_stability import files, places, pruning
 from sae_stability import store as module
 from sae_stability.files import locked, read_json, read_metadata, replacing, save_tensors, write_json, write_table
 from sae_stability.loading import load_study
@@ -232,6 +232,23 @@ def test_cleaning_frees_what_no_plan_names_and_says_so_first(store, monkeypatch)
     assert not stale.exists()
     assert not begun.exists()
     assert kept.exists()
+
+
+def test_what_another_run_takes_away_while_cleaning_looks_is_passed_over(store, monkeypatch):
+    stale = compute(store, "shared/matching/old-1")
+    (stale / f"{files.TEMPORARY}result.json-x").mkdir()
+    monkeypatch.setattr(pruning, "_named", lambda study: set())
+    scan = os.scandir
+
+    def after_it_went(path):
+        if Path(path).name.startswith(files.TEMPORARY):
+            os.rmdir(path)
+        return scan(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", after_it_went)
+        assert "old-1" in next(pruning.clean(store.study, dry_run=True))
+    assert files.below(places.results(), "*.json", "old-*") == [stale, *sorted(stale.glob("*.json"))]
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):

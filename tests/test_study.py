@@ -19,6 +19,7 @@ from sae_stability import pipeline
 from sae_stability.book import page, tables
 from sae_stability.errors import UserError
 from sae_stability.experiments import texts
+from sae_stability.files import below
 from sae_stability.language import corpus
 from sae_stability.ledger import CLAIMS
 from sae_stability.loading import load_study
@@ -179,7 +180,7 @@ def test_a_kill_and_another_threshold_go_on(house, small):
     overrides = [*small, "passes=30"]
     process = subprocess.Popen([sys.executable, "-c", COMPUTE, "study", *overrides], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(house.rglob(".scratch/*/shards/*")) and time.monotonic() < deadline:
+    while not any(path.parent.name == "shards" for path in below(house, "*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,15 @@ def drop(leftovers: Iterable[Path]) -> None:
     """Remove the temporary folders that a killed run left behind."""
     for leftover in list(leftovers):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def below(folder: Path, *patterns: str) -> list[Path]:
+    """Everything below a folder whose name fits one of some shell patterns, in order.
+
+    Others may write there: what they take away while this looks is passed over, where `Path.rglob` fails before Python 3.13.
+    """
+    places = ((Path(path), [*folders, *names]) for path, folders, names in os.walk(folder))
+    return sorted(place / name for place, held in places for name in held if any(fnmatchcase(name, each) for each in patterns))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sae_stability import places
 from sae_stability.errors import UserError
+from sae_stability.files import below
 from sae_stability.loading import read_study
 from sae_stability.pipeline import Plan
 from sae_stability.store import SCRATCH, Store, owned, size
@@ -37,7 +38,7 @@ def _named(study: Study) -> set[Path]:
     entries = {plan.store.path(entry) for stage in plan.stages for entry in stage.entries}
     marks = {path.with_suffix(".provenance.json") for path in entries if path.suffix}
     unfinished = (plan.store.path(stage.group) for stage in plan.stages if not plan.is_done(stage))
-    return entries | marks | {scratch for group in unfinished for scratch in group.rglob(SCRATCH)}
+    return entries | marks | {scratch for group in unfinished for scratch in below(group, SCRATCH)}
 
 
 def _others(study: Study) -> Iterator[Study]:

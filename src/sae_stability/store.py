@@ -24,7 +24,7 @@ from pathlib import Path
 import pandas as pd
 
 from sae_stability import places
-from sae_stability.files import TEMPORARY, drop, locked, read_json, replacing, sha256, write_json
+from sae_stability.files import TEMPORARY, below, drop, locked, read_json, replacing, sha256, write_json
 from sae_stability.keys import versions
 from sae_stability.study import Study
 
@@ -185,7 +185,7 @@ class Store:
 
 def owned(folder: Path) -> list[Path]:
     """The entries below a folder, finished or begun: each is pruned as a whole."""
-    marks = [*folder.rglob(PROVENANCE), *folder.rglob(BEGUN), *folder.rglob("*.provenance.json"), *folder.rglob(SCRATCH)]
+    marks = below(folder, PROVENANCE, BEGUN, f"*.{PROVENANCE}", SCRATCH)
     return sorted({mark.parent if mark.name in (PROVENANCE, BEGUN) else mark for mark in marks})
 
 
