@@ -20,7 +20,7 @@ import nbformat
 import yaml
 
 from sae_stability import places
-from sae_stability.book import explorer, folds, launch, made, numbers, page
+from sae_stability.book import explorer, folds, kernels, launch, made, numbers, page
 from sae_stability.files import locked, read_json, replacing, sha256, write_json
 from sae_stability.keys import key_of, key_of_script, versions
 from sae_stability.pipeline import Plan
@@ -213,6 +213,7 @@ def _papermill(notebook: Path, into: Path, store: Store) -> None:
     for name in ("MPLBACKEND", "JUPYTER_PATH", "JUPYTER_PREFER_ENV_PATH"):
         os.environ.pop(name, None)
     os.environ["PYTHONWARNINGS"] = "ignore"
+    os.environ["JUPYTER_DEFAULT_PROVISIONER_NAME"] = kernels.NAME
     os.environ["SAE_STABILITY_ROOT"] = str(places.root())
     try:
         papermill.execute_notebook(

@@ -1,0 +1,62 @@
+"""Kernels for chapters, forked from a process that has imported what every chapter does: imports are half of a chapter's time.
+
+Each is a process of its own with nothing in it but modules, as a kernel that Jupyter starts. Jupyter finds this way of starting one
+by the name `NAME` (`pyproject.toml` gives it).
+"""
+
+import multiprocessing
+import os
+from multiprocessing.process import BaseProcess
+from typing import Any, cast
+
+from jupyter_client.connect import KernelConnectionInfo
+from jupyter_client.provisioning import LocalProvisioner
+
+NAME = "sae-stability-forked"
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["sae_stability.book.preloaded"])
+
+
+class Forked(LocalProvisioner):
+    """Starts a kernel as a fork."""
+
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
+        """`cmd` is what would start it: an interpreter, `-m`, the kernel's module and its arguments."""
+        process = SERVER.Process(target=_serve, args=(cmd[3:], kwargs["env"], str(kwargs.get("cwd") or os.getcwd())))
+        process.start()
+        self.process, self.pid, self.cwd = cast(Any, _Started(process)), process.pid, kwargs.get("cwd")
+        return self.connection_info
+
+
+def _serve(arguments: list[str], environment: dict[str, str], folder: str) -> None:
+    """Be a kernel."""
+    import matplotlib
+    from ipykernel.kernelapp import IPKernelApp
+
+    os.setsid()  # an interrupt at the terminal is for who waits for the kernel
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    matplotlib.rcParams["backend"] = "module://matplotlib_inline.backend_inline"  # a kernel's own, for which pyplot came too early
+    IPKernelApp.launch_instance(arguments)
+
+
+class _Started:
+    """A process, as Jupyter handles one that `subprocess` started."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, process: BaseProcess):
+        self._process, self.pid = process, process.pid
+        self.kill, self.terminate = process.kill, process.terminate
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None and self.pid is not None:
+            os.kill(self.pid, number)
