@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from sae_stability import places
@@ -30,13 +31,8 @@ def docstrings() -> list[str]:
     """
     folders = [_package_folder(package) for package in DOCUMENTED]
     files = [file for folder in folders for file in sorted(folder.rglob("*.py")) if "tests" not in file.relative_to(folder).parts]
-    collecting = gc.isenabled()
-    gc.disable()  # syntax trees are millions of small objects without cycles: collecting them takes twice the parsing
-    try:
-        return sorted({text for file in tqdm(files, "docstrings", unit="file", disable=None) for text in _docstrings_in(file)})
-    finally:
-        if collecting:
-            gc.enable()
+    found = Parallel(n_jobs=-1, return_as="generator")(delayed(_docstrings_in)(file) for file in files)
+    return sorted({text for texts in tqdm(found, "docstrings", len(files), unit="file", disable=None) for text in texts})
 
 
 def code() -> list[str]:
@@ -66,15 +62,20 @@ def _python_files(package: str) -> list[Path]:
 
 
 def _docstrings_in(file: Path) -> list[str]:
+    collecting = gc.isenabled()
+    gc.disable()  # syntax trees are millions of small objects without cycles: collecting them takes twice the parsing
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             tree = ast.parse(file.read_bytes())
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        texts = (ast.get_docstring(node) for node in _statements(tree) if isinstance(node, documented))
+        return [text for text in texts if text and len(text) >= SHORTEST_DOCSTRING]
     except (SyntaxError, ValueError):  # templates, and files that are broken on purpose
         return []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = (ast.get_docstring(node) for node in _statements(tree) if isinstance(node, documented))
-    return [text for text in texts if text and len(text) >= SHORTEST_DOCSTRING]
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
