@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_stability.errors import UserError
 from sae_stability.language import models
-from sae_stability.language.activations import Activations, collect, forward, kept, longest_norms, whitening
+from sae_stability.language.activations import BATCH, Activations, collect, forward, forward_all, kept, longest_norms, whitening
 from sae_stability.language.corpus import Contexts, load, pack
 from sae_stability.language.site import Site
 from sae_stability.language.tokens import check_ids
@@ -32,6 +32,18 @@ def test_activations_are_those_of_hugging_face_without_bos(model_folders, text_f
         found = Activations.open(path)
         expected = hidden[layer + 1][torch.from_numpy(contexts.is_text)][:500]
         torch.testing.assert_close(found.data, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_batches_side_by_side_are_those_of_one_model_in_the_order_of_the_text(model_folders, text_file):
+    bridge, hooks = models.load(str(model_folders["gpt2"])), ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"]
+    contexts = pack(load(str(text_file)).train, bridge.tokenizer, 32)
+    rows = np.random.default_rng(0).permutation(len(contexts.tokens))[: 5 * BATCH - 3]
+    found = list(forward_all(bridge, contexts, rows, hooks))
+    assert len(found) == 5
+    for start, of_batch in enumerate(found):
+        expected = forward(bridge, contexts, rows[start * BATCH : (start + 1) * BATCH], hooks)
+        for hook in hooks:
+            torch.testing.assert_close(of_batch[hook], expected[hook], atol=1e-5, rtol=1e-5)
 
 
 def test_normalised_activations_have_mean_zero_and_norm_sqrt_d(model_folders):

@@ -5,7 +5,7 @@ import torch
 from sae_stability import pipeline
 from sae_stability.errors import UserError
 from sae_stability.experiments import ensembles
-from sae_stability.language import corpus, models
+from sae_stability.language import activations, corpus, models
 from sae_stability.language.activations import Activations, collect
 from sae_stability.language.streaming import Stream
 from sae_stability.loading import load_study
@@ -56,8 +56,8 @@ def test_blocks_can_be_asked_for_again_and_shortened(bridge, contexts):
 
 def test_one_forward_pass_feeds_all_sites(bridge, contexts, monkeypatch):
     calls = []
-    run = bridge.run_with_cache
-    monkeypatch.setattr(bridge, "run_with_cache", lambda *args, **options: calls.append(1) or run(*args, **options))
+    forward = activations.forward
+    monkeypatch.setattr(activations, "forward", lambda *given: calls.append(1) or forward(*given))
     other = "blocks.0.hook_resid_post"
     stream = Stream(bridge, contexts, [HOOK, other], tokens=600, block_tokens=600)
     for hook in (HOOK, other):

@@ -1,7 +1,8 @@
 """How work is shared among threads: seeds side by side, each with its part of PyTorch's threads, which compiled kernels follow."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -36,6 +37,18 @@ def each_group(work: Callable[[tuple[int, ...]], Any], groups: Sequence[tuple[in
     """
     with threadpool_limits(1, user_api="blas"), pool(workers(len(groups))) as shared:
         yield from tqdm(shared.map(work, groups), described, total=len(groups), unit="group", disable=None)
+
+
+def in_order(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """What `work` gives for each item, in their order: several are worked on at a time, and no more than these wait to be taken."""
+    with pool(workers) as shared:
+        begun: deque[Future] = deque()
+        for item in items:
+            begun.append(shared.submit(work, item))
+            if len(begun) > workers:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
 
 
 def ahead(items: Iterator[Any]) -> Iterator[Any]:

@@ -71,7 +71,7 @@ class Site:
         Raises `UserError` as `count` does: the SAEs say which d_in it must have.
         """
         from sae_stability.language import models
-        from sae_stability.language.activations import BATCH, forward
+        from sae_stability.language.activations import BATCH, forward_all
         from sae_stability.language.tokens import check_ids
 
         bridge = models.load(self.model, device=self.device, dtype=self.model_dtype)
@@ -84,9 +84,10 @@ class Site:
         contexts = self._contexts(bridge)
         check_ids(bridge, contexts.tokens)
         centred = centred and self.hook_name.rpartition(".")[2] in TO_THE_STREAM
-        count = contexts.holding(self.tokens)
-        for start in tqdm(range(0, count, BATCH), described, unit="batch", disable=None):
-            x = forward(bridge, contexts, slice(start, min(start + BATCH, count)), [self.hook_name])[self.hook_name].float()
+        rows = np.arange(contexts.holding(self.tokens))
+        found = forward_all(bridge, contexts, rows, [self.hook_name])
+        for at_site in tqdm(found, described, total=-(-len(rows) // BATCH), unit="batch", disable=None):
+            x = at_site[self.hook_name].float()
             d_in = saes[0].directions.shape[1]
             if x.shape[1] != d_in:
                 raise UserError(f"hook_name: {self.hook_name} has d_in {x.shape[1]}, the SAEs have {d_in}; name their own site")

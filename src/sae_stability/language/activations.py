@@ -3,11 +3,13 @@
 One forward pass feeds every site that a study asks for, and stops at the last layer needed.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from queue import SimpleQueue
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -132,8 +134,8 @@ def collect(
     with ExitStack() as stack:
         writers = {hook: stack.enter_context(Writer(path, bridge.cfg.d_model, dtype)) for hook, path in paths.items()}
         with tqdm(total=tokens, desc=described, unit="tok", unit_scale=True, disable=None) as bar:
-            for start in range(0, count, BATCH):
-                for hook, x in forward(bridge, contexts, slice(start, min(start + BATCH, count)), list(paths)).items():
+            for found in forward_all(bridge, contexts, np.arange(count), list(paths)):
+                for hook, x in found.items():
                     writers[hook].write_kept(x, tokens, longest.get(hook))
                 done = min(writer.rows for writer in writers.values())
                 bar.update(done - bar.n)
@@ -144,9 +146,8 @@ def collect(
 def longest_norms(bridge, contexts: Contexts, hook_names: list[str], cutoff: float) -> dict[str, float]:
     """At each hook point, `cutoff` times the median norm of the activations of the first `MEDIAN_TOKENS` text tokens."""
     norms: dict[str, list[Tensor]] = {hook: [] for hook in hook_names}
-    count = contexts.holding(MEDIAN_TOKENS)
-    for start in range(0, count, BATCH):
-        for hook, x in forward(bridge, contexts, slice(start, min(start + BATCH, count)), hook_names).items():
+    for found in forward_all(bridge, contexts, np.arange(contexts.holding(MEDIAN_TOKENS)), hook_names):
+        for hook, x in found.items():
             norms[hook].append(x.float().norm(dim=1))
     return {hook: cutoff * torch.cat(parts).median().item() for hook, parts in norms.items()}
 
@@ -161,6 +162,31 @@ def kept(path: Path, contexts: Contexts) -> Contexts:
     places = np.flatnonzero(is_text)[: len(chosen)]
     is_text.flat[places[~chosen]] = False
     return replace(contexts, is_text=is_text)
+
+
+def forward_all(
+    bridge, contexts: Contexts, rows: Int[np.ndarray, "context"], hook_names: list[str]
+) -> Iterator[dict[str, Float[Tensor, "token d_in"]]]:
+    """What `forward` gives for some contexts, `BATCH` of them at a time, in their order.
+
+    On the CPU as many are worked on at a time as there are threads: threads that share one wait for one another after each of its
+    many small steps. Each has a copy of the model, since hooks are hung into modules; copies share all weights.
+    """
+    batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+    at_once = threads.workers(len(batches)) if device_of(bridge).type == "cpu" else 1
+    weights = {id(tensor): tensor for tensor in (*bridge.parameters(), *bridge.buffers())}
+    idle: SimpleQueue[Any] = SimpleQueue()  # models
+    for model in (bridge, *(copy.deepcopy(bridge, weights.copy()) for _ in range(at_once - 1))):
+        idle.put(model)
+
+    def run(batch: Int[np.ndarray, "context"]) -> dict[str, Float[Tensor, "token d_in"]]:
+        model = idle.get()
+        try:
+            return forward(model, contexts, batch, hook_names)
+        finally:
+            idle.put(model)
+
+    return threads.in_order(run, batches, at_once)
 
 
 def forward(

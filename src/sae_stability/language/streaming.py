@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_stability.language.activations import BATCH, Activations, forward
+from sae_stability.language.activations import Activations, forward_all
 from sae_stability.language.corpus import Contexts
 
 DRAWN_SEEDS = 1 << 32  # beyond those of null sources that are cached
@@ -87,8 +87,7 @@ class Stream:
         if self.held is None or self.held[0] != index:
             self.held = None  # room for the next one
             rows = self.rows[index]
-            starts = range(0, len(rows), BATCH)
-            parts = [forward(self.bridge, self.contexts, rows[start : start + BATCH], self.hook_names) for start in starts]
+            parts = list(forward_all(self.bridge, self.contexts, rows, self.hook_names))
             self.held = (index, {hook: torch.cat([part[hook].to(self.dtype) for part in parts]) for hook in self.hook_names})
         return self.held[1]
 
