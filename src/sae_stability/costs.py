@@ -17,8 +17,8 @@ from sae_stability import places
 from sae_stability.ablation.effects import CHOSEN_AGAIN, REFITTED
 from sae_stability.ablation.removal import JUDGED
 from sae_stability.experiments import Stage, texts
+from sae_stability.experiments.codes import CODE_TOKENS
 from sae_stability.experiments.ensembles import TRAINING
-from sae_stability.experiments.matching import CODE_TOKENS
 from sae_stability.experiments.pools import TUNING, split
 from sae_stability.experiments.rivals import PAID
 from sae_stability.language.activations import layer_of

@@ -131,11 +131,14 @@ class Encoded:
             parts.append(sparse.csr_array(arrays, shape=(len(codes.starts) - 1, self.ensemble.d_sae)))
         return sparse.vstack(parts, format="csr")
 
+    def matrices(self) -> list[sparse.csr_array]:
+        """Those of every seed."""
+        return [self.matrix(position) for position in range(len(self.ensemble.seeds))]
+
 
 def sparse_codes(ensemble: Ensemble, activations: Activations) -> list[sparse.csr_array]:
     """Each seed's feature activations [token, d_sae] on the same tokens."""
-    encoded = Encoded.of(ensemble, activations)
-    return [encoded.matrix(position) for position in range(len(ensemble.seeds))]
+    return Encoded.of(ensemble, activations).matrices()
 
 
 def losses(site: Reading, ensemble: Ensemble) -> Losses:

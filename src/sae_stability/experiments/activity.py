@@ -9,11 +9,10 @@ from safetensors.numpy import load_file
 from scipy import sparse
 from tqdm import tqdm
 
-from sae_stability.evaluation import sparse_codes
-from sae_stability.experiments import ensembles, matching, texts
+from sae_stability.experiments import ensembles, matching
+from sae_stability.experiments.codes import encoded
 from sae_stability.experiments.columns import each_kind, interval_columns
 from sae_stability.experiments.experiment import Experiment, Results
-from sae_stability.experiments.matching import CODE_TOKENS
 from sae_stability.files import save_arrays
 from sae_stability.matching import BANDS
 from sae_stability.statistics import jackknife
@@ -24,8 +23,7 @@ KINDS = ["real", "surrogate"]
 def compute(results: Results, folder: Path) -> None:
     """Correlate the activations of each feature with those of the one that is most like it by direction, in every other seed."""
     for kind in KINDS:
-        held_out = texts.activations(results, "evaluation", kind).first(CODE_TOKENS)
-        codes = [matrix.tocsc() for matrix in sparse_codes(ensembles.ensemble(results, kind), held_out)]
+        codes = [matrix.tocsc() for matrix in encoded(results, kind).matrices()]
         partner = matching.stability(results, kind).partner.numpy()
         correlation = np.full(partner.shape, np.nan, dtype=np.float32)
         pairs = [(s, t) for s in range(len(codes)) for t in range(len(codes)) if s != t]

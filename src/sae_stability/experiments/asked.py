@@ -16,12 +16,11 @@ from torch import Tensor
 
 from sae_stability import ablation
 from sae_stability.ablation.controls import Name, own_ranks, some_of
-from sae_stability.evaluation import Encoded
 from sae_stability.experiments import ensembles, explanations, impacts, matching, quality, texts
+from sae_stability.experiments.codes import encoded
 from sae_stability.experiments.columns import interval_columns
 from sae_stability.experiments.experiment import Experiment, Results, is_main
 from sae_stability.experiments.explanations import EXPLAINED_SEEDS
-from sae_stability.experiments.matching import CODE_TOKENS
 from sae_stability.explanations import Rules
 from sae_stability.files import save_arrays
 from sae_stability.matching import BANDS as matching_bands
@@ -77,8 +76,7 @@ def compute(results: Results, folder: Path) -> None:
     """Mask stable and unstable features of every seed, and read the explained variance and the cross-entropy."""
     ensemble, members = ensembles.ensemble(results), masked(matching.stability(results))
     site = texts.reading(results, results.study.ablation_tokens)
-    encoded = Encoded.of(ensemble, texts.activations(results, "evaluation").first(CODE_TOKENS))
-    residuals = ablation.on_reconstruction(encoded, site.contexts.cluster[site.contexts.is_text], members)
+    residuals = ablation.on_reconstruction(encoded(results), site.contexts.cluster[site.contexts.is_text], members)
     predicted = ablation.on_prediction(site, ensemble, members, {"removed": list(members)})
     arrays = {"total": residuals.total, "intact": residuals.intact, "clean": predicted.clean, "tokens": predicted.tokens}
     arrays |= {ablated: predicted.nats[ablated,] for ablated in SITE}

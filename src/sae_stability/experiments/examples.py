@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 
 from sae_stability import portraits, threads
-from sae_stability.evaluation import sparse_codes
 from sae_stability.experiments import ensembles, stability, texts
+from sae_stability.experiments.codes import encoded
 from sae_stability.experiments.experiment import Experiment, Results, is_main
-from sae_stability.experiments.matching import CODE_TOKENS
 from sae_stability.files import write_table
 from sae_stability.language import models
 from sae_stability.language.corpus import Contexts
@@ -29,13 +28,12 @@ ON_A_STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn
 def compute(results: Results, folder: Path) -> None:
     """Look up where each feature fires, and what it writes."""
     ensemble, contexts = ensembles.ensemble(results), texts.contexts(results, "evaluation")
-    held_out = texts.activations(results, "evaluation").first(CODE_TOKENS)
+    read = encoded(results)
     tokenizer = models.load_tokenizer(results.cell.model)
     bridge = models.load(results.cell.model) if results.cell.hook_name.endswith(ON_A_STREAM) else None
 
     def of_seed(position: int) -> None:
-        (codes,) = sparse_codes(ensemble.of(position), held_out)
-        codes = codes.tocsc()
+        codes = read.matrix(position).tocsc()
         write_table(folder / f"windows-{position}.parquet", portraits.windows(codes, contexts))
         table = portraits.histograms(codes)
         if bridge is not None:
@@ -43,7 +41,7 @@ def compute(results: Results, folder: Path) -> None:
         write_table(folder / f"features-{position}.parquet", table)
 
     threads.each_seed(of_seed, min(EXPLORED, len(ensemble.seeds)), "contexts of features")
-    write_table(folder / "text.parquet", pd.DataFrame({"token": _text(contexts, len(held_out), tokenizer)}))
+    write_table(folder / "text.parquet", pd.DataFrame({"token": _text(contexts, len(read.activations), tokenizer)}))
     words = vocabulary(tokenizer, 0 if bridge is None else bridge.cfg.d_vocab)
     write_table(folder / "vocabulary.parquet", pd.DataFrame({"token": words}))
 

@@ -17,12 +17,11 @@ from sae_stability import ablation
 from sae_stability.ablation import Effects, Estimates, Impacts
 from sae_stability.ablation.controls import ALL, BALANCE, NONE
 from sae_stability.ablation.effects import MEASURES
-from sae_stability.evaluation import Encoded
 from sae_stability.experiments import ensembles, impacts, matching, texts
+from sae_stability.experiments.codes import encoded
 from sae_stability.experiments.columns import each_kind, interval_columns
 from sae_stability.experiments.experiment import IS_MAIN, Experiment, Results
 from sae_stability.experiments.impacts import KINDS
-from sae_stability.experiments.matching import CODE_TOKENS
 from sae_stability.files import save_tensors
 from sae_stability.ledger import MOST, NOWHERE, OTHERWISE, Condition, Rule, judged
 from sae_stability.matching import BANDS
@@ -110,12 +109,13 @@ def compute(results: Results, folder: Path) -> None:
             continue
         ensemble, matched = ensembles.ensemble(results, kind), matching.stability(results, kind)
         held_out = texts.activations(results, "evaluation", kind)
-        encoded = Encoded.of(ensemble, held_out.first(CODE_TOKENS))
         detail: Literal["bands", "controls", "curves"] = (
             "bands" if kind == "surrogate" else "curves" if results.is_main else "controls"
         )
         alone = impacts.single(results, kind).impacts
-        measured, removed = ablation.measure(encoded, alone, matched, cluster, site, refitted_on=held_out, detail=detail)
+        measured, removed = ablation.measure(
+            encoded(results, kind), alone, matched, cluster, site, refitted_on=held_out, detail=detail
+        )
         if kind == "real" and results.is_main:
             sampled, first = ablation.sample(alone, removed, SAMPLED), ensemble.of(0)
             here = ablation.impact_on_prediction(site, first)  # on the tokens on which the truth is measured

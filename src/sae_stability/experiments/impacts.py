@@ -10,11 +10,10 @@ from safetensors.torch import load_file
 
 from sae_stability import ablation
 from sae_stability.ablation import Impacts, Reappearing, Weight
-from sae_stability.evaluation import Encoded
-from sae_stability.experiments import ensembles, matching, texts
+from sae_stability.experiments import matching, texts
+from sae_stability.experiments.codes import encoded
 from sae_stability.experiments.columns import interval_columns
 from sae_stability.experiments.experiment import Experiment, Results
-from sae_stability.experiments.matching import CODE_TOKENS
 from sae_stability.files import save_tensors
 from sae_stability.matching import at_equal_frequency
 from sae_stability.statistics import Interval
@@ -27,9 +26,7 @@ def compute(results: Results, folder: Path) -> None:
     site = texts.reading(results, results.study.loss_tokens)
     cluster = site.contexts.cluster[site.contexts.is_text]
     for kind in KINDS:
-        held_out = texts.activations(results, "evaluation", kind).first(CODE_TOKENS)
-        encoded = Encoded.of(ensembles.ensemble(results, kind), held_out)
-        measured = ablation.measure_impacts(encoded, matching.stability(results, kind), cluster, site)
+        measured = ablation.measure_impacts(encoded(results, kind), matching.stability(results, kind), cluster, site)
         save_tensors(folder / f"{kind}.safetensors", measured.tensors(), {})
 
 

@@ -6,25 +6,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from sae_stability.evaluation import sparse_codes
-from sae_stability.experiments import ensembles, quality, texts
+from sae_stability.experiments import quality
+from sae_stability.experiments.codes import encoded
 from sae_stability.experiments.experiment import Experiment, Results
 from sae_stability.files import save_tensors
 from sae_stability.matching import CRITERIA, Stability, by_every_criterion, nearest_within
 
-CODE_TOKENS = 100_000
-"""Held-out tokens on which activations are correlated, and features removed."""
 PARTS = ("best_cosine", "partner", "runner_up")
 
 
 def compute(results: Results, folder: Path) -> None:
     """Find what each feature of each seed is most like in every other one, in the ensemble and in its nulls."""
     for kind in results.cell.kinds:
-        ensemble, alive = ensembles.ensemble(results, kind), quality.alive(results, kind)
-        held_out = texts.activations(results, "evaluation", kind).first(CODE_TOKENS)
-        W_dec, W_enc, codes = ensemble.W_dec, ensemble.W_enc, sparse_codes(ensemble, held_out)
+        read, alive = encoded(results, kind), quality.alive(results, kind)
+        W_dec, W_enc, covariance = read.ensemble.W_dec, read.ensemble.W_enc, read.activations.covariance
         # No cosine depends on a threshold: it is given when they are read.
-        by_criterion = by_every_criterion(W_dec, W_enc, codes, held_out.covariance, 1.0, alive)
+        by_criterion = by_every_criterion(W_dec, W_enc, read.matrices(), covariance, 1.0, alive)
         tensors = {f"{name}/{part}": getattr(each, part).clone() for name, each in by_criterion.items() for part in PARTS}
         nearest = [nearest_within(directions, living) for directions, living in zip(W_dec, alive, strict=True)]
         save_tensors(folder / f"{kind}.safetensors", {**tensors, "alive": alive, "nearest_within": torch.stack(nearest)}, {})

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file
 
 from sae_stability import subspaces
-from sae_stability.evaluation import sparse_codes
 from sae_stability.experiments import ensembles, matching, texts
+from sae_stability.experiments.codes import encoded
 from sae_stability.experiments.columns import interval_columns
 from sae_stability.experiments.experiment import Experiment, Results
-from sae_stability.experiments.matching import CODE_TOKENS
 from sae_stability.files import save_arrays, write_table
 from sae_stability.language.activations import Activations, gaussian, whitening
 from sae_stability.ledger import MOST, NOWHERE, OTHERWISE, Condition, Rule, judged
@@ -100,13 +99,10 @@ def compute(results: Results, folder: Path) -> None:
 
 def written(results: Results, kind: str) -> tuple[list[Written], Activations]:
     """What the features of the first seeds write on held-out text, and the activations of that text."""
-    contexts = texts.contexts(results, "evaluation", kind)
-    held_out = texts.activations(results, "evaluation", kind).first(CODE_TOKENS)
-    part = subspaces.parts_of(contexts.cluster[contexts.is_text][: len(held_out)])
-    ensemble = ensembles.ensemble(results, kind)
-    of_seeds = [ensemble.of(position) for position in range(min(SEEDS, len(ensemble.seeds)))]
-    codes = (sparse_codes(alone, held_out)[0] for alone in of_seeds)
-    return [Written(each, alone.W_dec[0].numpy(), part) for each, alone in zip(codes, of_seeds, strict=True)], held_out
+    contexts, read = texts.contexts(results, "evaluation", kind), encoded(results, kind)
+    part = subspaces.parts_of(contexts.cluster[contexts.is_text][: len(read.activations)])
+    directions = read.ensemble.W_dec[:SEEDS].numpy()
+    return [Written(read.matrix(position), its, part) for position, its in enumerate(directions)], read.activations
 
 
 def first(found: Stability, seeds: int) -> Stability:

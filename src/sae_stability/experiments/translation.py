@@ -9,11 +9,10 @@ from safetensors.numpy import load_file
 
 from sae_stability import ablation
 from sae_stability.ablation.translation import TRANSPLANTS
-from sae_stability.evaluation import Encoded
 from sae_stability.experiments import ensembles, impacts, matching, texts
+from sae_stability.experiments.codes import encoded
 from sae_stability.experiments.columns import interval_columns
 from sae_stability.experiments.experiment import Experiment, Results, is_main
-from sae_stability.experiments.matching import CODE_TOKENS
 from sae_stability.files import save_arrays, write_table
 from sae_stability.matching import BANDS
 from sae_stability.statistics import over_pairs, resampled
@@ -27,11 +26,10 @@ def compute(results: Results, folder: Path) -> None:
     """Translate the stable and the unstable features of each seed into the next one's, and let the model read the next one's."""
     site = texts.reading(results, results.study.ablation_tokens)
     ensemble, alone = ensembles.ensemble(results), impacts.single(results).impacts
-    encoded = Encoded.of(ensemble, texts.activations(results, "evaluation").first(CODE_TOKENS))
     held_out_band = torch.from_numpy(matching.stability(results).held_out_band)
     members = {band: held_out_band == BANDS.index(band) for band in TRANSLATED}
     cluster = site.contexts.cluster[site.contexts.is_text]
-    write_table(folder / "translation.parquet", ablation.translate_to_next(encoded, cluster, members))
+    write_table(folder / "translation.parquet", ablation.translate_to_next(encoded(results), cluster, members))
     for band, member in members.items():
         moved = ablation.transplant(site, ensemble, member, alone.activation / alone.rows)
         by_seed = {what: np.stack([moved.nats[what, seed] for seed in range(len(ensemble.seeds))]) for what in TRANSPLANTS}
