@@ -7,6 +7,7 @@ are written so too, and word pieces are not, so that would make any such set ali
 
 import unicodedata
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ NEAR = 50  # tokens on either side in the order of frequency that may stand in f
 BEYOND = 0.5  # of what chance leaves to agree on: the least agreement that counts
 
 
+@cache
 def forms(token: str) -> tuple[str, ...]:
     """The form of a token in each of `ASPECTS`; empty where it has none."""
     plain = token.strip()

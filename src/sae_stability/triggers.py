@@ -8,6 +8,7 @@ relation.
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -191,6 +192,7 @@ def _one_family(tokens: list[str]) -> bool:
     return min(map(len, plain)) >= STEM and len({word[:STEM] for word in plain}) == 1
 
 
+@cache
 def _plain(token: str) -> str:
     """A token without case and spaces around it, and without the accents of Latin and Greek letters.
 
