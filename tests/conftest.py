@@ -44,12 +44,15 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from sae_stability import cli, pipeline  # noqa: E402
-from sae_stability.book import build, page  # noqa: E402
+from sae_stability.book import build, kernels, page  # noqa: E402
 from sae_stability.book.tables import Book  # noqa: E402
 from sae_stability.experiments import experiments  # noqa: E402
 from sae_stability.language import pretraining  # noqa: E402
 from sae_stability.loading import load_study  # noqa: E402
 from sae_stability.study import Cell  # noqa: E402
+
+# Processes that tests kill and kernels of chapters start at once, whichever come first: imports are done before they are forked.
+kernels.SERVER.set_forkserver_preload([*kernels.PRELOADED, "pytest", "transformer_lens"])
 
 
 def pytest_addoption(parser):

@@ -84,8 +84,7 @@ def kill_again_and_again(context, variant: str, folder: Path, kills: int, second
 
 
 def test_runs_killed_at_random_moments_end_in_the_same_bits(tmp_path):
-    context = multiprocessing.get_context("forkserver")  # children start at once: imports are done before they are forked
-    context.set_forkserver_preload(["sae_stability.training", __name__])
+    context = multiprocessing.get_context("forkserver")
     done = 0
     # Not in threads: to start a process polls all others, and only one may read how one ended.
     for variant in ("topk", "matryoshka"):

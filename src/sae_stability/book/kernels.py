@@ -13,8 +13,8 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import LocalProvisioner
 
 NAME = "sae-stability-forked"
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["sae_stability.book.preloaded"])
+SERVER, PRELOADED = multiprocessing.get_context("forkserver"), ["sae_stability.book.preloaded"]
+SERVER.set_forkserver_preload(PRELOADED)
 
 
 class Forked(LocalProvisioner):
