@@ -141,8 +141,10 @@ def test_strong_axes_are_projected_out_and_no_others():
 # What a set writes
 
 
+@pytest.mark.parametrize("whole", [0, 1 << 27])  # products are made for a set, or taken from those of all features
 @pytest.mark.parametrize("count", [5, 30])  # few features in their own dimensions, and many in all
-def test_moments_are_those_of_what_is_written(count):
+def test_moments_are_those_of_what_is_written(count, whole, monkeypatch):
+    monkeypatch.setattr("sae_stability.subspaces.written.WHOLE", whole)
     codes, directions = firing(40, 0), unit(drawn(40, D_IN).numpy().astype(float))
     members, chosen = np.arange(3, 3 + count), np.array([0, 2, 6])
     moments = Written(codes, directions, part()).moments(members)

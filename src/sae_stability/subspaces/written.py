@@ -16,6 +16,7 @@ from sae_stability.subspaces.geometry import strongest_axes
 
 PARTS = 8
 """Parts of the documents, each left out in turn. The two halves on which the seeds of a pair are read have every other one."""
+WHOLE = 1 << 27  # bytes up to which the products of all features of a seed are held, so that none are made for a set
 SAMPLED = 20  # tokens of which one is taken to correlate what sets write
 
 Members = Int[np.ndarray, "member"]
@@ -96,7 +97,7 @@ class Written:
     @cached_property
     def energy(self) -> Float[np.ndarray, "d_sae"]:
         """The mean square of each feature's activation: its direction has unit length."""
-        return sum(np.asarray(part.multiply(part).sum(0)).ravel() for part in self.parts) / self.tokens.sum()
+        return self._squares.sum(0) / self.tokens.sum()
 
     @cached_property
     def firings(self) -> Int[np.ndarray, "d_sae"]:
@@ -104,14 +105,35 @@ class Written:
         return sum(np.diff(part.indptr) for part in self.parts)
 
     def moments(self, members: Members) -> Moments:
-        """Of what a set writes. No matrix of d_sae^2 is made: features of one set, most of which rarely fire, are few."""
-        chosen = [part[:, members] for part in self.parts]
-        second = np.stack([(part.T @ part).toarray() for part in chosen])
-        first = np.stack([np.asarray(part.sum(0)).ravel() for part in chosen])
-        if not self.together:
-            variances = np.diagonal(second, axis1=1, axis2=2) - first**2 / self.tokens[:, None]
-            second, first = variances[:, :, None] * np.eye(len(members)), np.zeros_like(first)
-        return Moments(self.directions[members], second, first, self.tokens)
+        """Of what a set writes."""
+        first = self._sums[:, members]
+        if self.together:
+            return Moments(self.directions[members], self._second(members), first, self.tokens)
+        variances = self._squares[:, members] - first**2 / self.tokens[:, None]
+        return Moments(self.directions[members], variances[:, :, None] * np.eye(len(members)), np.zeros_like(first), self.tokens)
+
+    def _second(self, members: Members) -> Float[np.ndarray, "part member member"]:
+        """The products of the activations of two members, summed over each part."""
+        if self._products is not None:
+            return self._products[:, members[:, None], members]
+        chosen = (part[:, members] for part in self.parts)
+        return np.stack([(part.T @ part).toarray() for part in chosen])
+
+    @cached_property
+    def _products(self) -> Float[np.ndarray, "part d_sae d_sae"] | None:
+        if len(self.parts) * len(self.directions) ** 2 * np.dtype(np.float64).itemsize > WHOLE:
+            return None
+        return np.stack([(part.T @ part).toarray() for part in self.parts])
+
+    @cached_property
+    def _sums(self) -> Float[np.ndarray, "part d_sae"]:
+        """The activations, summed over each part."""
+        return np.stack([np.asarray(part.sum(0)).ravel() for part in self.parts])
+
+    @cached_property
+    def _squares(self) -> Float[np.ndarray, "part d_sae"]:
+        """Their squares."""
+        return np.stack([np.asarray(part.multiply(part).sum(0)).ravel() for part in self.parts])
 
     @cached_property
     def sampled_part(self) -> Int[np.ndarray, "token"]:
