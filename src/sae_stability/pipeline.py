@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from threadpoolctl import threadpool_limits
 
 from sae_stability import ledger, pooling, sources
 from sae_stability.errors import UserError
@@ -176,14 +177,17 @@ class Plan:
         return all(self.store.is_done(entry, key) for entry, key in stage.entries.items())
 
     def compute(self, stages: Iterable[Stage]) -> None:
-        """Compute what is missing of some stages, in their order."""
+        """Compute what is missing of some stages, in their order.
+
+        NumPy's products take one thread each: its threads spin as they wait for more, on the cores that PyTorch's then wait for.
+        """
         for stage in stages:
             if not self.is_done(stage):
                 with self.store.locked(stage.entries):  # somebody else may have computed it in the meantime
                     missing = {entry: key for entry, key in stage.entries.items() if not self.store.is_done(entry, key)}
                     if missing:
                         print(f"{self.study.name}: {stage.name}{_some(missing, stage)}", flush=True)
-                        with self.store.computing(stage.group, missing) as work:
+                        with self.store.computing(stage.group, missing) as work, threadpool_limits(1, user_api="blas"):
                             stage.compute(work)
 
 

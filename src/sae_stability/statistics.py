@@ -190,9 +190,12 @@ def matched_pairs(
 
 def _closest_of_all(group: np.ndarray, others: np.ndarray, caliper: float) -> tuple[np.ndarray, np.ndarray]:
     """By the assignment of least cost on the matrix of all distances."""
-    differences = np.abs(group[:, None] - others[None])
-    near = (differences <= caliper).all(2)
-    distance = np.where(near, np.sqrt((differences**2).sum(2)), 0)
+    near, squares = np.ones((len(group), len(others)), dtype=bool), np.zeros((len(group), len(others)))
+    for ours, theirs in zip(group.T, others.T, strict=True):  # few covariates: one after another, and not an array of all
+        differences = np.abs(ours[:, None] - theirs)
+        near &= differences <= caliper
+        squares += differences**2
+    distance = np.where(near, np.sqrt(squares), 0)
     rows, columns = linear_sum_assignment(np.where(near, distance, _out_of_reach(distance, near.shape)))
     kept = near[rows, columns]
     return rows[kept], columns[kept]

@@ -254,6 +254,9 @@ def delta(features: pd.DataFrame, bands: Banding, quantity: str, equal_frequency
     equally close partners a feature gets is no matter of the text.
     """
 
+    needed = {"seed", "feature", "firings", "frequency", quantity}
+    features = features[[name for name in features if name in needed]]  # rows with all columns take their time to copy
+
     def compared(banded: pd.DataFrame) -> pd.DataFrame:
         if quantity == "frequency" and not equal_frequency:
             return banded
