@@ -1,6 +1,10 @@
 """Kernels that chapters run in: processes of their own that begin with what chapters import, and otherwise as Jupyter's."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -53,3 +57,21 @@ def test_errors_and_the_death_of_a_kernel_are_told(execute):
         execute("1 / 0")
     with pytest.raises(DeadKernelError):
         execute("import os; os._exit(3)")
+
+
+def test_a_kernel_ends_with_the_process_that_asked_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_DEFAULT_PROVISIONER_NAME", kernels.NAME)
+    start = (
+        "from jupyter_client.manager import start_new_kernel;"
+        "manager, client = start_new_kernel(kernel_name='python3', extra_arguments=['--log-level=50']);"
+    )
+    tell = "client.execute_interactive('import os; print(os.getpid(), flush=True)'); import time; time.sleep(600)"
+    caller = subprocess.Popen([sys.executable, "-c", start + tell], stdout=subprocess.PIPE, text=True)
+    kernel = int(caller.stdout.readline())
+    assert os.getpgid(kernel) == kernel
+    caller.send_signal(signal.SIGKILL)
+    caller.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{kernel}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{kernel}").exists()

@@ -7,6 +7,7 @@ by the name `NAME` (`pyproject.toml` gives it).
 import multiprocessing
 import os
 from multiprocessing.process import BaseProcess
+from threading import Thread
 from typing import Any, cast
 
 from jupyter_client.connect import KernelConnectionInfo
@@ -38,7 +39,16 @@ def _serve(arguments: list[str], environment: dict[str, str], folder: str) -> No
     os.environ.update(environment)
     os.chdir(folder)
     matplotlib.rcParams["backend"] = "module://matplotlib_inline.backend_inline"  # a kernel's own, for which pyplot came too early
+    Thread(target=_end_with_the_caller, daemon=True).start()
     IPKernelApp.launch_instance(arguments)
+
+
+def _end_with_the_caller() -> None:
+    """Whoever asked for a kernel may be killed, and would leave it behind."""
+    caller = multiprocessing.parent_process()
+    if caller is not None:
+        caller.join()
+        os._exit(1)
 
 
 class _Started:
