@@ -213,7 +213,8 @@ def _papermill(notebook: Path, into: Path, store: Store) -> None:
     for name in ("MPLBACKEND", "JUPYTER_PATH", "JUPYTER_PREFER_ENV_PATH"):
         os.environ.pop(name, None)
     os.environ["PYTHONWARNINGS"] = "ignore"
-    os.environ["JUPYTER_DEFAULT_PROVISIONER_NAME"] = kernels.NAME
+    if sys.platform == "linux":  # macOS may end a fork of a process that has imported its frameworks
+        os.environ["JUPYTER_DEFAULT_PROVISIONER_NAME"] = kernels.NAME
     os.environ["SAE_STABILITY_ROOT"] = str(places.root())
     try:
         papermill.execute_notebook(
