@@ -166,7 +166,7 @@ GROWING = ("tokens", "seeds", "d_in", "d_sae", "k")
 
 
 @given(
-    kind=st.sampled_from(["activations", "null source", "training", "matching", "function", "quality"]),
+    kind=st.sampled_from(["activations", "null source", "training", "matching", "function", "quality", "subspaces"]),
     grown=st.sampled_from(GROWING),
     times=st.integers(2, 50),
 )
@@ -174,6 +174,16 @@ def test_more_of_anything_never_costs_less(kind, grown, times):
     more = replace(SIZE, **{grown: times * getattr(SIZE, grown)})
     assert costs.work(kind, more) >= costs.work(kind, SIZE)
     assert costs.memory_gb(kind, more) >= costs.memory_gb(kind, SIZE)
+
+
+def test_subspaces_hold_the_products_of_all_features_up_to_a_bound():
+    def held(d_sae: int) -> float:
+        """Beyond what a stage that holds none does, in bytes of a seed."""
+        size = replace(SIZE, d_sae=d_sae)
+        return 1e9 * (costs.memory_gb("subspaces", size) - costs.memory_gb("quality", size)) / (2 * SIZE.seeds)
+
+    assert held(1024) == pytest.approx(8 * 1024**2 * 8, rel=1e-4)  # eight parts of the documents, in double precision
+    assert held(100_000) == pytest.approx(1 << 27, rel=1e-4)
 
 
 def test_training_costs_what_its_products_do():

@@ -24,6 +24,7 @@ from sae_stability.experiments.rivals import PAID
 from sae_stability.language.activations import layer_of
 from sae_stability.pipeline import Plan
 from sae_stability.study import Cell, Study
+from sae_stability.subspaces.written import PARTS, WHOLE
 
 START_SECONDS = 15.0
 """To start a process that reads the package, and to see what is done."""
@@ -138,6 +139,8 @@ def memory_gb(kind: str, of: Size | None) -> float:
         held = of.d_sae**2 * (2 * FLOAT + 4 * DOUBLE) + of.seeds * CODE_TOKENS * of.k * 3 * FLOAT
     else:
         held = of.seeds * (FLOAT * 2 * weights + CODE_TOKENS * of.k * 3 * FLOAT)
+    if kind in ("subspaces", "groups"):  # the products of all features, of the ensemble and of a null
+        held += 2 * of.seeds * min(WHOLE, PARTS * of.d_sae**2 * DOUBLE)
     return START_GB + (FLOAT * of.parameters + CODE_TOKENS * of.d_in * FLOAT + held) / 1e9
 
 
