@@ -63,7 +63,7 @@ class Stability:
         """S - 1: how many other seeds each feature could come back in."""
         return len(self.alive) - 1
 
-    @cached_property
+    @property
     def counts(self) -> Int[Tensor, "seed d_sae"]:
         """In how many of the other seeds each feature reappears."""
         return self.matched.sum(1)
@@ -189,10 +189,8 @@ class Stability:
         return fit_beta_binomial(self._counts_among(seeds)[self.alive[seeds]].numpy(), len(seeds) - 1)
 
     def _counts_among(self, seeds: list[int]) -> Int[Tensor, "kept d_sae"]:
-        """In how many of the others of these seeds (positions) each feature reappears: the few that are left out are taken off."""
-        left_out = sorted({*range(len(self.alive))} - {*seeds})
-        kept, others = (torch.tensor(positions, dtype=torch.int64) for positions in (seeds, left_out))
-        return self.counts.index_select(0, kept) - self.matched.index_select(0, kept).index_select(1, others).sum(1)
+        """In how many of the others of these seeds (positions) each feature reappears: without a copy of the cosines."""
+        return self.matched[seeds][:, seeds].sum(1)
 
     def latent_shares(self) -> dict[str, Interval]:
         """Shares of features whose *true* probability lies in the stable and in the unstable band, jackknifed over seeds."""
