@@ -95,6 +95,53 @@ def test_a_number_beside_a_verdict_leads_to_its_line_and_one_of_a_condition_to_t
     assert numbers.line_interval(line | {"value": None, "ci_low": None, "ci_high": None}) == "not defined"
 
 
+def several() -> tuple[Kept, pd.DataFrame]:
+    """A study whose cells have a number for each seed and kind."""
+    rows = pd.DataFrame(
+        {
+            "cell": [CELL] * 6 + ["other"] * 3,
+            "kind": ["real"] * 3 + ["surrogate"] * 3 + ["real"] * 3,
+            "seed": [0, 1, 2] * 3,
+            "share": [0.5, 0.25, 0.75, 0.1, 0.2, 0.0, 0.9, 0.8, 0.7],
+        }
+    )
+    study = Kept()
+    study._read = lambda name: rows.copy()
+    return study, study.table("seeds")
+
+
+def test_a_number_made_of_several_rows_says_of_which_and_how():
+    study, rows = several()
+    real = rows[rows["kind"] == "real"]
+    table, where = "results/quick/tables/seeds.parquet", {"cell": CELL, "kind": "real"}
+    mean = numbers.combined(study, real, "share", "mean", ".0%")
+    assert re.sub("<[^>]*>", "", mean) == "50%"
+    assert cited(mean) == {"table": table, "row": where, "column": "share", "how": "mean", "values": [0.5]}
+    ways = {how: cited(numbers.combined(study, real, "share", how)) for how in numbers.COMBINED}
+    assert {how: of["values"] for how, of in ways.items()} == {
+        **{"mean": [0.5], "sum": [1.5], "range": [0.5]},
+        **{"first less last": [-0.25], "last less first": [0.25]},
+    }
+    in_any_order = cited(numbers.combined(study, real.iloc[::-1], "share", "last less first"))
+    assert in_any_order["values"] == [0.25]  # as whoever looks the rows up will find them
+    assert len({numbers._anchor(each) for each in ways.values()}) == len(ways)
+    two = cited(numbers.combined(study, real.iloc[[0, 2]], "share", "last less first"))
+    assert two["row"] == {**where, "seed": [0, 2]}
+    of_all = study.table("seeds", every_cell=True)
+    assert cited(numbers.combined(study, of_all, "share", "mean"))["row"] == {}
+    across = cited(numbers.combined(study, of_all[of_all["seed"] == 1], "share", "mean"))
+    assert across["row"] == {"seed": 1}
+
+
+def test_rows_that_their_columns_do_not_tell_from_others_have_no_link():
+    study, rows = several()
+    corners = rows[(rows["kind"] == "real") == (rows["seed"] == 0)]  # by kind and seed any row
+    assert numbers.combined(study, corners, "share", "mean") == f"{corners['share'].mean():.3f}"
+    assert numbers.combined(study, rows.iloc[:0], "share", "mean") == "not defined"
+    with pytest.raises(ValueError, match="no row of the table seeds of quick is like that"):
+        numbers.combined(study, rows.assign(share=2 * rows["share"]), "share", "mean")
+
+
 def test_a_row_that_no_table_has_is_refused():
     rows = Kept().table("reappearing")
     with pytest.raises(ValueError, match="a row of no table"):
@@ -133,6 +180,17 @@ def rounded(printed: str) -> tuple[float, float]:
     return (-value if sign in ("-", "−") else value), 0.5000001 * 10**-places
 
 
+def chosen(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """The rows that are told: by columns and their values, of which any may hold commas."""
+    if where == "every row":
+        return table
+    for each in re.split(rf", (?=(?:{'|'.join(map(re.escape, table.columns))}) )", where):
+        key, _, wanted = each.partition(" ")
+        texts = table[key].astype(object).where(table[key].notna(), None).astype(str)
+        table = table[texts.isin([wanted, *wanted.split(" and ")])]
+    return table
+
+
 def in_ledger(ledger: list[dict], where: str) -> dict:
     """The line that is told, or its condition."""
     cell, claim, line, _, condition = re.fullmatch(r"cell (\S+), id (\S+), line ([^,]+)(, condition (.+))?", where).groups()
@@ -151,21 +209,22 @@ def test_every_number_that_pages_link_is_what_its_table_has(site, quick):
     links = [(name, link) for name, each in pages.items() for link in each.select("article a.number")]
     assert len(links) > 150
     assert {"index", "setup", "stability", "function", "subspaces", "sharing", "activity", "real"} <= {name for name, _ in links}
+    ways = set()
     for name, link in links:
         row = pages["numbers"].find(id=link["href"].partition("#")[2])
         assert row is not None, (name, link["href"])
         _, value, ends, stands = (part.get_text() for part in row.find_all("td"))
-        column, folder, table, where = re.fullmatch(r"(\S+) in (\S+)/(\S+)\.(?:parquet|json): (.+)", stands).groups()
+        how, column, folder, table, where = re.fullmatch(
+            r"(?:(.+) of )?(\S+) in (\S+)/(\S+)\.(?:parquet|json): (.+)", stands
+        ).groups()
         tables = quick if folder.startswith("results/quick") else page.published(folder.removeprefix("published/"))
         if table == "claims":
             held, low, high = in_ledger(tables.ledger, where), "ci_low", "ci_high"
         else:
-            found, low, high = tables.table(table, every_cell=True), f"{column}_low", f"{column}_high"
-            for each in re.split(rf", (?=(?:{'|'.join(map(re.escape, found.columns))}) )", where):  # values may hold commas
-                key, _, wanted = each.partition(" ")
-                found = found[found[key].isna() if wanted == "None" else found[key].astype(str) == wanted]
-            assert len(found) == 1, (name, stands)
-            (held,) = found.to_dict("records")
+            found, low, high = chosen(tables.table(table, every_cell=True), where), f"{column}_low", f"{column}_high"
+            assert len(found) == 1 or (how and len(found)), (name, stands)
+            (held,) = [{column: numbers.COMBINED[how](found[column])}] if how else found.to_dict("records")
+        ways.add(how)
         values = [held[column], *((held[low], held[high]) if ends else ())]
         exact = [f"{each:,}" if isinstance(each, int) else f"{each:.6g}" for each in values]
         assert [value, *(ends.split(" to ") if ends else ())] == exact
@@ -173,3 +232,4 @@ def test_every_number_that_pages_link_is_what_its_table_has(site, quick):
         for shown, whole in zip(printed, values, strict=True):
             number, reach = rounded(shown)
             assert abs(number - whole) <= reach, (name, link.get_text(), values)
+    assert ways > {None, "mean"}

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from sae_stability import places
 from sae_stability.book import made
+from sae_stability.book.numbers import combined as combined
 from sae_stability.book.numbers import estimate as estimate
 from sae_stability.book.numbers import interval as interval
 from sae_stability.book.numbers import line_interval as line_interval
