@@ -42,6 +42,30 @@ def test_dead_features_take_no_part(monkeypatch):
     assert live.index.tolist() == [0, 1]
 
 
+def test_curves_of_subspaces_are_those_of_a_set_in_its_own_kind_by_rank():
+    names = ["kind", "quantity", "coordinates", "of", "by", "rank", "value"]
+    share, written = "share of ceiling", "written"
+    planted = [
+        ("real", share, written, "unstable", "unstable", 16, 0.6),
+        ("real", share, written, "unstable", "unstable", 8, 0.5),
+        ("real", share, written, "unstable", "axes", 8, 0.9),  # in the principal axes
+        ("real", "captured", written, "unstable", "unstable", 8, 0.3),
+        ("real", share, "whitened", "unstable", "unstable", 8, 0.2),
+        ("surrogate", share, written, "unstable", "unstable", 8, 0.1),
+        ("surrogate", share, written, "alike", "alike", 8, 0.35),
+    ]
+    tables = {"subspaces": pd.DataFrame(planted, columns=names)}
+    curves = derived.shared_curves(SimpleNamespace(table=tables.get))
+    assert {name: list(curve["value"]) for name, curve in curves.items()} == {
+        "unstable features, in those of another seed": [0.5, 0.6],
+        "features of noise, most alike in energy and frequency": [0.35],
+    }
+    assert derived.curves_in_words({"a set": curves["unstable features, in those of another seed"]}) == (
+        "a set: 0.50 at rank 8, 0.60 at rank 16."
+    )
+    assert derived.shared_curves(SimpleNamespace(table=lambda name: pd.DataFrame(columns=["cell"]))) == {}
+
+
 def test_stability_is_judged_at_the_threshold_that_is_asked_for(monkeypatch):
     matched = SimpleNamespace(at=lambda threshold: f"at {threshold}")
     monkeypatch.setattr(derived.matching, "stability", lambda results, kind: matched)

@@ -13,10 +13,12 @@ from sae_stability.diagnostics import diagnose
 from sae_stability.experiments import Results, ensembles, matching, texts
 from sae_stability.experiments import stability as tables
 from sae_stability.experiments.columns import interval_columns
+from sae_stability.experiments.subspaces import RANDOM
 from sae_stability.explanations import agreement, says_surface
 from sae_stability.matching import BANDS, Banding, Stability
 from sae_stability.statistics import Interval, difference, over_pairs
 from sae_stability.study import Cell, Study
+from sae_stability.subspaces import WRITTEN
 from sae_stability.subspaces.sets import band_among
 from sae_stability.triggers import over_seeds
 
@@ -223,6 +225,29 @@ def what_comes_back(studies: Iterable[Tables]) -> pd.DataFrame:
                 row |= {f"{found['kind']}/{found['weight']}{end}": found[f"share{end}"] for end in ("", "_low", "_high")}
             rows.setdefault(asked.model_dump_json(exclude={"nulls"}), row)
     return pd.DataFrame(list(rows.values()))
+
+
+def shared_curves(study: Tables) -> dict[str, pd.DataFrame]:
+    """How much of what a set of features writes lies in the subspace of another seed's set, of what lies in its own, at each rank:
+    unstable features, and beside them random directions and features of noise, by names for readers; those that the study has.
+    """
+    rows = study.table("subspaces")
+    if rows.empty:
+        return {}
+    rows = rows[rows["quantity"].eq("share of ceiling") & rows["coordinates"].eq(WRITTEN)].sort_values("rank")
+    sets = {
+        "unstable features, in those of another seed": ("real", "unstable"),
+        "random directions of the same covariance and energies": ("real", RANDOM),
+        "features of noise, most alike in energy and frequency": ("surrogate", "alike"),
+    }
+    curves = {name: rows[rows["kind"].eq(kind) & rows["of"].eq(of) & rows["by"].eq(of)] for name, (kind, of) in sets.items()}
+    return {name: curve for name, curve in curves.items() if len(curve)}
+
+
+def curves_in_words(curves: Mapping[str, pd.DataFrame]) -> str:
+    """The numbers of such curves, for whoever does not see them."""
+    told = {name: ", ".join(f"{row.value:.2f} at rank {row.rank}" for row in curve.itertuples()) for name, curve in curves.items()}
+    return " ".join(f"{name}: {numbers}." for name, numbers in told.items())
 
 
 def cells_with_means(study: Tables) -> pd.DataFrame:
