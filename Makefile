@@ -5,6 +5,7 @@ VENV := .venv
 READY := $(VENV)/ready
 PEERS := .venv-bench
 JOBS := .venv-jobs
+RESULTS := $(or $(SAE_STABILITY_RESULTS),results)
 
 # What a user has set for other environments does not hold for this one.
 export PIP_USER := 0
@@ -43,7 +44,7 @@ PER_FEATURE := features impact families activity triggers explanations examples 
 publish: $(READY)  ## compute a study and keep its tables and verdicts in published/: make publish STUDY=many-seeds
 	$(VENV)/bin/sae-stability run $(STUDY)
 	rm -rf published/$(STUDY) && mkdir -p published/$(STUDY)
-	cp results/$(STUDY)/claims*.json results/$(STUDY)/tables/*.parquet results/$(STUDY)/tables/provenance.json published/$(STUDY)/
+	cp $(RESULTS)/$(STUDY)/claims*.json $(RESULTS)/$(STUDY)/tables/*.parquet $(RESULTS)/$(STUDY)/tables/provenance.json published/$(STUDY)/
 	rm -f $(foreach table,$(PER_FEATURE),published/$(STUDY)/$(table).parquet)
 
 bench: $(READY) $(PEERS)/ready  ## measure training and matching against SAELens, dictionary_learning and sparsify

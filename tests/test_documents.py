@@ -69,6 +69,12 @@ def test_parquet_is_known_by_its_first_bytes(tmp_path, name):
     assert read(Name.of(str(path))).texts == TEXTS
 
 
+def test_columns_without_a_name_are_called_by_their_number(tmp_path):
+    pd.DataFrame(TEXTS).to_parquet(tmp_path / "x.parquet")
+    for name in ("x.parquet", "x.parquet?column=0"):
+        assert read(Name.of(str(tmp_path / name))).texts == TEXTS
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_any_script_is_read(tmp_path, encoding):
     texts = ["山川犬猫 一つ", "二つ目 😀", "третий текст"]

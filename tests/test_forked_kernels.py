@@ -52,6 +52,21 @@ def test_a_figure_is_shown_as_by_any_kernel(execute):
     assert execute("import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.show()") == ["image/png,text/plain"]
 
 
+def test_where_no_server_can_be_had_kernels_start_as_jupyter_starts_them(execute, monkeypatch):
+    class Unstarted:
+        def start(self):
+            raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr(kernels.SERVER, "Process", lambda **_: Unstarted())
+    assert execute("import sys; print('sae_stability.book.page' in sys.modules)") == ["False\n"]
+
+
+def test_what_is_preloaded_asks_for_no_study_that_a_checkout_may_lack(tmp_path):
+    (tmp_path / "studies").mkdir()
+    environment = {**os.environ, "SAE_STABILITY_ROOT": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", "import sae_stability.book.preloaded"], env=environment, check=True)
+
+
 def test_errors_and_the_death_of_a_kernel_are_told(execute):
     with pytest.raises(papermill.PapermillExecutionError, match="ZeroDivisionError"):
         execute("1 / 0")

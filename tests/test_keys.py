@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from sae_stability import keys
+from sae_stability.experiments import ensembles, texts
 from sae_stability.files import fingerprint
 from sae_stability.loading import load_study
 from sae_stability.pipeline import Plan
-from sae_stability.saes import fastest_dtype
+from sae_stability.saes import FASTEST, fastest_dtype
 
 
 @pytest.fixture
@@ -176,6 +177,26 @@ def test_what_is_fastest_is_found_under_what_it_is_here():
     for dtype in ("float32", "bfloat16"):
         trained = changed(planned("model_dtype=fastest"), planned(f"model_dtype={dtype}")) & TRAINED
         assert bool(trained) == (dtype != here)
+
+
+def test_an_encoder_is_known_by_the_dtype_that_it_computes_in(monkeypatch):
+    def trained(encoder: str, fastest: str) -> str:
+        monkeypatch.setenv(FASTEST, fastest)
+        study = load_study("quick", [f"encoder={encoder}"])
+        return next(iter(ensembles.entries(study, study.main, "real")))
+
+    assert trained("fastest", "float32") == trained("float32", "float32") == trained("float32", "bfloat16")
+    assert trained("fastest", "bfloat16") != trained("fastest", "float32")
+
+
+def test_the_text_of_a_dataset_is_known_by_how_much_of_it_is_read():
+    def entry(**changed) -> str:
+        cell = load_study("quick", ["corpus=some/dataset", *(f"{key}={value}" for key, value in changed.items())]).main
+        return texts.text_entry(cell)[0]
+
+    assert entry(tokens=200_000, evaluation_tokens=20_000) != entry(tokens=200_000, evaluation_tokens=1_000_000)
+    assert entry(tokens=200_000, evaluation_tokens=1_000_000) == entry(tokens=100_000, evaluation_tokens=1_000_000)
+    assert entry(tokens=200_000, evaluation_tokens=20_000) != entry(tokens=100_000, evaluation_tokens=20_000)
 
 
 def test_seeds_and_nulls_of_one_study_serve_another():

@@ -118,6 +118,14 @@ def test_names_of_what_is_shipped_mean_it_in_every_working_directory(tmp_path, m
     assert load_study("quick", ["model=mine"]).model == str(tmp_path / "mine")
 
 
+def test_a_chat_model_in_a_folder_is_that_folder_and_what_an_endpoint_calls_it_stays(tmp_path, monkeypatch):
+    (tmp_path / "chat").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_study("quick", ["explainer.model=chat"]).explainer.model == str(tmp_path / "chat")
+    endpoint = ["explainer.model=chat", "explainer.base_url=http://localhost", "explainer.budget=10"]
+    assert load_study("quick", endpoint).explainer.model == "chat"
+
+
 def test_values_that_look_alike_in_a_folder_name_are_cells_of_their_own():
     study = load_study("quick", ["grid={model: ['a/b', 'a_b', 'a b', 'a/b']}"])
     assert [cell.model for cell in study.cells.values()] == ["docstrings-2l", "a/b", "a_b", "a b"]

@@ -346,10 +346,21 @@ def test_directions_of_files_are_pooled_without_a_text(call, tmp_path):
         (("quick", "--out", "x", "--threshold", "7"), "--threshold 7: no cosine between 0 and 1"),
         (("saes/a", "saes/b", "--out", "x.safetensors", "--fine-tune", "all"), "--fine-tune: it takes the training activations"),
         (("saes/a", "saes/b", "--out", "x.safetensors", "--set", "k=3"), "--set: it overrides keys of a study"),
+        (("quick", "--out", "there.txt"), "--out there.txt: {here}/there.txt is a file; name another place"),
+        (("quick", "--out", "there.txt/x"), "--out there.txt/x: {here}/there.txt is a file; name another place"),
+        (("saes/a", "saes/b", "--out", "d.safetensors"), "--out d.safetensors: {here}/d.safetensors is a folder"),
+        (("a.safetensors", "b.safetensors", "--out", "a.safetensors"), "--out a.safetensors: one of the SAEs that are pooled"),
+        (("quick", "--out", "x", "--format", "sparsify", "--set", "variant=gated"), "--format sparsify: it has topk only"),
+        (("quick", "--out", "x", "--fine-tune", "all", "--set", "stream=true"), "stream: this study keeps no training activations"),
         (("quick", "--out", "x", "--model", "m", "--corpus", "c", "--hook-name", "h"), "--model: a study has a text of its own"),
     ],
 )
-def test_what_the_command_cannot_do_is_one_line(call, arguments, words, house):
+def test_what_the_command_cannot_do_is_one_line_before_anything_is_computed(call, arguments, words, house, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.safetensors").mkdir()
+    for name in ("there.txt", "a.safetensors", "b.safetensors"):
+        (tmp_path / name).touch()
     status, _, error = call("pool", *arguments)
     assert (status, len(error)) == (2, 1)
-    assert words in error[0]
+    assert words.format(here=tmp_path) in error[0]
+    assert not house.exists()

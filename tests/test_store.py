@@ -9,8 +9,10 @@ import torch
 
 from sae_stability import files, places, pruning
 from sae_stability import store as module
+from sae_stability.errors import UserError
+from sae_stability.experiments import ensembles
 from sae_stability.files import locked, read_json, read_metadata, replacing, save_tensors, write_json, write_table
-from sae_stability.loading import load_study
+from sae_stability.loading import load_study, read_study
 from sae_stability.store import SCRATCH, Store
 
 
@@ -232,6 +234,44 @@ def test_cleaning_frees_what_no_plan_names_and_says_so_first(store, monkeypatch)
     assert not stale.exists()
     assert not begun.exists()
     assert kept.exists()
+
+
+def test_what_is_begun_within_an_entry_goes_with_it(store, monkeypatch):
+    half = store.path("shared/pooling/half-1")
+    (half / ".scratch" / "abc").mkdir(parents=True)
+    (half / ".scratch" / "abc" / "pool").write_bytes(bytes(1_000_000))
+    write_json(half / "begun.json", {"key": "old"})
+    stale = compute(store, "shared/quality/old-2")
+    monkeypatch.setattr(pruning, "_named", lambda study: set())
+    said = list(pruning.clean(store.study))
+    assert "1.0 MB  in all, freed" in said[-1]
+    assert not half.exists()
+    assert not stale.exists()
+
+
+def test_nothing_is_freed_while_what_a_study_needs_is_not_known(house, store, tmp_path):
+    """A text on a disk that is away, say: whatever was trained on it would count as trained for nobody."""
+    text = tmp_path / "text.txt"
+    text.write_text("one\n\ntwo", encoding="utf-8")
+    study = load_study("quick", [f"corpus={text}"], name="mine")
+    other = Store(study)
+    other.write_study()
+    entry, key = ensembles.entries(study, study.main, "real").popitem()
+    trained = compute(other, entry, key)
+    assert trained not in {house / line.split()[-1] for line in pruning.clean(store.study, dry_run=True)}
+    text.unlink()
+    with pytest.raises(UserError, match=r"mine: corpus: there is no .*text\.txt.*nothing is freed.*study\.json is removed"):
+        list(pruning.clean(store.study))
+    assert trained.exists()
+
+
+def test_a_part_of_another_study_of_the_same_name_takes_its_place_only_where_there_is_none(store):
+    few = Store(load_study("quick", ["seeds=3"]))
+    few.write_study(anew=False)
+    assert read_study(few.folder / "study.json") == few.study
+    store.write_study()
+    few.write_study(anew=False)
+    assert read_study(store.folder / "study.json") == store.study
 
 
 def test_what_another_run_takes_away_while_cleaning_looks_is_passed_over(store, monkeypatch):

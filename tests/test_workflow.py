@@ -5,10 +5,12 @@ import random
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.text import Annotation
@@ -16,6 +18,7 @@ from matplotlib.text import Annotation
 from sae_stability import costs, pipeline, workflow
 from sae_stability.figures.costs import stages
 from sae_stability.loading import load_study
+from sae_stability.saes import FASTEST, fastest_dtype
 
 FEW = "experiments=[stability, function, triggers]"
 SIZE = costs.Size(4000, 1000, 4, 32, 48, 4, 64, 36_864, 700)
@@ -50,6 +53,18 @@ def took_what_their_provenance_says(plan: pipeline.Plan) -> None:
     assert row["work"] == costs.work("training", costs.size(plan, stage))
     assert row["seconds"] == pytest.approx(sum(plan.store.provenance(entry)["seconds"] for entry in stage.entries))
     assert not found.index.str.endswith("report").any()
+
+
+def test_jobs_compute_in_the_dtype_that_is_fastest_where_they_were_planned(small, house, monkeypatch):
+    planned, jobs = pipeline.Plan(load_study("embedded", small, "study")), {}
+    monkeypatch.setattr(workflow, "snakemake", lambda: "snakemake")
+    monkeypatch.setattr(workflow, "write", lambda plan, arguments: plan.store.folder / "plan.json")
+    monkeypatch.setattr(workflow.subprocess, "run", lambda *_, env, **__: jobs.update(env) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(workflow, "fastest_dtype", lambda device: torch.float32)
+    workflow.run(planned, ["study"], 1, None)
+    for device in ("cpu", "cuda"):  # whatever processor a job finds
+        monkeypatch.setenv(FASTEST, jobs[FASTEST])
+        assert fastest_dtype(torch.device(device)) == torch.float32
 
 
 def test_jobs_in_any_order_that_they_allow_end_in_the_bytes_of_one_process(small, house, monkeypatch, single_seeds):

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -265,6 +266,7 @@ def pool(
         raise UserError("--fine-tune: it takes the training activations of a study; train these files on with their own library")
     if overrides and not of_study:
         raise UserError("--set: it overrides keys of a study, and these are files; leave it out")
+    _can_be_made(out, () if of_study else sources)
     _no_widgets()
     import torch
 
@@ -275,14 +277,15 @@ def pool(
     if of_study:
         if len(sources) > 2:
             raise UserError(f"{sources[0]}: no such file or folder; name SAEs that are there, or a study and one of its cells")
-        study, cell = load_study(sources[0], overrides or ()), sources[1] if len(sources) > 1 else None
+        study = load_study(sources[0], overrides or ())
+        cell = pipeline.poolable(study, sources[1] if len(sources) > 1 else None, fine_tune != "none")
+        _fits(format, cell.variant)  # before anything is trained
         saes, held_out = pipeline.trained(study, cell)
         x: torch.Tensor | None = held_out.first(tokens).data.float()
     else:
         saes = [sae for path in sources for sae in formats.load_all(path).values()]
         pooling.check(saes, site is not None)  # before a language model reads a text
-        if format == "sparsify" and saes[0].variant not in (None, "topk"):
-            raise UserError(f"--format sparsify: it has topk only, and these SAEs are {saes[0].variant}; use saelens")
+        _fits(format, saes[0].variant)
         x = None if site is None else torch.cat(list(site.activations(saes, "activations", existing.centred(saes))))
     print(f"about {pooling.memory(saes, x) / 1e9:.1f} GB of memory for {len(saes)} SAEs", file=sys.stderr)
     pooled = pooling.pool(saes, x, kind, threshold, representative, quorum)
@@ -440,6 +443,23 @@ def _can_be_written(path: Path) -> None:
         raise UserError(f"--out {path}: there is no folder {folder}; make it, or name another")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise UserError(f"--out {path}: may not be written; name another place")
+
+
+def _can_be_made(path: Path, sources: Sequence[str]) -> None:
+    """The same of a file or a folder whose own folder may have to be made, and which takes the place of no source."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if there.is_dir() == (there == path.absolute() and path.suffix == ".safetensors"):
+        raise UserError(f"--out {path}: {there} is a {'folder' if there.is_dir() else 'file'}; name another place")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--out {path}: {there} may not be written; name another place")
+    if any(Path(source).resolve() == path.resolve() for source in sources):
+        raise UserError(f"--out {path}: one of the SAEs that are pooled, which would be lost; name another place")
+
+
+def _fits(format: FileFormat, variant: str | None) -> None:
+    """Raise `UserError` where the library of a format has no SAEs of a variant."""
+    if format == "sparsify" and variant not in (None, "topk"):
+        raise UserError(f"--format sparsify: it has topk only, and these SAEs are {variant}; use saelens")
 
 
 def _site(model: str | None, corpus: str | None, hook_name: str | None, tokens: int, device: Device, model_dtype: Precision):

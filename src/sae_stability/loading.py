@@ -75,6 +75,9 @@ def load_study(study: str, overrides: Sequence[str] = (), name: str | None = Non
         for grid in grids(fields.get("grid")):
             if isinstance(grid.get(key), list):
                 grid[key] = [_absolute(value, names, path.parent) for value in grid[key]]
+    explainer = fields.get("explainer")
+    if isinstance(explainer, dict) and "model" in explainer and explainer.get("base_url") is None:  # else the endpoint's name
+        fields["explainer"] = {**explainer, "model": _absolute(explainer["model"], NAMES["model"], path.parent)}
     return read_fields(fields)
 
 

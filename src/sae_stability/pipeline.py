@@ -56,7 +56,7 @@ class Plan:
         """Of each cell, where what its experiments read and write stands."""
         entries: dict[str, dict[str, tuple[str, ...]]] = {}
         for cell in self.study.cells.values():
-            found: dict[str, tuple[str, ...]] = {"text": (texts.text_entry(cell.recipe)[0],)}
+            found: dict[str, tuple[str, ...]] = {"text": (texts.text_entry(cell)[0],)}
             for kind in cell.kinds:
                 found[f"activations/{kind}"] = (texts.activations_entry(self.study, cell, kind)[0],)
                 found[f"ensembles/{kind}"] = tuple(ensembles.entries(self.study, cell, kind))
@@ -225,7 +225,7 @@ def compute_stage(study: Study, name: str, number: int = 1, parts: int = 1) -> N
     if missing:
         raise UserError(f"stage: {name} needs {', '.join(missing)}; compute that first, or call sae-stability run {study.name}")
     _use_threads(study)
-    plan.store.write_study()
+    plan.store.write_study(anew=False)  # a part of another study of that name takes nothing from it
     plan.compute([stage])
 
 
@@ -265,16 +265,23 @@ def prompts(study: Study) -> Iterator[str]:
     yield from explanations.prompts(plan.results(study.main))
 
 
-def trained(study: Study, cell: str | None) -> tuple[list[SAE], Activations]:
-    """The SAEs of a cell, by its id, or of the main one, on raw activations, and those of held-out text, computed if missing.
+def poolable(study: Study, cell: str | None, fine_tune: bool) -> Cell:
+    """The cell whose SAEs are to be pooled, by its id, or the main one.
 
-    Raises `UserError` where the study has no such cell.
+    Raises `UserError` where the study has no such cell, and where it keeps no training activations to fine-tune a pool on.
     """
     if cell is not None and cell not in study.cells:
         raise UserError(f"cell: {study.name} has no {cell}{nearest(cell, study.cells)}; it has {', '.join(study.cells)}")
-    plan, chosen = Plan(study), study.main if cell is None else study.cells[cell]
+    if fine_tune and study.stream:
+        raise UserError("stream: this study keeps no training activations to fine-tune on; set stream to false")
+    return study.main if cell is None else study.cells[cell]
+
+
+def trained(study: Study, chosen: Cell) -> tuple[list[SAE], Activations]:
+    """The SAEs of a cell on raw activations, and those of held-out text, computed if missing."""
+    plan = Plan(study)
     _use_threads(study)
-    plan.store.write_study()
+    plan.store.write_study(anew=False)  # a part of another study of that name takes nothing from it
     text = set(plan.results(chosen).entries["activations/real"])  # a stream trains without it
     names = [*_training(plan, chosen), *(stage.name for stage in plan.stages if text & set(stage.entries))]
     wanted = _behind(plan, names)
@@ -284,14 +291,9 @@ def trained(study: Study, cell: str | None) -> tuple[list[SAE], Activations]:
     return [ensemble.dictionary(position) for position in range(len(ensemble.seeds))], texts.activations(results, "evaluation")
 
 
-def fine_tuned(study: Study, cell: str | None, pooled: SAE, decoder_alone: bool) -> SAE:
-    """A pool of a cell that `trained` gave the SAEs of, trained on for a while as its seeds were, at their L0.
-
-    Raises `UserError` where the study keeps no training activations.
-    """
-    if study.stream:
-        raise UserError("stream: this study keeps no training activations to fine-tune on; set stream to false")
-    results = Plan(study).results(study.main if cell is None else study.cells[cell])
+def fine_tuned(study: Study, chosen: Cell, pooled: SAE, decoder_alone: bool) -> SAE:
+    """A pool of a cell that `trained` gave the SAEs of, trained on for a while as its seeds were, at their L0."""
+    results = Plan(study).results(chosen)
     ensemble = ensembles.ensemble(results)
     seeds = pools.Seeds.of(ensemble, texts.activations(results, "train"), results.cell.threshold)
     start = pooling.joined([pooled], ensemble)

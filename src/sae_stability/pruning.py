@@ -16,11 +16,16 @@ from sae_stability.study import Study
 def clean(study: Study, dry_run: bool = False) -> Iterator[str]:
     """Free the entries of `study`, and those that studies share, which no plan names; yield what is freed, in lines.
 
-    The plans are those of `study` and of every other study with results here.
+    The plans are those of `study` and of every other study with results here. Raises `UserError`, before anything is freed, where
+    one of these can't be planned, such as for a text on a disk that is away: what it needs would count as needed by nobody.
     """
     named = _named(study)
     for other in _others(study):
-        named |= _named(other)
+        try:
+            named |= _named(other)
+        except UserError as error:
+            kept = Store(other).folder / "study.json"
+            raise UserError(f"{other.name}: {error}; nothing is freed until that is back, or {kept} is removed") from None
     shared = places.results() / "_shared"
     stale = [entry for entry in (*owned(Store(study).folder), *owned(shared)) if entry not in named]
     chapters = Store(study).folder / "chapters"
@@ -30,7 +35,7 @@ def clean(study: Study, dry_run: bool = False) -> Iterator[str]:
     yield f"{size(stale) / 1e6:>10,.1f} MB  in all{', would be freed' if dry_run else ', freed'}"
     if not dry_run:
         for entry in stale:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 
 def _named(study: Study) -> set[Path]:

@@ -176,17 +176,18 @@ class Store:
     def claims(self) -> list[dict]:
         return read_json(self.folder / "claims.json")
 
-    def write_study(self) -> None:
-        """Write the study down, for whoever opens its results by name."""
+    def write_study(self, anew: bool = True) -> None:
+        """Write the study down, for whoever opens its results by name; unless `anew`, only where no study of that name is."""
         path, fields = self.folder / "study.json", self.study.model_dump(mode="json")
-        if not path.is_file() or _read(path) != fields:
+        if not path.is_file() or (anew and _read(path) != fields):
             write_json(path, fields)
 
 
 def owned(folder: Path) -> list[Path]:
-    """The entries below a folder, finished or begun: each is pruned as a whole."""
+    """The entries below a folder, finished or begun: each is pruned as a whole, with what lies in it."""
     marks = below(folder, PROVENANCE, BEGUN, f"*.{PROVENANCE}", SCRATCH)
-    return sorted({mark.parent if mark.name in (PROVENANCE, BEGUN) else mark for mark in marks})
+    entries = {mark.parent if mark.name in (PROVENANCE, BEGUN) else mark for mark in marks}
+    return sorted(entry for entry in entries if entries.isdisjoint(entry.parents))
 
 
 def size(paths: Sequence[Path]) -> int:

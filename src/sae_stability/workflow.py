@@ -1,9 +1,10 @@
 """A study as jobs: Snakemake walks its plan on the cores of a machine or on a cluster.
 
 It is the plan that one process walks in order (`pipeline`), and each of its stages is a job that calls `sae-stability stage`; the
-seeds of a long training are several. `workflow/Snakefile` reads it from a file written here, and knows nothing else of us. A job is
-done when its mark is there. The name of a mark holds the key of what is computed, so that a change of code or inputs, which
-Snakemake does not follow through imports, runs again what it can change.
+seeds of a long training are several. Jobs compute in the dtype that is fastest where they were planned. `workflow/Snakefile` reads
+the plan from a file written here, and knows nothing else of us. A job is done when its mark is there. The name of a mark holds the
+key of what is computed, so that a change of code or inputs, which Snakemake does not follow through imports, runs again what it can
+change.
 """
 
 import math
@@ -17,13 +18,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from sae_stability import costs, places
 from sae_stability.errors import UserError
 from sae_stability.experiments import Stage
 from sae_stability.files import write_json
 from sae_stability.keys import key_of
 from sae_stability.pipeline import Plan, most_parts, part_of
-from sae_stability.saes import variant
+from sae_stability.saes import FASTEST, fastest_dtype, variant
 from sae_stability.study import Cell
 
 FOLDER = "workflow"
@@ -142,6 +145,7 @@ def run(plan: Plan, arguments: Sequence[str], at_once: int | None, profile: str 
     environment = {"OMP_WAIT_POLICY": "passive"} | os.environ | {"SAE_STABILITY_ROOT": str(places.root())}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))}
     environment |= {"SAE_STABILITY_RESULTS": str(places.results())}
+    environment |= {FASTEST: str(fastest_dtype(torch.device(plan.study.device))).removeprefix("torch.")}
     done = subprocess.run(command, env=environment, cwd=Path.cwd(), check=False)
     if done.returncode != 0:
         told = "; ".join(_failures(plan)) or f"snakemake ended with status {done.returncode}; see its lines above"

@@ -20,7 +20,7 @@ import nbformat
 import yaml
 
 from sae_stability import places
-from sae_stability.book import explorer, folds, kernels, launch, made, numbers, page
+from sae_stability.book import explorer, folds, hover, kernels, launch, made, numbers, page
 from sae_stability.files import locked, read_json, replacing, sha256, write_json
 from sae_stability.keys import key_of, key_of_script, versions
 from sae_stability.pipeline import Plan
@@ -105,7 +105,7 @@ def _build(study: Study, site: Path) -> Path:
     content = {"_config.yml": launch.configuration(), **{str(file): sha256(file) for file in [*executed.values(), *static]}}
     plan = Plan(study)
     results = [key for stage in plan.stages for key in stage.entries.values()]
-    key = key_of({"content": content, "drawing": versions(DRAWING)}, [_build], results)
+    key = key_of({"content": content, "drawing": versions(DRAWING)}, [_build, hover.setup, folds.setup], results)
     stamp = site / "provenance.json"
     if stamp.is_file() and read_json(stamp)["key"] == key:
         return site / "index.html"
@@ -215,7 +215,7 @@ def _papermill(notebook: Path, into: Path, store: Store) -> None:
     os.environ["PYTHONWARNINGS"] = "ignore"
     if sys.platform == "linux":  # macOS may end a fork of a process that has imported its frameworks
         os.environ["JUPYTER_DEFAULT_PROVISIONER_NAME"] = kernels.NAME
-    os.environ["SAE_STABILITY_ROOT"] = str(places.root())
+    os.environ |= {"SAE_STABILITY_ROOT": str(places.root()), "SAE_STABILITY_RESULTS": str(places.results())}  # from any folder
     try:
         papermill.execute_notebook(
             str(notebook),

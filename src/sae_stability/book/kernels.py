@@ -22,9 +22,13 @@ class Forked(LocalProvisioner):
     """Starts a kernel as a fork."""
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
-        """`cmd` is what would start it: an interpreter, `-m`, the kernel's module and its arguments."""
+        """`cmd` is what would start it: an interpreter, `-m`, the kernel's module and its arguments. It does where the server can't
+        be had, such as for a folder of temporary files whose path is longer than that of a socket may be."""
         process = SERVER.Process(target=_serve, args=(cmd[3:], kwargs["env"], str(kwargs.get("cwd") or os.getcwd())))
-        process.start()
+        try:
+            process.start()
+        except (OSError, EOFError):
+            return await super().launch_kernel(cmd, **kwargs)
         self.process, self.pid, self.cwd = cast(Any, _Started(process)), process.pid, kwargs.get("cwd")
         return self.connection_info
 

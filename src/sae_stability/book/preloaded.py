@@ -4,11 +4,15 @@ Kernels are forked from such a process (`kernels.py`). Where results stand follo
 parsed here once.
 """
 
+from contextlib import suppress
+
 import ipykernel.kernelapp  # noqa: F401
 import seaborn  # noqa: F401
 
 from sae_stability.book import page  # noqa: F401
+from sae_stability.errors import UserError
 from sae_stability.loading import load_study
 from sae_stability.pipeline import Plan
 
-_ = Plan(load_study("embedded")).stages
+with suppress(UserError):  # a checkout may lack that study, or its model
+    _ = Plan(load_study("embedded")).stages

@@ -21,7 +21,7 @@ from sae_stability.keys import key_of
 from sae_stability.language.activations import Activations, Blocks
 from sae_stability.language.corpus import Contexts
 from sae_stability.language.streaming import Stream
-from sae_stability.saes import fastest_dtype, variant
+from sae_stability.saes import variant
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.store import SHARED, Store, Work
 from sae_stability.study import Cell, Recipe, Study
@@ -33,12 +33,12 @@ TRAINING = "training"
 def entries(study: Study, cell: Cell, kind: str) -> dict[str, str]:
     """The entries of the seeds of an ensemble, or of one of its nulls, with their key: it is that of the recipe, on its source."""
     recipe = cell.recipe
-    fastest = str(fastest_dtype(torch.device(study.device)))
-    inputs = {**recipe.model_dump(), "device": study.device, "fastest": fastest, "stream": study.stream}
+    encoder = str(training.encoder_dtype(recipe, torch.device(study.device)))
+    inputs = {**recipe.model_dump(), "encoder": encoder, "device": study.device, "stream": study.stream}
     before = {"model", "corpus", "context", "model_dtype"}  # the key before it holds what they are
     inputs = {name: value for name, value in inputs.items() if name not in before}
     roots = [train_streamed if study.stream else train_cached, variant(recipe.variant)]
-    key = key_of(inputs, roots, [texts.data_key(study, recipe, kind)])
+    key = key_of(inputs, roots, [texts.data_key(study, cell, kind)])
     name = f"{SHARED}/ensembles/{recipe.variant}-{recipe.d_sae}-{kind}-{key[:12]}"
     return {f"{name}/{seed}": key for seed in cell.seeds_of(kind)}
 
@@ -61,7 +61,7 @@ def stages(study: Study) -> Iterable[Stage]:
         return
     streams: dict[str, dict[str, tuple[Cell, str, dict[str, str]]]] = {}
     for group, (cell, kind, of_seeds) in wanted.items():
-        streams.setdefault(texts.text_entry(cell.recipe)[0], {})[group] = (cell, kind, of_seeds)
+        streams.setdefault(texts.text_entry(cell)[0], {})[group] = (cell, kind, of_seeds)
     for text, ensembles in streams.items():
         every = {entry: key for _, _, of_seeds in ensembles.values() for entry, key in of_seeds.items()}
         name = f"{SHARED}/streams/{text.rpartition('/')[2]}"
@@ -133,11 +133,11 @@ class _Streams:
     def blocks(self, cell: Cell, kind: str) -> Blocks:
         """What a cell, or one of its nulls, is trained on."""
         source = sources.source(kind)
-        text, _ = texts.text_entry(cell.recipe)
+        text, _ = texts.text_entry(cell)
         shared = (text, source.shuffled_weights, texts.model_dtype(self.study, cell), cell.dtype)
         if shared not in self.open:
             packed = Contexts(**texts.load_file(Store(self.study).path(text) / "train.safetensors"))
-            cells = [other for other in self.study.cells.values() if texts.text_entry(other.recipe)[0] == text]
+            cells = [other for other in self.study.cells.values() if texts.text_entry(other)[0] == text]
             bridge = texts.load_model(self.study, cell, source.shuffled_weights)
             hooks, tokens = sorted({other.hook_name for other in cells}), max(other.tokens for other in cells)
             self.open[shared] = Stream(bridge, packed, hooks, tokens, getattr(torch, cell.dtype))

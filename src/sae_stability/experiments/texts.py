@@ -30,41 +30,48 @@ MOST_UNKNOWN = 0.5
 """Of the tokens of a text, that its model may not know."""
 
 
-def text_entry(recipe: Recipe) -> tuple[str, str]:
-    """Where the text of a recipe stands, and its key: a model's tokens of a corpus."""
-    ours = recipe.corpus in corpus.INSTALLED
-    content = versions(installed.packages(recipe.corpus)) if ours else _content(recipe.corpus)
-    inputs = {"model": fingerprint(models.locate(recipe.model)), "corpus": content, "context": recipe.context}
-    if corpus.is_bounded(recipe.corpus):  # of a dataset no more is read than is needed
-        inputs["tokens"] = recipe.tokens
+def text_entry(cell: Cell) -> tuple[str, str]:
+    """Where the text of a cell stands, and its key: a model's tokens of a corpus.
+
+    Raises `UserError` for a corpus that is not there.
+    """
+    ours = cell.corpus in corpus.INSTALLED
+    content = versions(installed.packages(cell.corpus)) if ours else _content(cell.corpus)
+    inputs = {"model": fingerprint(models.locate(cell.model)), "corpus": content, "context": cell.context}
+    if corpus.is_bounded(cell.corpus):
+        inputs["characters"] = _characters(cell)
     key = key_of(inputs, [read_text])
-    return f"{SHARED}/texts/{_slug(recipe.model, recipe.corpus)}-{key[:12]}", key
+    return f"{SHARED}/texts/{_slug(cell.model, cell.corpus)}-{key[:12]}", key
 
 
-def data_key(study: Study, recipe: Recipe, kind: str) -> str:
+def _characters(cell: Cell) -> int:
+    """Of a dataset no more is read than is needed."""
+    return corpus.characters(cell.tokens, cell.evaluation_tokens)
+
+
+def data_key(study: Study, cell: Cell, kind: str) -> str:
     """The key of what an ensemble is trained on, the activations of a site or a null source, whatever else of it is cached."""
-    inputs = recipe.model_dump(include={"hook_name", "dtype", "norm_cutoff"})
-    inputs |= {"model_dtype": str(model_dtype(study, recipe)), "device": study.device, "threads": study.threads}
+    inputs = cell.model_dump(include={"hook_name", "dtype", "norm_cutoff"})
+    inputs |= {"model_dtype": str(model_dtype(study, cell)), "device": study.device, "threads": study.threads}
     source = sources.source(kind)
     if source.drawn:
-        inputs["tokens"] = recipe.tokens  # that it is fitted to
-    return key_of({"kind": kind, **inputs}, [source, run_model, draw_null], [text_entry(recipe)[1]])
+        inputs["tokens"] = cell.tokens  # that it is fitted to
+    return key_of({"kind": kind, **inputs}, [source, run_model, draw_null], [text_entry(cell)[1]])
 
 
 def activations_entry(study: Study, cell: Cell, kind: str) -> tuple[str, str]:
     """Where the activations of a cell stand, or those of one of its nulls, and their key."""
     tokens = _cached_tokens(study, cell)
-    source, recipe = sources.source(kind), cell.recipe
-    if source.drawn:
-        tokens = {"train": recipe.tokens, "evaluation": tokens["evaluation"]}
-    key = key_of({"tokens": tokens, "stream": study.stream}, [], [data_key(study, recipe, kind)])
-    return f"{SHARED}/activations/{_slug(recipe.model, recipe.corpus)}-{recipe.hook_name}-{kind}-{key[:12]}", key
+    if sources.source(kind).drawn:
+        tokens = {"train": cell.tokens, "evaluation": tokens["evaluation"]}
+    key = key_of({"tokens": tokens, "stream": study.stream}, [], [data_key(study, cell, kind)])
+    return f"{SHARED}/activations/{_slug(cell.model, cell.corpus)}-{cell.hook_name}-{kind}-{key[:12]}", key
 
 
 def stages(study: Study) -> Iterable[Stage]:
     """The texts of a study, the activations of its models, and the null sources that are drawn from them."""
     for group in _grouped(study, _text):
-        entry, key = text_entry(group[0].recipe)
+        entry, key = text_entry(group[0])
         hooks = sorted({cell.hook_name for cell in group})
         widest = _widest(group)
         yield Stage(entry, {entry: key}, partial(read_text, widest, hooks), entry, kind="text", cell=widest)
@@ -73,7 +80,7 @@ def stages(study: Study) -> Iterable[Stage]:
         for group in _grouped(study, partial(_pass, study), cells):
             entries = dict(activations_entry(study, cell, kind) for cell in group)
             cells_of = {activations_entry(study, cell, kind)[0]: cell for cell in group}
-            name, text = pass_name(study, group[0], kind), text_entry(group[0].recipe)[0]
+            name, text = pass_name(study, group[0], kind), text_entry(group[0])[0]
             compute = partial(run_model, study, kind, cells_of)
             yield Stage(name, entries, compute, f"{SHARED}/{name}", (text,), "activations", _widest(group))
     for kind in _kinds(study, drawn=True):
@@ -88,7 +95,7 @@ def stages(study: Study) -> Iterable[Stage]:
 
 def pass_name(study: Study, cell: Cell, kind: str) -> str:
     """The name of the stage that computes the activations of a cell, or of one of its nulls, in one pass with those of others."""
-    text = text_entry(cell.recipe)[0].rpartition("/")[2]
+    text = text_entry(cell)[0].rpartition("/")[2]
     return f"activations/{kind}/{text}-{digest(_pass(study, cell))[:6]}"
 
 
@@ -101,9 +108,7 @@ def read_text(cell: Cell, hook_names: list[str], work: Work) -> None:
     for hook_name in hook_names:
         models.check_hook(bridge, hook_name)
     context = models.context_length(bridge, cell.context)
-    # Of a dataset no more is read than fills both splits.
-    fills = max(cell.tokens / (1 - corpus.EVALUATION_SHARE), cell.evaluation_tokens / corpus.EVALUATION_SHARE)
-    text = corpus.load(cell.corpus, characters=round(corpus.CHARACTERS_A_TOKEN * fills))
+    text = corpus.load(cell.corpus, characters=_characters(cell))
     print(f"corpus: {text.told}")
     tokenizer = models.load_tokenizer(cell.model)  # as it was saved: that of the bridge has what it lacked
     packed = {
@@ -155,7 +160,7 @@ def tokens_of_clusters(held_out: Contexts, count: int) -> int:
 def run_model(study: Study, kind: str, cells: dict[str, Cell], work: Work) -> None:
     """Cache the activations of some sites of a model in one pass; where training streams, those of held-out text only."""
     first = next(iter(cells.values()))
-    text = Store(study).path(text_entry(first.recipe)[0])
+    text = Store(study).path(text_entry(first)[0])
     check_tokens(study, first, read_json(text / "facts.json"))
     contexts = {split: Contexts(**load_file(text / f"{split}.safetensors")) for split in SPLITS}
     bridge = load_model(study, first, sources.source(kind).shuffled_weights)
@@ -171,13 +176,13 @@ def run_model(study: Study, kind: str, cells: dict[str, Cell], work: Work) -> No
 
 def draw_null(study: Study, kind: str, cell: Cell, work: Work) -> None:
     """Cache a null source that is drawn from the activations of a site."""
-    store, recipe = Store(study), cell.recipe
-    folder, text = store.path(activations_entry(study, cell, "real")[0]), store.path(text_entry(recipe)[0])
+    store = Store(study)
+    folder, text = store.path(activations_entry(study, cell, "real")[0]), store.path(text_entry(cell)[0])
     real = {split: Activations.open(folder / f"{split}.bin") for split in _cached_tokens(study, cell)}
     ids = {split: _ids(text, folder, split, len(of)) for split, of in real.items()}
     fitted = "evaluation" if study.stream else "train"
     if not study.stream:
-        real["train"] = real["train"].normalised_by_first(recipe.tokens)
+        real["train"] = real["train"].normalised_by_first(cell.tokens)
     draw = sources.source(kind).fit(real[fitted], ids[fitted])
     for split, of in real.items():
         path = work.folder / f"{split}.bin"
@@ -253,9 +258,12 @@ def activations(results: Results, split: str, kind: str = "real") -> Activations
 
 
 def _content(name: str) -> str | dict:
-    """What a corpus holds now, file by file of those that are read; the name of a dataset stands for itself."""
-    named = documents.Name.of(name)
-    if documents.is_dataset(named) or not named.path.exists():
+    """What a corpus holds now, file by file of those that are read; the name of a dataset stands for itself.
+
+    Raises `UserError` for a path at which there is nothing: results of another text would else count as of this one.
+    """
+    named = corpus.named(name)
+    if documents.is_dataset(named):
         content = fingerprint(str(named.path)) if named.path.exists() else named.place
         return content if named.place == name else {"named": name, "content": content}
     if named.path.is_file():
@@ -279,7 +287,7 @@ def _cached_tokens(study: Study, cell: Cell) -> dict[str, int]:
 
 def _text(cell: Cell) -> tuple:
     """What cells have in common that read one text."""
-    return (cell.model, cell.corpus, cell.context, cell.tokens if corpus.is_bounded(cell.corpus) else None)
+    return (cell.model, cell.corpus, cell.context, _characters(cell) if corpus.is_bounded(cell.corpus) else None)
 
 
 def _pass(study: Study, cell: Cell) -> tuple:

@@ -93,7 +93,7 @@ def load(name: str, characters: int | None = None) -> Corpus:
     from a template, documents are split one by one, with a warning.
     Raises `UserError` where there is no such text or it can't be split.
     """
-    read = INSTALLED[name]() if name in INSTALLED else documents.read(_named(name), characters)
+    read = INSTALLED[name]() if name in INSTALLED else documents.read(named(name), characters)
     texts = sorted({text.strip() for text in read.texts} - {""})
     given = sum(1 for text in read.texts if text.strip())
     repeated = given - len(texts)
@@ -197,24 +197,29 @@ def _shingles(document: str) -> set[bytes]:
     return {" ".join(words[start : start + SHINGLE]).encode() for start in range(max(1, len(words) - SHINGLE + 1))}
 
 
+def characters(tokens: int, evaluation_tokens: int) -> int:
+    """How much of a dataset fills both splits: so many training tokens, and so many that are held out."""
+    return round(CHARACTERS_A_TOKEN * max(tokens / (1 - EVALUATION_SHARE), evaluation_tokens / EVALUATION_SHARE))
+
+
 def is_bounded(name: str) -> bool:
     """Whether no more of a corpus is read than is needed: of datasets, which may be larger than the disk."""
     return name not in INSTALLED and documents.is_dataset(documents.Name.of(name))
 
 
-def _named(name: str) -> documents.Name:
+def named(name: str) -> documents.Name:
     """Raises `UserError` for a path at which there is nothing, before any network is asked."""
-    named = documents.Name.of(name)
-    place = named.place
-    if not named.path.exists():
-        if named.path.parent == places.corpus(""):
-            raise UserError(f"corpus: {named.path.name} is not here yet; run sae-stability fetch-corpus {named.path.name}")
-        if named.path.is_absolute() or place.count("/") > 1 or place.startswith(".") or named.path.suffix == ".txt":
+    found = documents.Name.of(name)
+    place = found.place
+    if not found.path.exists():
+        if found.path.parent == places.corpus(""):
+            raise UserError(f"corpus: {found.path.name} is not here yet; run sae-stability fetch-corpus {found.path.name}")
+        if found.path.is_absolute() or place.count("/") > 1 or place.startswith(".") or found.path.suffix == ".txt":
             raise UserError(f"corpus: there is no {place}; give '{places.CORPUS}', a text file or folder, or the id of a dataset")
         near = get_close_matches(place, [*INSTALLED, *places.FETCHED_CORPORA], cutoff=0.75)
         if near:
             raise UserError(f"corpus: there is no {place}; did you mean {near[0]}?")
-    return named
+    return found
 
 
 def pack(documents: list[str], tokenizer, context: int, clusters: list[int] | None = None) -> Contexts:

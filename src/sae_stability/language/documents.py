@@ -146,7 +146,7 @@ def _table(path: Path, read: Callable[..., pd.DataFrame], *arguments, **options)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the heading would be cut off
-            return read(*arguments, **options).to_dict("records")
+            return read(*arguments, **options).rename(columns=str).to_dict("records")
     except Exception as error:  # pandas and pyarrow raise their own kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"corpus: {path} can't be read as a table ({reason}); mend it, or save it again") from None

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sae_stability import places
 from sae_stability.errors import UserError
-from sae_stability.files import locked, sha256
+from sae_stability.files import fingerprint, locked, sha256
 
 SHORT = 16  # digits of a file's SHA-256 that name its folder
 
@@ -102,7 +102,7 @@ def converted(gguf: Path) -> Path:
 
     Raises `UserError` where Transformers can't read the file.
     """
-    folder = places.root() / "models" / f"gguf-{sha256(gguf)[:SHORT]}"
+    folder = places.root() / "models" / f"gguf-{fingerprint(str(gguf))[:SHORT]}"
     with _appearing("model", folder, "config.json") as (unfinished, _):
         if unfinished is not None:
             _convert("model", gguf, unfinished)

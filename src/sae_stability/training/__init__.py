@@ -15,11 +15,23 @@ from sae_stability.language.activations import Activations, Blocks
 from sae_stability.saes import variant
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.study import Recipe
-from sae_stability.training.loop import SNAPSHOTS
+from sae_stability.training.loop import SNAPSHOTS, encoder_dtype
 from sae_stability.training.shards import CHECKPOINT_SECONDS, CURVE, DIVERGED, ENSEMBLE, Job, train_all
 from sae_stability.training.steering import sparser_and_denser, steer
 
-__all__ = ["CURVE", "DIVERGED", "ENSEMBLE", "SNAPSHOTS", "Job", "prepare", "sparser_and_denser", "steer", "train", "train_all"]
+__all__ = [
+    "CURVE",
+    "DIVERGED",
+    "ENSEMBLE",
+    "SNAPSHOTS",
+    "Job",
+    "encoder_dtype",
+    "prepare",
+    "sparser_and_denser",
+    "steer",
+    "train",
+    "train_all",
+]
 
 
 def train(

@@ -67,6 +67,11 @@ class Trainee:
     """On a CUDA device, its step by the bound on dead features; None where such a step was taken, and not recorded yet."""
 
 
+def encoder_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """In which training finds out what fires."""
+    return fastest_dtype(device) if recipe.encoder == "fastest" else torch.float32
+
+
 class Training:
     """Seeds of one recipe under training. `visits` holds how many steps each visit to a block of activations takes."""
 
@@ -91,7 +96,7 @@ class Training:
         self.step, self.since = 0, 0
         self.curve: list[dict] = []
 
-        kind, dtype = variant(recipe.variant), fastest_dtype(device) if recipe.encoder == "fastest" else torch.float32
+        kind, dtype = variant(recipe.variant), encoder_dtype(recipe, device)
         methods = [kind(recipe.k, coefficient, dtype) for coefficient in coefficients]
         for position, (method, seed) in enumerate(zip(methods, seeds, strict=True)):
             begun = method.initialise(d_in, recipe.d_sae, generator(recipe, seed))
