@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from helpers import drawn
-from sae_stability.matching import CRITERIA, Stability, by_every_criterion, calibrated_threshold, criteria, stability
+from sae_stability.matching import CRITERIA, Stability, by_every_criterion, calibrate, criteria, mean_at, stability
+from sae_stability.statistics import reach_without
 
 ALIVE = torch.ones(3, 20, dtype=torch.bool)
 
@@ -25,6 +26,16 @@ def test_correlations_of_activations_agree_with_numpy():
         with np.errstate(invalid="ignore"):
             theirs = np.nan_to_num(np.corrcoef(Z[s].T, Z[t].T)[:20, 20:])
         np.testing.assert_allclose(found.best_cosine[s, t], theirs.max(1), atol=1e-5)
+
+
+def test_features_that_hardly_fire_come_back_nowhere_by_their_activations():
+    """Two that fire once, on the same token, correlate by 1."""
+    Z = np.zeros((400, 3), dtype=np.float32)
+    for feature, fires in enumerate((1, 49, 50)):
+        Z[:fires, feature] = 1
+    found = criteria.by_activation([sparse.csr_array(Z)] * 2, 0.9, torch.ones(2, 3, dtype=torch.bool))
+    assert found.matched[0, 1].tolist() == [False, False, True]
+    assert found.best_cosine[0, 1, :2].tolist() == [0, 0]
 
 
 def test_one_to_one_gives_a_partner_to_one_feature_only():
@@ -105,7 +116,7 @@ def test_the_calibrated_threshold_is_the_smallest_at_which_the_surrogate_matches
         rates, null = (np.nanmean(each.at(threshold).match_rates()) for each in (real, surrogate))
         return null - share * rates <= 1e-9
 
-    found = calibrated_threshold(real, surrogate, share)
+    found = calibrate(real, surrogate, share).threshold
     observed = np.unique(torch.cat([each.best_cosine[~each.best_cosine.isnan()] for each in (real, surrogate)]))
     observed = observed[observed > 0].tolist()
     by_brute_force = next((cosine for cosine in observed if allowed(cosine)), np.nan)
@@ -118,18 +129,61 @@ def test_the_calibrated_threshold_is_the_smallest_at_which_the_surrogate_matches
 def test_the_calibrated_threshold_of_uniform_cosines_is_where_two_lines_meet(share):
     real, surrogate = with_cosines(uniform(0, 1, 20_000)), with_cosines(uniform(0, 0.5, 20_000))
     meet = (1 - share) / (2 - share)  # 1 - 2 tau = share (1 - tau)
-    assert calibrated_threshold(real, surrogate, share) == pytest.approx(meet, abs=1e-4)
+    assert calibrate(real, surrogate, share).threshold == pytest.approx(meet, abs=1e-4)
 
 
 def test_a_second_hump_of_the_surrogate_does_not_move_the_calibrated_threshold_above_it():
     """The quantile that 1 % reach lies above 0.9. From a threshold of 0.4 on, the hump is too much for the bound again."""
     real, surrogate = uniform(0, 1, 10_000), np.concatenate([uniform(0, 0.3, 9_700), uniform(0.9, 1, 300)])
     meet = (1 - 0.05) / (0.97 / 0.3 - 0.05)  # 0.97 (1 - tau / 0.3) + 0.03 = 0.05 (1 - tau)
-    found = calibrated_threshold(with_cosines(real), with_cosines(surrogate), 0.05)
+    found = calibrate(with_cosines(real), with_cosines(surrogate), 0.05).threshold
     assert found == pytest.approx(meet, abs=1e-3)
     assert found < 0.3
 
 
 def test_there_is_no_calibrated_threshold_for_what_is_like_its_surrogate():
     noise = stability(drawn(3, 20, 6))
-    assert np.isnan(calibrated_threshold(noise, noise, 0.05))
+    found = calibrate(noise, noise, 0.05)
+    assert np.isnan(found.threshold)
+    assert np.isnan(found.interval(lambda at, *_: at).value)
+
+
+def test_the_threshold_is_calibrated_again_without_each_seed():
+    """Compared with what the other seeds alone would have given."""
+    common, own = drawn(15, 8), drawn(5, 15, 8, seed=1)
+    alive = torch.rand(5, 15, generator=torch.Generator().manual_seed(2)) > 0.2
+    real, surrogate = stability(common + 0.4 * own, alive=alive), stability(drawn(4, 15, 8, seed=2))
+    found, everyone = calibrate(real, surrogate, 0.3), [list(range(5)), list(range(4))]
+    interval = found.interval(lambda at, ours, theirs: mean_at(real, at, ours) - mean_at(surrogate, at, theirs))
+
+    def less(ours: list[int], theirs: list[int]) -> float:
+        kept, null = real.among(ours), surrogate.among(theirs)
+        at = calibrate(kept, null, 0.3).threshold
+        return kept.at(at).mean().value - null.at(at).mean().value
+
+    assert interval.value == pytest.approx(less(*everyone))
+    without = [[less([seed for seed in everyone[0] if seed != out], everyone[1]) for out in everyone[0]]]
+    without.append([less(everyone[0], [seed for seed in everyone[1] if seed != out]) for out in everyone[1]])
+    assert interval.high - interval.value == pytest.approx(np.hypot(*map(reach_without, without)))
+
+
+def test_an_interval_at_the_calibrated_threshold_holds_what_it_should():
+    """Ensembles of one kind: the interval that takes the threshold as known is too narrow for them."""
+    common, found, fixed = 1.5 * drawn(24, 12), [], []
+    for draw in range(120):
+        real, surrogate = stability(common + drawn(6, 24, 12, seed=draw)), stability(drawn(4, 24, 12, seed=1000 + draw))
+        calibration = calibrate(real, surrogate, 0.3)
+        found.append(calibration.interval(lambda at, ours, _, real=real: mean_at(real, at, ours)))
+        fixed.append(real.at(calibration.threshold).mean())
+    truth = np.mean([interval.value for interval in found])
+    held, of_fixed = (np.mean([each.low <= truth <= each.high for each in intervals]) for intervals in (found, fixed))
+    assert 0.92 <= held <= 1
+    assert of_fixed < 0.88
+
+
+def test_two_seeds_have_a_calibrated_threshold_and_no_interval():
+    found = calibrate(with_cosines(uniform(0, 1, 500)), with_cosines(uniform(0, 0.5, 500)), 0.05)
+    assert np.isfinite(found.threshold)
+    interval = found.interval(lambda at, ours, theirs: at + len(ours) + len(theirs))
+    assert interval.value == found.threshold + 4
+    assert np.isnan([interval.low, interval.high]).all()

@@ -94,6 +94,21 @@ def test_windows_are_of_the_text_around_and_scored_ones_are_of_other_documents(t
     assert tasks(activations, np.array([1, 0]), text, decode) == [one, other]
 
 
+def test_windows_end_where_the_document_does():
+    """Short ones stand end to end in a context, and the next one may be of the half that is shown."""
+    ids = np.arange(40 * 31).reshape(40, 31)
+    document = np.arange(40 * 31).reshape(40, 31) // 6
+    contexts = Contexts(ids, document, np.ones(ids.shape, dtype=bool))
+    fires = np.random.default_rng(0).random(ids.size) < 0.3
+    (found,) = tasks(
+        sparse.csc_array(fires[:, None].astype(float)), np.array([0]), contexts, lambda tokens: [str(each) for each in tokens]
+    )
+    for half, windows in enumerate((found.shown, found.scored)):
+        for window in windows:
+            (of_document,) = {int(token) // 6 for token in window.tokens}
+            assert of_document % 2 == half
+
+
 def shown(*contexts: str, fires: str) -> list[Window]:
     """Windows of words; those that `fires` holds are where the feature does."""
     windows = []

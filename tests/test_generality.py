@@ -18,6 +18,18 @@ from sae_stability.loading import load_study
 from sae_stability.random_effects import crossed
 
 LINES = [rule.line for rule in C10]
+MANY = 10**6  # degrees of freedom: Student's distribution is the normal one
+
+
+def of_seeds(rows: list[dict], seeds: int = 11) -> pd.DataFrame:
+    """The effects of cells of so many seeds."""
+    cells = {row["cell"]: SimpleNamespace(seed_list=list(range(seeds))) for row in rows}
+    return effects(rows, SimpleNamespace(cells=cells))
+
+
+def put_together(margin: np.ndarray, error: np.ndarray):
+    """Cells whose error is known."""
+    return together(margin, error, np.full(len(margin), MANY))
 
 
 def line(cell: str, claim: str, which: str, value: float, bound: float = 0.5, below: bool = False, reach: float = 0.02) -> dict:
@@ -41,21 +53,22 @@ MODELS = {"cell 0": "one", "cell 1": "one", "cell 2": "one", "cell 3": "other", 
 
 
 def test_effects_are_margins_beyond_the_bound_of_the_first_condition():
-    found = effects([line("a", "C2", LINES[0], 0.8), line("a", "C4", LINES[0], 0.2, below=True), line("b", "C5", LINES[1], 0.3)])
+    found = of_seeds([line("a", "C2", LINES[0], 0.8), line("a", "C4", LINES[0], 0.2, below=True), line("b", "C5", LINES[1], 0.3)])
     assert found["margin"].tolist() == pytest.approx([0.3, 0.3, -0.2])
-    assert found["error"].tolist() == pytest.approx([0.02 / stats.norm.ppf(0.975)] * 3)
+    assert found["error"].tolist() == pytest.approx([0.02 / stats.t.ppf(0.975, 10)] * 3)
+    assert found["degrees"].tolist() == [10] * 3
     untold = [
         line("a", "C2", LINES[0], 0.8) | {"verdict": "not tested"},
         line("a", "C9", LINES[0], 0.8),
         line("a", "C2", LINES[0], 1, reach=0),
     ]
-    assert effects(untold).empty
-    assert list(effects([]).columns) == list(found.columns)
+    assert of_seeds(untold).empty
+    assert list(of_seeds([]).columns) == list(found.columns)
 
 
 @given(st.floats(-2, 2), st.lists(st.floats(0.05, 0.5), min_size=3, max_size=8))
 def test_cells_that_agree_have_their_weighted_mean_and_no_spread(value, error):
-    whole = together(np.full(len(error), value), np.array(error))
+    whole = put_together(np.full(len(error), value), np.array(error))
     assert whole.mean.value == pytest.approx(value, abs=1e-6)
     assert (whole.spread, whole.inconsistency) == (pytest.approx(0, abs=1e-6), 0)
     deviation = (1 / np.square(error)).sum() ** -0.5
@@ -65,7 +78,7 @@ def test_cells_that_agree_have_their_weighted_mean_and_no_spread(value, error):
 
 def test_paule_and_mandel_s_spread_solves_their_equation():
     margin, error = np.array([0.1, 0.5, 0.9, 0.2, 0.7]), np.array([0.05, 0.1, 0.02, 0.08, 0.2])
-    whole = together(margin, error)
+    whole = put_together(margin, error)
     weight = 1 / (error**2 + whole.spread**2)
     mean = (weight * margin).sum() / weight.sum()
     assert whole.mean.value == pytest.approx(mean, abs=1e-5)
@@ -83,7 +96,7 @@ def test_intervals_hold_the_mean_and_the_next_cell_as_often_as_they_say():
     for _ in range(studies):
         error = draw.uniform(0.01, 0.06, 8)
         cells = 0.3 + 0.1 * draw.normal(size=9)
-        whole = together(cells[:8] + error * draw.normal(size=8), error)
+        whole = put_together(cells[:8] + error * draw.normal(size=8), error)
         held += whole.mean.low <= 0.3 <= whole.mean.high
         next_held += whole.next_cell.low <= cells[8] <= whole.next_cell.high
     assert 0.91 <= held / studies <= 0.98
@@ -92,24 +105,32 @@ def test_intervals_hold_the_mean_and_the_next_cell_as_often_as_they_say():
 
 def test_cells_are_counted_with_holm_s_correction():
     z = np.array([2.0, 2.6, 3.5, -4.0, 0.1])  # two-sided p: 0.046, 0.0093, 0.0005, 0.00006, 0.92; Holm asks 0.05 / 5, 4, 3, 2, 1
-    whole = together(0.1 * z, np.full(5, 0.1))
+    whole = put_together(0.1 * z, np.full(5, 0.1))
     assert (whole.cells, whole.right, whole.wrong) == (5, 2, 1)
-    pair = together(np.array([2.17, 2.054]), np.ones(2))  # 0.03 fails at 0.025, and 0.04 with it, although it is below 0.05
+    pair = put_together(np.array([2.17, 2.054]), np.ones(2))  # 0.03 fails at 0.025, and 0.04 with it, although it is below 0.05
     assert (pair.right, pair.wrong) == (0, 0)
+
+
+def test_cells_of_few_seeds_are_certain_by_student_s_distribution():
+    margin, error = np.array([2.5]), np.array([1.0])  # two-sided p: 0.03 at 10 degrees of freedom, 0.09 at 3
+    assert [together(margin, error, np.array([degrees])).right for degrees in (10.0, 3.0)] == [1, 0]
+    lines = [line("a", "C2", LINES[0], 0.8)]
+    few, many = (float(of_seeds(lines, seeds)["error"].iloc[0]) for seeds in (4, 11))
+    assert few / many == pytest.approx(stats.t.ppf(0.975, 10) / stats.t.ppf(0.975, 3))
 
 
 def test_few_cells_have_a_mean_and_no_interval():
     for count in (0, 1, 2):
-        whole = together(np.full(count, 0.3), np.full(count, 0.01))
+        whole = put_together(np.full(count, 0.3), np.full(count, 0.01))
         assert np.isnan([whole.mean.low, whole.spread, whole.next_cell.high]).all()
         assert whole.cells == count
-    assert together(np.array([0.1, 0.3]), np.array([0.1, 0.1])).mean.value == pytest.approx(0.2)
+    assert put_together(np.array([0.1, 0.3]), np.array([0.1, 0.1])).mean.value == pytest.approx(0.2)
 
 
 def test_the_order_of_cells_changes_nothing():
     draw = np.random.default_rng(1)
     margin, error, order = draw.normal(size=7), draw.uniform(0.1, 0.5, 7), draw.permutation(7)
-    for ours, theirs in zip(together(margin, error), together(margin[order], error[order]), strict=True):
+    for ours, theirs in zip(put_together(margin, error), put_together(margin[order], error[order]), strict=True):
         assert vars(ours) == pytest.approx(vars(theirs)) if hasattr(ours, "low") else ours == pytest.approx(theirs)
 
 
@@ -122,7 +143,7 @@ def test_the_order_of_cells_changes_nothing():
     ],
 )
 def test_c10_needs_every_claim(margins, verdict):
-    lines = judge_c10(effects(ledger(cells=6, **margins)), MODELS)
+    lines = judge_c10(of_seeds(ledger(cells=6, **margins)), MODELS)
     assert [line["line"] for line in lines] == LINES
     assert {line["verdict"] for line in lines} == {verdict}
     assert len(lines[0]["conditions"]) == 1 + len(ASKED) * 3  # all cells, and without each of two models
@@ -135,7 +156,7 @@ def test_c10_is_asked_without_each_model():
         if each["id"] == "C2" and MODELS[each["cell"]] == "other":
             first = each["conditions"][0]
             first |= {"value": 0.1, "ci_low": 0.08, "ci_high": 0.12}
-    found = judge_c10(effects(rows), MODELS)[0]
+    found = judge_c10(of_seeds(rows), MODELS)[0]
     parts = {part["what"]: part["met"] for part in found["conditions"]}
     assert parts["C2, the same without other"] is True
     assert parts["C2, the same without one"] is False
@@ -144,7 +165,7 @@ def test_c10_is_asked_without_each_model():
 
 def test_c10_is_not_tested_where_a_claim_was_not_asked_or_cells_are_alike():
     some = [each for each in ledger(0.3, cells=6) if each["id"] != "C7"]
-    assert {line["verdict"] for line in judge_c10(effects(some), MODELS)} == {"not tested"}
+    assert {line["verdict"] for line in judge_c10(of_seeds(some), MODELS)} == {"not tested"}
     assert judge(ledger(0.3), load_study("variants")) == []  # one model, one site, one width
     assert generality.varies(load_study("grid"))
 
@@ -219,7 +240,7 @@ def test_effects_and_verdicts_of_cells_are_those_of_their_ledgers(studies):
 def drawn_cells() -> pd.DataFrame:
     values = [0.8, 0.9, 0.5, 0.1, 40.0, *np.linspace(0.2, 0.9, 10)]
     rows = [line(f"{number}", "C2", LINES[0], value) for number, value in enumerate(values)]
-    return effects(rows).assign(
+    return of_seeds(rows).assign(
         position=range(15), name=[*"abcdefghijklmn", "o, which is called by many words"], axis=["seeds"] * 2 + ["width"] * 13
     )
 

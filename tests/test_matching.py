@@ -150,14 +150,38 @@ def test_bands_of_a_pair_come_from_the_other_seeds():
     assert (found.held_out_band[0, 2] == intermediate).all()
 
 
-def test_bands_of_a_pair_are_those_of_a_study_without_the_other_seed():
-    alive = torch.rand(5, 12, generator=torch.Generator().manual_seed(0)) < 0.8
-    found = stability(drawn(5, 12, 3), 0.8, alive)
-    for s, t in itertools.product(range(5), range(5)):
-        others = [seed for seed in range(5) if seed != t]
-        expected = found.among(others).band[others.index(s)] if s != t else np.full(12, -1)
-        np.testing.assert_array_equal(found.held_out_band[s, t], expected)
+@pytest.mark.parametrize("seeds", [5, 11])  # of ten others one may be missed, and as many where one has no say
+def test_bands_of_a_pair_are_those_of_a_study_without_the_other_seed(seeds):
+    alive = torch.rand(seeds, 12, generator=torch.Generator().manual_seed(0)) < 0.8
+    found = stability(drawn(12, 3) + 0.3 * drawn(seeds, 12, 3, seed=1), 0.9, alive)
+    assert len(np.unique(found.held_out_band)) == 4
+    for left_out in (None, 2):
+        kept = [seed for seed in range(seeds) if seed != left_out]
+        among = found.held_out_band_among(kept)
+        for s, t in itertools.product(kept, kept):
+            others = [seed for seed in kept if seed != t]
+            expected = found.band_among(others)[others.index(s)] if s != t else np.full(12, -1)
+            np.testing.assert_array_equal(among[kept.index(s), kept.index(t)], expected)
     assert (found.among([0, 1]).held_out_band == -1).all()
+
+
+def test_separation_derives_bands_again_without_each_seed():
+    found = stability(drawn(40, 4) + 0.4 * drawn(6, 40, 4, seed=1), 0.9)
+
+    def by_hand(kept: list[int]) -> float:
+        back = {"stable": [], "unstable": []}
+        for s, t in itertools.permutations(kept, 2):
+            others = [seed for seed in kept if seed != t]
+            bands = found.band_among(others)[others.index(s)]
+            for name, hits in back.items():
+                hits += found.matched[s, t].numpy()[bands == BANDS.index(name)].tolist()
+        return np.mean(back["stable"]) - np.mean(back["unstable"])
+
+    expected, separation = jackknife(by_hand, 6), found.separation()
+    assert (separation.value, separation.low, separation.high) == pytest.approx((expected.value, expected.low, expected.high))
+    three = found.among([0, 1, 2]).separation()
+    assert np.isfinite(three.value)
+    assert np.isnan([three.low, three.high]).all()
 
 
 def test_weights_under_training_and_numpy_arrays_are_taken_as_they_are():

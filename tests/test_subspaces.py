@@ -450,6 +450,18 @@ def test_copies_are_as_many_as_two_groups_without_a_common_seed_allow_and_their_
     assert table.loc[("unstable", 1), "share"] == pytest.approx(2 / (2 * 4 * 6 - 6 + 3 * 4 * 6), abs=0.02)
 
 
+def test_bands_of_copies_allow_as_many_misses_without_a_seed_as_with_all():
+    """Eleven seeds, of which each lacks one feature that all others have: with a miss of ten allowed, all are stable."""
+    directions = F.normalize(drawn(11, 64), dim=1).repeat(11, 1, 1)
+    for seed in range(11):
+        directions[seed, seed] = F.normalize(drawn(64, seed=1 + seed), dim=0)
+    found = stability(directions)
+    for kept in (list(range(11)), list(range(10))):
+        table = copies(directions, found, kept).set_index(["band", "size"])
+        assert np.isnan(table.loc[("intermediate", 1), "cosine"])
+        assert table.loc[("stable", 1), "share"] < 1  # a miss is one of the pairs
+
+
 # Local structure
 
 

@@ -1,6 +1,7 @@
 """Tables of the quick study against the results that they are made of, and definitions against brute force."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from helpers import drawn
 from sae_stability.book import page
 from sae_stability.experiments import ensembles, families, matching, quality, stability
 from sae_stability.experiments.explanations import judge_c6
-from sae_stability.matching import Banding, Stability, mcc, mean_mcc
+from sae_stability.matching import Banding, Stability, calibrate, mcc, mean_mcc
 from sae_stability.matching import stability as compare
 from sae_stability.matching.criteria import one_to_one
 
@@ -24,8 +25,25 @@ def test_the_mean_mcc_is_that_of_each_pair_of_seeds():
 
 
 def test_without_a_calibrated_threshold_there_is_no_mean_stability_at_it():
-    columns = stability.calibrated_columns(compare(drawn(3, 7, 5)), float("nan"))
-    assert np.isnan(list(columns.values())).all()
+    noise = compare(drawn(3, 7, 5))
+    for kind in ("real", "surrogate", "whitened"):
+        columns = stability.calibrated_columns(noise, calibrate(noise, noise, 0.05), kind)
+        assert np.isnan(list(columns.values())).all()
+
+
+def test_an_interval_at_the_calibrated_threshold_counts_the_seeds_of_a_further_null_too():
+    real, surrogate, null = (
+        compare(drawn(30, 6) + scale * drawn(4, 30, 6, seed=seed)) for seed, scale in ((1, 0.3), (2, 3), (3, 0.6))
+    )
+    calibration = calibrate(real, surrogate, 0.3)
+    fixed = null.at(calibration.threshold).mean()
+    found = stability.calibrated_columns(null, calibration, "whitened")
+    moved = stability.calibrated_columns(
+        null, replace(calibration, real=[calibration.threshold] * 4, surrogate=[calibration.threshold] * 4), "whitened"
+    )
+    assert found["mean_stability_calibrated"] == pytest.approx(fixed.value)
+    assert moved["mean_stability_calibrated_low"] == pytest.approx(fixed.low)
+    assert found["mean_stability_calibrated_low"] < moved["mean_stability_calibrated_low"]
 
 
 def test_thresholds_growth_and_seeds_end_where_the_cell_is(quick):

@@ -320,6 +320,10 @@ def test_what_the_quick_study_says_of_triggers_counts_chance_in_the_text(quick):
         assert both.null_token_left.equals(both.null_token)
         assert both.frequency_left.corr(both.frequency) > 0.98
         assert both.explained_token_left.corr(both.explained_token) > 0.9
+    paired = quick.table("triggers").query("equal_frequency")  # those that deltas at equal frequency are of
+    assert (paired.firings >= FEWEST).all()
+    sizes = paired.groupby(["seed", "band"]).size().unstack()
+    assert (sizes["stable"] == sizes["unstable"]).all()
     share, tells = surface_share(table, of, "unstable", parts=parts), delta(table, of, "explained_token", parts=parts)
     assert share.low < surface_share(table, of, "unstable").low
     surface, deltas = (

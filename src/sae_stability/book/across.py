@@ -56,7 +56,7 @@ def cells(studies: Sequence[Tables], main: Cell) -> pd.DataFrame:
 
 def effects(studies: Iterable[Tables], chosen: pd.DataFrame) -> pd.DataFrame:
     """What each of the chosen `cells` finds of each line (`generality.effects`), with the columns of `cells`, in their order."""
-    found = [generality.effects(study.ledger).assign(study=study.study.name) for study in studies]
+    found = [generality.effects(study.ledger, study.study).assign(study=study.study.name) for study in studies]
     return chosen.reset_index(names="position").merge(pd.concat(found), on=["study", "cell"]).sort_values("position", kind="stable")
 
 
@@ -115,8 +115,8 @@ def combined(found: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (claim, line), part in found.groupby(["id", "line"]):
-        margin, error = part["margin"].to_numpy(), part["error"].to_numpy()
-        whole = generality.together(margin, error)
+        margin, error, degrees = (part[name].to_numpy() for name in ("margin", "error", "degrees"))
+        whole = generality.together(margin, error, degrees)
         shared = crossed(margin, error, part[list(SHARED)])
         rows.append({"id": claim, "line": line, **whole._asdict(), "shared": shared.mean, "spread_by": shared.spread})
     order = {line: place for place, line in enumerate(get_args(Line))}

@@ -1,11 +1,13 @@
 """What chapters derive from the results of a study, beyond its tables: quantities, comparisons and groups. Pages print them."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from scipy import stats
 
 from sae_stability.book.tables import Tables
@@ -16,10 +18,9 @@ from sae_stability.experiments.columns import interval_columns
 from sae_stability.experiments.subspaces import RANDOM
 from sae_stability.explanations import agreement, says_surface
 from sae_stability.matching import BANDS, Banding, Stability
-from sae_stability.statistics import Interval, difference, over_pairs
+from sae_stability.statistics import Interval, difference, jackknife
 from sae_stability.study import Cell, Study
 from sae_stability.subspaces import WRITTEN
-from sae_stability.subspaces.sets import band_among
 from sae_stability.triggers import over_seeds
 
 
@@ -77,22 +78,32 @@ def typical_features(results: Results, threshold: float) -> pd.DataFrame:
 def reappearance_curves(results: Results, kinds: Iterable[str], cosines: Iterable[float]) -> pd.DataFrame:
     """How often unstable features come back in another seed at any cosine: a row a kind and cosine.
 
-    Bands of a pair of seeds come from the others, so that takes three. Columns: kind, cosine, and p with the ends of its interval.
+    Bands of a pair of seeds come from the others, so that takes three, and an interval four. Columns: kind, cosine, and p with the
+    ends of its interval.
     """
-    rows = []
+    rows, cosines = [], list(cosines)
     for kind in kinds:
         found = matching.stability(results, kind)
         if found.trials < 2:
             continue
-        seeds = range(found.trials + 1)
-        band = np.stack([[band_among(found, s, frozenset({t}) - {s}) for t in seeds] for s in seeds])
-        unstable = (band == BANDS.index("unstable")) & ~np.eye(len(seeds), dtype=bool)[:, :, None]
-        best = np.where(unstable, found.best_cosine.numpy(), np.nan)
-        for cosine in cosines:
-            count, members = (best >= cosine).sum(2), unstable.sum(2)
-            share = over_pairs(np.where(members > 0, count / np.maximum(members, 1), np.nan)).within(0, 1)
+        shares = cache(partial(_unstable_back, found, cosines))
+
+        def share_back(kept: list[int], position: int, shares: Callable[[tuple[int, ...]], np.ndarray] = shares) -> float:
+            return float(shares(tuple(kept))[position])
+
+        for position, cosine in enumerate(cosines):
+            share = jackknife(partial(share_back, position=position), len(found.alive)).within(0, 1)
             rows.append({"kind": kind, "cosine": cosine, **interval_columns("p", share)})
     return pd.DataFrame(rows, columns=["kind", "cosine", "p", "p_low", "p_high"])
+
+
+def _unstable_back(found: Stability, cosines: list[float], kept: tuple[int, ...]) -> Float[np.ndarray, "cosine"]:
+    """The share of unstable features that another seed has at each cosine, on average over pairs of some seeds (positions)."""
+    unstable = found.held_out_band_among(list(kept)) == BANDS.index("unstable")
+    best = np.where(unstable, found.best_cosine.numpy()[np.ix_(kept, kept)], np.nan)
+    members = unstable.sum(2)
+    some = members > 0
+    return np.array([((best >= cosine).sum(2)[some] / members[some]).mean() if some.any() else np.nan for cosine in cosines])
 
 
 def lines_in_plane(x: Iterable[float], y: Iterable[float], apart: float = 10.0) -> int:

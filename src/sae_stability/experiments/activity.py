@@ -15,6 +15,7 @@ from sae_stability.experiments.columns import each_kind, interval_columns
 from sae_stability.experiments.experiment import Experiment, Results
 from sae_stability.files import save_arrays
 from sae_stability.matching import BANDS
+from sae_stability.matching.pairs import FEWEST, firings
 from sae_stability.statistics import jackknife
 
 KINDS = ["real", "surrogate"]
@@ -37,7 +38,7 @@ def partner_correlations(
 ) -> Float[np.ndarray, "d_sae"]:
     """Pearson's correlation of each column [token, feature] of one SAE with its partner among those of another, on the same tokens.
 
-    NaN without a partner (-1), and where one of the two never fires.
+    NaN without a partner (-1), and where one of the two fires too rarely to tell (`pairs.FEWEST`).
     """
     paired = theirs[:, np.maximum(partner, 0)]
     tokens = ours.shape[0]
@@ -47,7 +48,8 @@ def partner_correlations(
     variances = [np.maximum(square - mean**2, 0) for square, mean in zip(squares, means, strict=True)]
     with np.errstate(divide="ignore", invalid="ignore"):
         correlation = across / np.sqrt(variances[0] * variances[1])
-    return np.where((partner >= 0) & (variances[0] > 0) & (variances[1] > 0), correlation, np.nan)
+    often = [firings(matrix) >= FEWEST for matrix in (ours, paired)]
+    return np.where((partner >= 0) & often[0] & often[1] & (variances[0] > 0) & (variances[1] > 0), correlation, np.nan)
 
 
 def correlations(results: Results, kind: str) -> Float[np.ndarray, "seed seed d_sae"]:

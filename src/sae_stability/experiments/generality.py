@@ -22,7 +22,6 @@ ASKED = ("C1", "C2", "C3", "C4", "C5", "C7")
 """Claims that cells of any model can test. C6 needs a language model that explains, C8 is about worlds, and C9 needs many seeds."""
 AXES = ("model", "hook_name", "variant", "d_sae")
 """What the cells of a grid must differ in, for C10 to be asked of it."""
-HALF_WIDTH = float(stats.norm.ppf(0.975))
 LEVEL = 0.05
 
 C10 = tuple(
@@ -57,12 +56,15 @@ class Together(NamedTuple):
     holds what it should where cells scatter by more than their own error, and is narrow where they do not."""
 
 
-def effects(ledger: list[dict]) -> pd.DataFrame:
-    """What each cell finds of each line of the claims that are asked about: the first condition of its rule.
+def effects(ledger: list[dict], study: Study) -> pd.DataFrame:
+    """What each cell of a study finds of each line of the claims that are asked about: the first condition of its rule.
 
     Columns: cell, id, line, verdict, value, low, high, bound, margin (how far the value lies beyond the bound, on the claimed
-    side), and error (the standard error, by the width of the interval). What has no interval is left out.
+    side), degrees (of freedom: a seed less than the cell has), and error: the standard error, by the width of the interval and
+    Student's quantile. It is too large for what is set beside a null of fewer seeds, whose interval reaches farther. What has no
+    interval is left out.
     """
+    seeds = {id: len(cell.seed_list) for id, cell in study.cells.items()}
     rows = []
     for each in ledger:
         if each["id"] not in ASKED or each["verdict"] == "not tested":
@@ -73,15 +75,18 @@ def effects(ledger: list[dict]) -> pd.DataFrame:
             continue
         margin = (value - first["bound"]) * (-1 if first["below"] else 1)
         row = {name: each[name] for name in ("cell", "id", "line", "verdict")} | {"value": value, "low": low, "high": high}
-        rows.append(row | {"bound": first["bound"], "margin": margin, "error": (high - low) / 2 / HALF_WIDTH})
-    numbers = ["value", "low", "high", "bound", "margin", "error"]
+        degrees = seeds[each["cell"]] - 1
+        error = (high - low) / 2 / stats.t.ppf(0.975, degrees)
+        rows.append(row | {"bound": first["bound"], "margin": margin, "degrees": degrees, "error": error})
+    numbers = ["value", "low", "high", "bound", "margin", "degrees", "error"]
     found = pd.DataFrame(rows, columns=["cell", "id", "line", "verdict", *numbers])
     return found.astype(dict.fromkeys(numbers, float))  # where there are none, too
 
 
-def together(margin: Float[np.ndarray, "cell"], error: Float[np.ndarray, "cell"]) -> Together:
-    """Put cells together by their margins and standard errors; means of fewer than three cells have no interval."""
-    cells, certain = len(margin), _certain(2 * stats.norm.sf(np.abs(margin) / error))
+def together(margin: Float[np.ndarray, "cell"], error: Float[np.ndarray, "cell"], degrees: Float[np.ndarray, "cell"]) -> Together:
+    """Put cells together by their margins and standard errors, of some degrees of freedom; means of fewer than three cells have no
+    interval."""
+    cells, certain = len(margin), _certain(2 * stats.t.sf(np.abs(margin) / error, degrees))
     right, wrong = int((certain & (margin > 0)).sum()), int((certain & (margin < 0)).sum())
     if cells < 3:
         mean = Interval(float(np.mean(margin)), np.nan, np.nan) if cells else NOWHERE
@@ -145,7 +150,7 @@ def judge(ledger: list[dict], study: Study) -> list[dict]:
     """C10 over the cells of a grid; nothing of a study whose cells have something in common that C10 is about."""
     if not varies(study):
         return []
-    return judge_c10(effects(ledger), {id: cell.model for id, cell in study.cells.items()})
+    return judge_c10(effects(ledger, study), {id: cell.model for id, cell in study.cells.items()})
 
 
 def judge_c10(found: pd.DataFrame, models: Mapping[str, str]) -> list[dict]:
@@ -155,17 +160,21 @@ def judge_c10(found: pd.DataFrame, models: Mapping[str, str]) -> list[dict]:
         here = found[found["line"] == rule.line]
         conditions, right, cells = [], 0, 0
         for claim, of_claim in here.groupby("id"):
-            whole = together(of_claim["margin"].to_numpy(), of_claim["error"].to_numpy())
+            whole = _of_rows(of_claim)
             right, cells = right + whole.right, cells + whole.cells
             conditions.append(Condition(f"{claim}, mean margin over cells", whole.mean, 0.0))
             for model in sorted(set(models.values())):
                 rest = of_claim[of_model[of_claim.index] != model]
-                without = together(rest["margin"].to_numpy(), rest["error"].to_numpy())
+                without = _of_rows(rest)
                 conditions.append(Condition(f"{claim}, the same without {model}", without.mean, 0.0))
         asked = Condition("claims that were asked", _exactly(here["id"].nunique()), len(ASKED) - 1)
         share = Interval(right / cells, np.nan, np.nan) if cells else NOWHERE
         lines.append(judged(rule, share, NOWHERE, conditions, needed=[asked]) | {"scope": "over the cells of this study"})
     return lines
+
+
+def _of_rows(found: pd.DataFrame) -> Together:
+    return together(*(found[name].to_numpy() for name in ("margin", "error", "degrees")))
 
 
 def _exactly(number: int) -> Interval:

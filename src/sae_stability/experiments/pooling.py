@@ -41,7 +41,7 @@ from sae_stability.experiments.stability import NULL_SHARE
 from sae_stability.files import save_arrays, write_table
 from sae_stability.language.activations import Activations
 from sae_stability.ledger import NOWHERE, OTHERWISE, Condition, Rule, judged
-from sae_stability.matching import Stability, calibrated_threshold, stability
+from sae_stability.matching import Stability, calibrate, stability
 from sae_stability.pooling import measure
 from sae_stability.saes.ensemble import Ensemble
 from sae_stability.statistics import Interval, bootstrap_ratio, difference, jackknifed_mean, matched_pairs, over_pairs
@@ -101,7 +101,7 @@ def compute(results: Results, folder: Path) -> None:
     seeds = Seeds.of(ensemble, texts.activations(results, "train"), threshold, size)
     noise_size = len(noise_groups(len(noise.seeds), size)[0])
     of_noise = Seeds.of(noise, texts.activations(results, "train", "surrogate"), threshold, noise_size)
-    calibrated = calibrated_threshold(seeds.alone, of_noise.alone, NULL_SHARE)
+    calibrated = calibrate(seeds.alone, of_noise.alone, NULL_SHARE).threshold
     pairs = [shares(of_noise.alone, of_noise.energy, calibrated).assign(product=NOISE_SINGLE, partition=0)]
 
     scratch = folder / SCRATCH

@@ -1,5 +1,6 @@
 """Do features come back under another seed (C1)? Stability feature by feature, its bands, and what it depends on."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,11 @@ from sae_stability.experiments.columns import each_kind, interval_columns
 from sae_stability.experiments.experiment import Experiment, Results, Tables
 from sae_stability.language.activations import gaussian
 from sae_stability.ledger import NOWHERE, OTHERWISE, Condition, Rule, judged, named_interval
-from sae_stability.matching import BANDS, CRITERIA, Stability, at_equal_frequency, band_of, calibrated_threshold, mean_mcc
+from sae_stability.matching import BANDS, CRITERIA, Stability, at_equal_frequency, band_of, calibrate, mean_at, mean_mcc
 from sae_stability.matching import stability as compare
+from sae_stability.matching.criteria import Calibration
 from sae_stability.saes import variant
-from sae_stability.statistics import Interval, difference
+from sae_stability.statistics import difference
 
 NULL_SHARE = 0.05  # at the calibrated threshold the surrogate's match rate is at most this share of the real one
 REFERENCE_SEEDS = 3  # of random directions and untrained SAEs
@@ -84,7 +86,7 @@ def criteria(results: Results) -> pd.DataFrame:
     """One row per criterion and kind: what reappears by it, and how far it agrees with the default."""
     rows = []
     real, surrogate = (matching.by_criterion(results, kind) for kind in ("real", "surrogate"))
-    calibrated = {criterion: calibrated_threshold(real[criterion], surrogate[criterion], NULL_SHARE) for criterion in CRITERIA}
+    calibrated = {criterion: calibrate(real[criterion], surrogate[criterion], NULL_SHARE) for criterion in CRITERIA}
     for kind in results.cell.kinds:
         default = matching.stability(results, kind)
         for criterion, matched in matching.by_criterion(results, kind).items():
@@ -93,15 +95,24 @@ def criteria(results: Results) -> pd.DataFrame:
             row = {"kind": kind, "criterion": criterion, "threshold": matched.threshold}
             row |= interval_columns("mean_stability", matched.mean())
             row |= interval_columns("stable_share", shares["stable"]) | interval_columns("unstable_share", shares["unstable"])
-            row |= calibrated_columns(matched, calibrated[criterion])
+            row |= calibrated_columns(matched, calibrated[criterion], kind)
             rows.append(row | {"same_band": float((band_of(ours) == band_of(theirs)).mean())})
     return pd.DataFrame(rows)
 
 
-def calibrated_columns(matched: Stability, threshold: float) -> dict[str, float]:
-    """The calibrated threshold and the mean stability there: NaN where there is no such threshold."""
-    mean = Interval(np.nan, np.nan, np.nan) if np.isnan(threshold) else matched.at(threshold).mean()
-    return {"calibrated_threshold": threshold, **interval_columns("mean_stability_calibrated", mean)}
+def calibrated_columns(matched: Stability, calibration: Calibration, kind: str) -> dict[str, float]:
+    """The calibrated threshold and the mean stability there, of the ensemble or one of its nulls: NaN where there is no such
+    threshold. The interval knows that the threshold follows from the seeds."""
+    everyone = list(range(len(matched.alive)))
+    own: dict[str, Callable[[float, list[int], list[int]], float]] = {
+        "real": lambda at, ours, _: mean_at(matched, at, ours),
+        "surrogate": lambda at, _, theirs: mean_at(matched, at, theirs),
+    }
+    mean = calibration.interval(own.get(kind, lambda at, *_: mean_at(matched, at, everyone)))
+    if kind not in own and np.isfinite(calibration.threshold):  # seeds that the threshold knows nothing of
+        alone = matched.at(calibration.threshold).mean()
+        mean = mean.widened((alone.high - alone.low) / 2)
+    return {"calibrated_threshold": calibration.threshold, **interval_columns("mean_stability_calibrated", mean.within(0, 1))}
 
 
 def by_seeds(results: Results) -> pd.DataFrame:
@@ -183,7 +194,7 @@ def cells(results: Results) -> pd.DataFrame:
         "threshold": cell.threshold,
         **interval_columns("mean_stability", real.mean()),
         **interval_columns("surrogate_mean_stability", surrogate.mean()),
-        **calibrated_columns(real, calibrated_threshold(real, surrogate, NULL_SHARE)),
+        **calibrated_columns(real, calibrate(real, surrogate, NULL_SHARE), "real"),
         **interval_columns("separation", real.separation()),
         **interval_columns("area", real.area()),
         "surrogate_area": surrogate.area().value,
@@ -268,10 +279,10 @@ def judge_c1(matched: dict[str, Stability], frequency: dict[str, np.ndarray]) ->
         Condition("latent share of stable features", latent["stable"], SMALLEST_BAND, no_effect=0.0),
         Condition("latent share of unstable features", latent["unstable"], SMALLEST_BAND, no_effect=0.0),
     ]
-    apart, calibrated = difference(real.mean(), surrogate.mean()), calibrated_threshold(real, surrogate, NULL_SHARE)
-    there = NOWHERE
-    if np.isfinite(calibrated):
-        there = difference(real.at(calibrated).mean(), surrogate.at(calibrated).mean())
+    apart = difference(real.mean(), surrogate.mean())
+    there = calibrate(real, surrogate, NULL_SHARE).interval(
+        lambda at, ours, theirs: mean_at(real, at, ours) - mean_at(surrogate, at, theirs)
+    )
     ones = {kind: matched[kind].alive.numpy().astype(float) for kind in ("real", "surrogate")}
     equal = at_equal_frequency(surrogate, ones["surrogate"], frequency["surrogate"], ones["real"], frequency["real"])
     nulls = {

@@ -60,7 +60,7 @@ def tasks(activations: sparse.csc_array, features: Int[np.ndarray, "chosen"], co
         silent = _silent(rng, along, row_of, context, position, cluster, len(spread))
 
         def window(row: int, along=along) -> Window:
-            return _window(row, along, row_of, context, position, contexts, decode)
+            return _window(row, along, row_of, context, position, cluster, contexts, decode)
 
         judged = [window(row) for row in [*scored[spread], *silent]]
         order = rng.permutation(len(judged))
@@ -85,20 +85,21 @@ def _silent(rng, along, row_of, context, position, cluster, count: int) -> list[
     for row in candidates:
         if len(chosen) == count:
             break
-        around = _around(row, row_of, context, position)
+        around = _around(row, row_of, context, position, cluster)
         if not along[around].any():
             chosen.append(int(row))
     return chosen
 
 
-def _around(row: int, row_of, context, position) -> Int[np.ndarray, "token"]:
-    """The rows of the text tokens around a place, in its context."""
+def _around(row: int, row_of, context, position, cluster) -> Int[np.ndarray, "token"]:
+    """The rows of the text tokens around a place, in its context and its document: the next one may be of the other half."""
     start = max(0, position[row] - REACH)
     rows = row_of[context[row], start : position[row] + REACH + 1]
-    return rows[rows >= 0]
+    rows = rows[rows >= 0]
+    return rows[cluster[rows] == cluster[row]]
 
 
-def _window(row: int, along, row_of, context, position, contexts: Contexts, decode: Decode) -> Window:
-    rows = _around(row, row_of, context, position)
+def _window(row: int, along, row_of, context, position, cluster, contexts: Contexts, decode: Decode) -> Window:
+    rows = _around(row, row_of, context, position, cluster)
     tokens = contexts.tokens[context[rows], position[rows]]
     return Window(decode(tokens), along[rows].tolist())

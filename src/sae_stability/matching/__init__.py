@@ -7,7 +7,7 @@ compares bands in tables.
 
 from sae_stability.matching.assignment import Assignment, assign, mcc
 from sae_stability.matching.banding import Banding
-from sae_stability.matching.criteria import CRITERIA, by_every_criterion, calibrated_threshold, mean_mcc
+from sae_stability.matching.criteria import CRITERIA, by_every_criterion, calibrate, mean_at, mean_mcc
 from sae_stability.matching.families import Families, families
 from sae_stability.matching.pairs import nearest_within
 from sae_stability.matching.reappearance import BANDS, STABLE, UNSTABLE, Stability, at_equal_frequency, band_of, reappear, stability
@@ -25,9 +25,10 @@ __all__ = [
     "at_equal_frequency",
     "band_of",
     "by_every_criterion",
-    "calibrated_threshold",
+    "calibrate",
     "families",
     "mcc",
+    "mean_at",
     "mean_mcc",
     "nearest_within",
     "reappear",

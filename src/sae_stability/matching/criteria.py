@@ -3,12 +3,13 @@
 None is swapped in silently. A cosine of 0.7 does not mean the same under each, so each has its own calibrated threshold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from sae_stability.language.activations import whitening
 from sae_stability.matching.assignment import assign
 from sae_stability.matching.pairs import ROUNDING, Activity, correlations, cosines, weaker
 from sae_stability.matching.reappearance import Stability, reappear, stability
-from sae_stability.statistics import Interval, over_pairs
+from sae_stability.statistics import Interval, over_pairs, reach_without
 
 CRITERIA = {
     "decoder": "best cosine of decoder directions (the default)",
@@ -25,7 +26,7 @@ CRITERIA = {
     "one-to-one": "decoder cosine with the partner in the best one-to-one pairing",
     "encoder": "best cosine of encoder directions",
     "decoder and encoder": "one partner whose decoder and encoder cosines both reach the threshold",
-    "activations": "best correlation of activations on the same tokens",
+    "activations": "best correlation of activations on the same tokens, of features that fire on 50 or more",
     "whitened": "best cosine of decoder directions once the activations' covariance is made the identity",
     "without top component": "best cosine of decoder directions once the activations' first principal component is removed",
 }
@@ -91,7 +92,8 @@ def with_encoder(
 def by_activation(codes: Sequence[sparse.csr_array], threshold: float, alive: Bool[Tensor, "seed d_sae"]) -> Stability:
     """A feature reappears if the activations of one feature of the other seed correlate with its own.
 
-    `codes` holds the activations [token, d_sae] of each seed on the same tokens.
+    What fires too rarely to tell (`pairs.FEWEST`) comes back nowhere. `codes` holds the activations [token, d_sae] of each seed on
+    the same tokens.
     """
     activities = [Activity.of(each) for each in codes]
     return reappear(lambda s, t: correlations(activities[s], activities[t]), alive, threshold)
@@ -113,32 +115,83 @@ def mean_mcc(paired: Stability) -> Interval:
     return over_pairs(cosines.nanmean(2).numpy())
 
 
-def calibrated_threshold(real: Stability, surrogate: Stability, share: float) -> float:
-    """The smallest threshold at which the surrogate's match rate is at most `share` of the real one; NaN where none is.
+@dataclass(frozen=True)
+class Calibration:
+    """The smallest threshold at which the surrogate's match rate is at most a share of the real one; NaN where none is.
 
     A match rate is `Stability.mean`. It changes at best cosines only, so the smallest of all observed ones at which the condition
     holds is given. It need not hold from there on: a few directions of large variance come back in every surrogate, with cosines
     that few real features reach, so at thresholds near 1 chance may weigh more again.
     """
-    ours, theirs = _weighted_cosines(real), _weighted_cosines(surrogate)
-    observed = np.unique(np.concatenate([ours[0], theirs[0]]))
+
+    threshold: float
+    real: list[float]
+    """What it would be without each seed of the ensemble; NaN where too few are left."""
+    surrogate: list[float]
+    """The same of the surrogate's."""
+
+    def interval(self, statistic: Callable[[float, list[int], list[int]], float]) -> Interval:
+        """A statistic of the threshold and of the seeds of either (positions): both jackknifed, with the threshold found again
+        without each seed. No interval where there are fewer than three seeds of either."""
+        ours, theirs = list(range(len(self.real))), list(range(len(self.surrogate)))
+        value = statistic(self.threshold, ours, theirs)
+        without = [statistic(at, [seed for seed in ours if seed != out], theirs) for out, at in enumerate(self.real)]
+        beside = [statistic(at, ours, [seed for seed in theirs if seed != out]) for out, at in enumerate(self.surrogate)]
+        reach = float(np.hypot(reach_without(without), reach_without(beside)))
+        return Interval(value, value - reach, value + reach)
+
+
+def calibrate(real: Stability, surrogate: Stability, share: float) -> Calibration:
+    """Find the threshold at which chance is rare, with all seeds and without each."""
+    ours, theirs = _Rates.of(real), _Rates.of(surrogate)
+    observed = np.unique(np.concatenate([ours.cosines, theirs.cosines]))
     thresholds = observed[observed > 0]
-    allowed = _match_rates(*theirs, thresholds) - share * _match_rates(*ours, thresholds) <= SAME_RATE
-    return float(thresholds[allowed.argmax()]) if allowed.any() else float("nan")
+    rates = ours.at(thresholds), theirs.at(thresholds)
+
+    def smallest(of_ours: Float[np.ndarray, "threshold"], of_theirs: Float[np.ndarray, "threshold"]) -> float:
+        allowed = of_theirs - share * of_ours <= SAME_RATE
+        return float(thresholds[allowed.argmax()]) if allowed.any() else float("nan")
+
+    without_real = [smallest(ours.at(thresholds, seed), rates[1]) for seed in range(len(real.alive))]
+    return Calibration(
+        smallest(*rates), without_real, [smallest(rates[0], theirs.at(thresholds, seed)) for seed in range(len(surrogate.alive))]
+    )
 
 
-def _match_rates(
-    cosines: Float[np.ndarray, "match"], weights: Float[np.ndarray, "match"], thresholds: Float[np.ndarray, "threshold"]
-) -> Float[np.ndarray, "threshold"]:
-    """The weight of the cosines that reach each threshold, by the rule of `pairs.reaches`."""
-    order = cosines.argsort()
-    from_here_on = np.append(weights[order][::-1].cumsum()[::-1], 0.0)
-    lowest = (thresholds.astype(np.float64) - ROUNDING).astype(np.float32)
-    return from_here_on[cosines[order].searchsorted(lowest)]
+def mean_at(matched: Stability, threshold: float, seeds: list[int]) -> float:
+    """The mean stability at a threshold, of some seeds (positions); NaN where there is no threshold, and of a seed alone."""
+    if np.isnan(threshold) or len(seeds) < 2:
+        return float("nan")
+    return float(np.nanmean(matched.at(threshold).match_rates()[np.ix_(seeds, seeds)]))
 
 
-def _weighted_cosines(matched: Stability) -> tuple[Float[np.ndarray, "match"], Float[np.ndarray, "match"]]:
-    """The best cosines of live features, and weights of sum 1 in which every pair of seeds counts as much as any other."""
-    pairs = matched.alive[:, None] & ~torch.eye(len(matched.alive), dtype=torch.bool)[:, :, None]
-    weights = (pairs.double() / pairs.sum(2, keepdim=True))[pairs].numpy()
-    return matched.best_cosine[pairs].numpy(), weights / weights.sum()
+@dataclass(frozen=True)
+class _Rates:
+    """The best cosines of live features by size, from which match rates at many thresholds are read at once."""
+
+    cosines: Float[np.ndarray, "match"]
+    weights: Float[np.ndarray, "match"]
+    """Of sum 1; every pair of seeds counts as much as any other."""
+    pairs: Int[np.ndarray, "2 match"]
+    """Of which two seeds."""
+
+    @classmethod
+    def of(cls, matched: Stability) -> "_Rates":
+        seeds = len(matched.alive)
+        there = matched.alive[:, None] & ~torch.eye(seeds, dtype=torch.bool)[:, :, None]
+        cosines = matched.best_cosine[there].numpy()
+        order = cosines.argsort()
+        weights = (there.double() / there.sum(2, keepdim=True))[there].numpy()
+        own, other = (torch.arange(seeds, dtype=torch.int16).view(shape).expand(there.shape) for shape in ((-1, 1, 1), (1, -1, 1)))
+        pairs = np.stack([each[there].numpy()[order] for each in (own, other)])
+        return cls(cosines[order], (weights / weights.sum())[order], pairs)
+
+    def at(self, thresholds: Float[np.ndarray, "threshold"], without: int | None = None) -> Float[np.ndarray, "threshold"]:
+        """The weight of the cosines that reach each threshold, by the rule of `pairs.reaches`; without a seed, of what is left, and
+        NaN where nothing is."""
+        weights = self.weights if without is None else np.where((self.pairs == without).any(0), 0.0, self.weights)
+        if not weights.any():
+            return np.full(len(thresholds), np.nan)
+        from_here_on = np.append(weights[::-1].cumsum()[::-1], 0.0) / weights.sum()
+        lowest = (thresholds.astype(np.float64) - ROUNDING).astype(np.float32)
+        return from_here_on[self.cosines.searchsorted(lowest)]

@@ -18,6 +18,8 @@ from sae_stability import threads
 CHUNK = 1024  # rows
 SLAB = 512  # columns that one thread keeps up to date: what it remembers of them fits in its cache
 NOTHING = -2.0  # lower than any similarity
+FEWEST = 50
+"""Firings of a feature from which correlations of its activations are told: of two that fire once, on the same token, it is 1."""
 ROUNDING = 1e-6  # a cosine of 1 comes out of float32 as 1 - 1e-7, and must pass a threshold of 1
 
 Similarities = Callable[[Int[Tensor, "row"]], Float[Tensor, "row b"]]
@@ -82,18 +84,24 @@ class Activity(NamedTuple):
     by_feature: sparse.csr_array
     mean: Float[np.ndarray, "feature"]
     spread: Float[np.ndarray, "feature"]
-    """Standard deviation; infinite for what never varies, which then correlates with nothing."""
+    """Standard deviation; infinite for what never varies or fires too rarely, which then correlates with nothing."""
 
     @classmethod
     def of(cls, codes: sparse.csr_array) -> "Activity":
         mean = np.asarray(codes.mean(axis=0)).ravel()
         variance = np.asarray(codes.multiply(codes).mean(axis=0)).ravel() - mean**2
-        spread = np.where(variance > 0, np.sqrt(np.maximum(variance, 0)), np.inf)
+        told = (variance > 0) & (firings(codes) >= FEWEST)
+        spread = np.where(told, np.sqrt(np.maximum(variance, 0)), np.inf)
         return cls(codes, codes.T.tocsr(), mean, spread)
 
 
+def firings(codes: sparse.sparray) -> Int[np.ndarray, "feature"]:
+    """On how many tokens each feature fires, of activations [token, feature]."""
+    return np.asarray((codes > 0).sum(axis=0)).ravel()
+
+
 def correlations(A: Activity, B: Activity) -> Similarities:
-    """Pearson's, of the activations of two SAEs on the same tokens; 0 for what never fires."""
+    """Pearson's, of the activations of two SAEs on the same tokens; 0 for what fires on fewer than `FEWEST`."""
     tokens = A.codes.shape[0]
 
     def block(rows: Int[Tensor, "row"]) -> Float[Tensor, "row b"]:

@@ -87,12 +87,17 @@ class Stability:
     def held_out_band(self) -> Int[np.ndarray, "seed seed d_sae"]:
         """[s, t, i]: the band of feature i of seed s by the other seeds but t, so that what t shows of it is no part of its band.
 
-        -1 where t is s, for dead features, and everywhere in a study of two seeds.
+        With as many misses, or matches, as the whole study allows (`band_among`). -1 where t is s, for dead features, and
+        everywhere in a study of two seeds.
         """
-        seeds, matched = len(self.alive), self.matched
-        counted = self.alive[:, None] & ~torch.eye(seeds, dtype=torch.bool)[:, :, None]
-        without_t = (matched.sum(1, keepdim=True) - matched.int()) / (self.trials - 1)
-        return band_of(torch.where(counted, without_t, torch.nan).numpy())
+        return self.held_out_band_among(list(range(len(self.alive))))
+
+    def held_out_band_among(self, seeds: list[int]) -> Int[np.ndarray, "kept kept d_sae"]:
+        """The same in a study of only these seeds (positions)."""
+        matched, themselves = self.matched[seeds][:, seeds], torch.eye(len(seeds), dtype=torch.bool)[:, :, None]
+        counts = matched.sum(1, keepdim=True) - matched.int()
+        counted = self.alive[seeds][:, None] & ~themselves & (len(seeds) > 2)
+        return np.where(counted, self._banded(counts.numpy(), len(seeds) - 2), -1)
 
     def at(self, threshold: float) -> "Stability":
         """The same cosines judged at another threshold."""
@@ -148,11 +153,16 @@ class Stability:
         With shares in the place of counts, to leave a seed out would move the bands' edges and not only the features. With all
         seeds it is `band`.
         """
+        band = self._banded(self._counts_among(seeds).numpy(), len(seeds) - 1, stable, unstable)
+        return np.where(self.alive[seeds].numpy(), band, -1)
+
+    def _banded(
+        self, counts: Int[np.ndarray, "*any"], trials: int, stable: float = STABLE, unstable: float = UNSTABLE
+    ) -> Int[np.ndarray, "*any"]:
+        """The bands of counts out of fewer trials, with as many misses, or matches, as the whole study allows."""
         misses = self.trials - int(np.ceil((stable - ROUNDING) * self.trials))
         matches = int(np.floor((unstable + ROUNDING) * self.trials))
-        counts, alive = self._counts_among(seeds).numpy(), self.alive[seeds].numpy()
-        band = np.select([len(seeds) - 1 - counts <= misses, counts <= matches], [0, 2], default=1)
-        return np.where(alive, band, -1)
+        return np.select([trials - counts <= misses, counts <= matches], [0, 2], default=1)
 
     def shares(self) -> dict[str, Interval]:
         """The share of live features in each band, jackknifed over seeds (`band_among`)."""
@@ -204,23 +214,16 @@ class Stability:
     def separation(self) -> Interval:
         """Reappearance rate of stable less that of unstable features, in a seed that had no say in the bands.
 
-        For each pair (s, t) the bands of s come from the other S - 2 seeds; the jackknife leaves out the pairs of a seed.
-        NaN where a band is empty or S < 3.
+        For each pair (s, t) the bands of s come from the other seeds; the jackknife derives them again without each seed. NaN
+        where a band is empty or S < 3, and without an interval for S = 3.
         """
-        seeds = len(self.alive)
-        if seeds < 3:
-            return Interval(float("nan"), float("nan"), float("nan"))
-        band = torch.from_numpy(self.held_out_band)
-        members = [band == BANDS.index(name) for name in ("stable", "unstable")]
-        sizes = [member.sum(2).double() for member in members]  # [s, t]
-        returns = [(member & self.matched).sum(2).double() for member in members]
 
         def estimate(kept: list[int]) -> float:
-            pairs = np.ix_(kept, kept)
-            stable, unstable = (there[pairs].sum() / of[pairs].sum() for there, of in zip(returns, sizes, strict=True))
-            return float(stable - unstable)
+            band, matched = self.held_out_band_among(kept), self.matched[kept][:, kept].numpy()
+            stable, unstable = (matched[band == BANDS.index(name)] for name in ("stable", "unstable"))
+            return float(stable.mean() - unstable.mean()) if len(stable) and len(unstable) else float("nan")
 
-        return jackknife(estimate, seeds)
+        return jackknife(estimate, len(self.alive))
 
 
 def _stacked(W_dec: Tensor | np.ndarray | Sequence[Tensor | np.ndarray]) -> Tensor:

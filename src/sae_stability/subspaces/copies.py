@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sae_stability.matching import BANDS, Stability
 from sae_stability.matching.pairs import reaches
-from sae_stability.subspaces.sets import band_among
 
 
 def spearman_brown(cosine: Float[np.ndarray, "*any"], size: int) -> Float[np.ndarray, "*any"]:
@@ -24,13 +23,13 @@ def spearman_brown(cosine: Float[np.ndarray, "*any"], size: int) -> Float[np.nda
 def copies(W_dec: Float[Tensor, "seed d_sae d_in"], stability: Stability, kept: list[int]) -> pd.DataFrame:
     """Group means of some seeds (positions), by band and group size: one row each, up to half of the seeds in a group.
 
-    Bands of seeds s and t come from the other ones. Columns: band, size; `cosine` of the means of two groups around partners, on
-    average over pairs of seeds and their features; `predicted`, the average of what Spearman and Brown make of the cosines of the
-    same two without their groups; and `share`, of the means that reach the threshold. No rows for fewer than three seeds.
+    Bands of seeds s and t come from the other ones, with as many misses, or matches, as all seeds allow. Columns: band, size;
+    `cosine` of the means of two groups around partners, on average over pairs of seeds and their features; `predicted`, the average
+    of what Spearman and Brown make of the cosines of the same two without their groups; and `share`, of the means that reach the
+    threshold. No rows for fewer than three seeds.
     """
     among, directions = stability.among(kept), F.normalize(W_dec[kept].float(), dim=2)
-    everyone = range(len(kept))
-    band = np.stack([[band_among(among, s, frozenset({t}) - {s}) for t in everyone] for s in everyone])
+    band = stability.held_out_band_among(kept)
     single, rows = group_cosines(directions, among, 1), []
     for size in sorted({1, 2, len(kept) // 2} & {*range(1, len(kept) // 2 + 1)}) if len(kept) > 2 else ():
         cosine = group_cosines(directions, among, size)
