@@ -14,6 +14,7 @@ from sae_stability.language.activations import Activations
 from sae_stability.saes import fastest_dtype, sparse, variant
 from sae_stability.study import Variants
 from sae_stability.training import train
+from sae_stability.training.finetuning import finetune
 from sae_stability.training.loop import STRETCH, Training
 from test_kernels import DTYPES, check_products, check_pursuit, check_top, shapes
 from test_refitting import problem
@@ -142,6 +143,17 @@ def test_dead_features_are_revived_on_a_device_as_on_the_cpu(cell):
     never = train(recipe.model_copy(update={"dead_after": 10**9}), sparse_data(), [0])
     torch.testing.assert_close(here.W_dec, there.W_dec, atol=2e-3, rtol=2e-3)
     assert (here.W_dec - never.W_dec).abs().max() > 0.01  # some died
+
+
+@pytest.mark.parametrize("decoder_alone", [False, True])
+@pytest.mark.parametrize("name", ["topk", "relu"])
+def test_fine_tuning_on_a_device_follows_that_on_the_cpu(cell, name, decoder_alone):
+    recipe = cell.model_copy(update={"variant": name, "coefficient": 1.0, "tokens": 640, "encoder": "float32"}).recipe
+    x = Activations.of(sparse_data())
+    start = train(recipe, x, [0])
+    here, there = (finetune(start, recipe, x, device, decoder_alone) for device in ("cpu", "cuda"))
+    for one, other in zip(here.parameters, there.parameters, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
 def test_a_unit_step_is_adam_on_the_sphere():

@@ -26,6 +26,21 @@ def test_from_the_initial_weights_it_is_the_training():
     assert all(torch.equal(one, other) for one, other in zip(again.parameters, trained.parameters, strict=True))
 
 
+def test_where_only_directions_move_codes_stay():
+    x = activations()
+    trained = train(RECIPE, x, [3])
+    tuned = finetune(trained, RECIPE, x, decoder_alone=True)
+    before, after = trained.parameters._asdict(), tuned.parameters._asdict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"W_dec"}
+
+
+def test_tokens_that_fill_no_batch_are_one():
+    trained = train(RECIPE, activations(), [3])
+    few = RECIPE.model_copy(update={"tokens": 100})
+    tuned = finetune(trained, few, activations().first(100))
+    assert not torch.equal(tuned.W_dec, trained.W_dec)
+
+
 def test_it_keeps_the_units_of_what_it_starts_from_and_leaves_that_alone():
     x, other = activations(), Activations.of(10 * activations().data + 3)
     trained = train(RECIPE, x, [3])

@@ -260,6 +260,14 @@ def test_what_cannot_be_pooled_is_said():
         pool(distinct_saes, kind="consensus", quorum=1.0)
 
 
+def test_what_has_a_threshold_is_brought_to_an_l0_by_it():
+    """A Matryoshka SAE as a BatchTopK one of the same weights."""
+    weights = sae(0, "batchtopk").parameters
+    found = [pooling.calibrated(replace(sae(0, "batchtopk"), variant=kind), tokens(), 2.0) for kind in ("batchtopk", "matryoshka")]
+    assert torch.equal(found[0].parameters.threshold, found[1].parameters.threshold)
+    assert torch.equal(found[1].parameters.b_enc, weights.b_enc)
+
+
 def test_an_l0_that_cannot_be_reached_is_said():
     pooled = pool([sae(0, "jumprelu"), sae(1, "jumprelu")], tokens())
     with pytest.raises(UserError, match="at best; pool more features"):

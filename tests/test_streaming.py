@@ -7,7 +7,7 @@ from sae_stability.errors import UserError
 from sae_stability.experiments import ensembles
 from sae_stability.language import activations, corpus, models
 from sae_stability.language.activations import Activations, collect
-from sae_stability.language.streaming import Stream
+from sae_stability.language.streaming import DRAWN_SEEDS, Stream
 from sae_stability.loading import load_study
 from sae_stability.sources import Surrogate, Whitened
 from sae_stability.training import train
@@ -29,7 +29,7 @@ def test_a_stream_computes_what_a_cache_holds(bridge, contexts, tmp_path):
     collect(bridge, contexts, {HOOK: tmp_path / "all.bin"}, 10**9, torch.float32)
     cached = Activations.open(tmp_path / "all.bin")
     stream = Stream(bridge, contexts, [HOOK], tokens=3000, dtype=torch.float32, block_tokens=700)
-    site = stream.site(HOOK)
+    site = stream.site(HOOK, 10**9)
     blocks = [site.block(index) for index in range(len(site.sizes))]
     assert [len(block) for block in blocks] == site.sizes
     assert len(site) >= 3000 > len(site) - 700
@@ -44,14 +44,14 @@ def test_a_stream_computes_what_a_cache_holds(bridge, contexts, tmp_path):
 
 def test_blocks_can_be_asked_for_again_and_shortened(bridge, contexts):
     stream = Stream(bridge, contexts, [HOOK], tokens=2000, block_tokens=600)
-    site = stream.site(HOOK)
+    site = stream.site(HOOK, 10**9)
     first = site.block(0).data.clone()
     site.block(2)
     assert torch.equal(site.block(0).data, first)
     short = site.first(site.sizes[0] + 10)
     assert short.sizes == [site.sizes[0], 10]
     assert torch.equal(short.block(1).data, site.block(1).data[:10])
-    assert stream.site(HOOK).first(5).sizes == [5]
+    assert stream.site(HOOK, 10**9).first(5).sizes == [5]
 
 
 def test_one_forward_pass_feeds_all_sites(bridge, contexts, monkeypatch):
@@ -61,14 +61,14 @@ def test_one_forward_pass_feeds_all_sites(bridge, contexts, monkeypatch):
     other = "blocks.0.hook_resid_post"
     stream = Stream(bridge, contexts, [HOOK, other], tokens=600, block_tokens=600)
     for hook in (HOOK, other):
-        stream.site(hook).block(0)
-        stream.drawn(hook, Surrogate.fit).block(0)
+        stream.site(hook, 10**9).block(0)
+        stream.drawn(hook, Surrogate.fit, 10**9).block(0)
     assert len(calls) == -(-len(stream.rows[0]) // 16)
 
 
 def test_a_streamed_surrogate_has_the_moments_of_the_first_block(bridge, contexts):
     stream = Stream(bridge, contexts, [HOOK], tokens=4000, dtype=torch.float32, block_tokens=4000)
-    real, drawn = stream.site(HOOK).block(0), stream.drawn(HOOK, Surrogate.fit).block(0)
+    real, drawn = stream.site(HOOK, 10**9).block(0), stream.drawn(HOOK, Surrogate.fit, 10**9).block(0)
     spread = real.covariance.diagonal().sqrt().max()
     assert torch.equal(drawn.mean, Activations.of(drawn.data).mean)  # its own, as of every source
     assert drawn.scale == pytest.approx(real.scale, rel=0.05)
@@ -78,14 +78,37 @@ def test_a_streamed_surrogate_has_the_moments_of_the_first_block(bridge, context
 
 def test_a_streamed_null_is_trained_under_its_own_normalisation(bridge, contexts):
     stream = Stream(bridge, contexts, [HOOK], tokens=4000, dtype=torch.float32, block_tokens=2000)
-    first, second = (stream.drawn(HOOK, Whitened.fit).block(index) for index in (0, 1))
+    first, second = (stream.drawn(HOOK, Whitened.fit, 10**9).block(index) for index in (0, 1))
     assert first.scale == pytest.approx(1, rel=0.05)  # whitened: the identity as covariance
     assert (first.scale, len(first)) == (second.scale, stream.sizes[0])
     assert not torch.equal(first.data[:50], second.data[:50])
 
 
+def test_what_a_cell_is_trained_on_does_not_depend_on_who_else_reads_the_stream(bridge, contexts):
+    """A cell of fewer tokens than a block, alone and beside one of more."""
+    alone, beside = (Stream(bridge, contexts, [HOOK], tokens=tokens, dtype=torch.float32) for tokens in (400, 1800))
+    assert alone.sizes[0] < beside.sizes[0]
+    for kind in ("real", "null"):
+        one, other = (
+            (stream.site(HOOK, 400) if kind == "real" else stream.drawn(HOOK, Surrogate.fit, 400)).first(400).block(0)
+            for stream in (alone, beside)
+        )
+        assert torch.equal(one.mean, other.mean)
+        assert one.scale == other.scale
+        if kind == "real":
+            assert torch.equal(one.data, other.data)
+
+
+def test_streamed_nulls_are_other_draws_than_cached_ones():
+    """A generator of PyTorch keeps 32 bits of a seed, and cached nulls have the first ones."""
+    drawn, cached = (
+        [torch.randn(4, generator=torch.Generator().manual_seed(first + index)) for index in range(4)] for first in (DRAWN_SEEDS, 0)
+    )
+    assert not any(torch.equal(one, other) for one in drawn for other in cached)
+
+
 def test_training_on_blocks_resumes_to_the_same_bits(cell, bridge, contexts, tmp_path, monkeypatch):
-    site = Stream(bridge, contexts, [HOOK], tokens=2048, block_tokens=500).site(HOOK)
+    site = Stream(bridge, contexts, [HOOK], tokens=2048, block_tokens=500).site(HOOK, 10**9)
     small = cell.model_copy(update={"tokens": 2000, "passes": 2})
     whole = train(small, site, [0, 1], tmp_path / "a", checkpoint_seconds=0)
     block = type(site).block

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.stats import chisquare
 
+from helpers import drawn
 from sae_stability.errors import UserError
 from sae_stability.files import TEMPORARY, read_json
 from sae_stability.language.activations import Activations
@@ -255,6 +256,21 @@ def test_a_penalty_is_steered_to_the_wanted_l0(cell, name, batch, tmp_path):
     assert np.mean([l0(ensemble, position, x) for position in range(4)]) == pytest.approx(3, rel=0.1)
     assert ensemble.coefficient > 0
     assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_a_seed_alone_has_the_bits_of_one_in_company_on_many_threads_too(cell):
+    """Alone it has all threads, in company one each; how many features are revived is any number."""
+    x = drawn(6000, 4) @ drawn(4, 64, seed=1) + 0.1 * drawn(6000, 64, seed=2)
+    changed = {"d_sae": 160, "k": 2, "tokens": 6000, "passes": 2, "batch": 256, "encoder": "float32", "dead_after": 1500}
+    recipe, threads = cell.recipe.model_copy(update=changed), torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        alone = train(recipe, Activations.of(x), [0])
+        torch.set_num_threads(4)
+        beside = train(recipe, Activations.of(x), [0, 1, 2, 3])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(alone.parameters, beside.parameters, strict=True))
 
 
 @given(st.integers(1, 500), st.integers(0, 2**63), st.data())

@@ -267,9 +267,9 @@ def calibrated(sae: SAE, activations: Float[Tensor, "token d_in"], l0: float) ->
 def _harder(sae: SAE, offset: float) -> SAE:
     """The SAE with more, or less, for a pre-activation to exceed."""
     weights = sae.parameters._asdict()
-    if sae.variant == "batchtopk":
+    if "threshold" in weights:
         changed = {"threshold": (weights["threshold"] + offset).clamp(min=0)}
-    elif sae.variant == "jumprelu":
+    elif "log_threshold" in weights:
         changed = {"log_threshold": (weights["log_threshold"].exp() + offset).clamp(min=1e-30).log()}
     else:
         changed = {"b_enc": weights["b_enc"] - offset}

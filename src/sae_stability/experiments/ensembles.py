@@ -142,7 +142,7 @@ class _Streams:
             hooks, tokens = sorted({other.hook_name for other in cells}), max(other.tokens for other in cells)
             self.open[shared] = Stream(bridge, packed, hooks, tokens, getattr(torch, cell.dtype))
         stream = self.open[shared]
-        return stream.drawn(cell.hook_name, source.fit) if source.drawn else stream.site(cell.hook_name)
+        return stream.drawn(cell.hook_name, source.fit, cell.tokens) if source.drawn else stream.site(cell.hook_name, cell.tokens)
 
 
 def blocks(results: Results) -> Blocks:

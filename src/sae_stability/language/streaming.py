@@ -18,7 +18,7 @@ from torch import Tensor
 from sae_stability.language.activations import Activations, forward_all
 from sae_stability.language.corpus import Contexts
 
-DRAWN_SEEDS = 1 << 32  # beyond those of null sources that are cached
+DRAWN_SEEDS = 1 << 31  # beyond those of null sources that are cached; generators keep 32 bits of a seed
 BLOCK = 1 << 18  # tokens: the size of the shuffle buffer
 
 Fit = Callable[[Activations, Int[Tensor, "token"]], Callable]
@@ -38,10 +38,10 @@ class Stream:
     block_tokens: int = BLOCK
     held: tuple[int, dict[str, Float[Tensor, "token d_in"]]] | None = None
     """The last block computed, and its index."""
-    first_blocks: dict[str, Activations] = field(default_factory=dict)
-    """Of each hook point, empty: its moments are those of the site."""
-    null_sources: dict[tuple[str, Fit], tuple[Callable, Activations]] = field(default_factory=dict)
-    """Of each hook point and null source, what draws its tokens, and the moments of its first block."""
+    moments: dict[int, dict[str, Activations]] = field(default_factory=dict)
+    """Of so many first tokens, at each hook point: empty, with the moments of these."""
+    null_sources: dict[tuple[str, Fit, int], tuple[Callable, Activations]] = field(default_factory=dict)
+    """Of each hook point and null source, fitted to so many first tokens: what draws its tokens, and the moments of as many."""
 
     def __post_init__(self):
         order = np.random.default_rng(0).permutation(len(self.contexts.tokens))
@@ -51,27 +51,27 @@ class Stream:
         self.rows = np.split(order[:count], np.flatnonzero(np.diff(block)) + 1)
         self.sizes = [int(self.contexts.is_text[rows].sum()) for rows in self.rows]
 
-    def site(self, hook_name: str) -> "Streamed":
-        """The activations at one hook point, under the normalisation of its first block."""
-        return Streamed(self.bridge.cfg.d_model, self.sizes, partial(self._block, hook_name))
+    def site(self, hook_name: str, tokens: int) -> "Streamed":
+        """The activations at one hook point, under the normalisation of the first `tokens`, or the first block where it has fewer:
+        whoever else reads the stream plays no part."""
+        return Streamed(self.bridge.cfg.d_model, self.sizes, partial(self._block, hook_name, min(tokens, self.sizes[0])))
 
-    def drawn(self, hook_name: str, fit: Fit) -> "Streamed":
-        """Tokens of a null source, fitted to the site's first block (`sources.Source.fit`)."""
-        return Streamed(self.bridge.cfg.d_model, self.sizes, partial(self._drawn, hook_name, fit))
+    def drawn(self, hook_name: str, fit: Fit, tokens: int) -> "Streamed":
+        """Tokens of a null source, fitted to as many of the site (`sources.Source.fit`), and under the normalisation of as many."""
+        return Streamed(self.bridge.cfg.d_model, self.sizes, partial(self._drawn, hook_name, fit, min(tokens, self.sizes[0])))
 
-    def _block(self, hook_name: str, index: int) -> Activations:
-        if hook_name not in self.first_blocks:
-            # Only the moments are kept.
-            computed = self._compute(0)
-            self.first_blocks = {hook: Activations.of(x).with_data(x.new_empty(0, x.shape[1])) for hook, x in computed.items()}
-        return self.first_blocks[hook_name].with_data(self._compute(index)[hook_name])
+    def _block(self, hook_name: str, tokens: int, index: int) -> Activations:
+        if tokens not in self.moments:
+            computed = {hook: Activations.of(x[:tokens]) for hook, x in self._compute(0).items()}
+            self.moments[tokens] = {hook: of.with_data(of.data.new_empty(0, of.d_in)) for hook, of in computed.items()}
+        return self.moments[tokens][hook_name].with_data(self._compute(index)[hook_name])
 
-    def _drawn(self, hook_name: str, fit: Fit, index: int) -> Activations:
-        if (hook_name, fit) not in self.null_sources:
-            draw = fit(self._block(hook_name, 0), self.ids(0))
-            first = Activations.of(self._draw(draw, hook_name, 0))
-            self.null_sources[hook_name, fit] = (draw, first.with_data(first.data[:0]))
-        draw, moments = self.null_sources[hook_name, fit]
+    def _drawn(self, hook_name: str, fit: Fit, tokens: int, index: int) -> Activations:
+        if (hook_name, fit, tokens) not in self.null_sources:
+            draw = fit(self._block(hook_name, tokens, 0).first(tokens), self.ids(0)[:tokens])
+            first = Activations.of(self._draw(draw, hook_name, 0)[:tokens])
+            self.null_sources[hook_name, fit, tokens] = (draw, first.with_data(first.data[:0]))
+        draw, moments = self.null_sources[hook_name, fit, tokens]
         return moments.with_data(self._draw(draw, hook_name, index))
 
     def _draw(self, draw: Callable, hook_name: str, index: int) -> Float[Tensor, "token d_in"]:

@@ -199,10 +199,14 @@ class Training:
     def _trainee(self, position: int, seed: int, method: Variant) -> Trainee:
         sae = type(self.parameters)(*(tensor[position] for tensor in self.parameters))
         if self.buffers is None:
-            optimizer = torch.optim.Adam(list(sae), lr=self.recipe.rate, fused=True)
+            optimizer = torch.optim.Adam(self._moved(sae), lr=self.recipe.rate, fused=True)
         else:
-            optimizer = torch.optim.Adam(list(sae), lr=self.buffers.rate, fused=True, capturable=True)
+            optimizer = torch.optim.Adam(self._moved(sae), lr=self.buffers.rate, fused=True, capturable=True)
         return Trainee(seed, method, sae, optimizer, torch.zeros(self.recipe.d_sae, dtype=torch.int64, device=self.device))
+
+    def _moved(self, sae: Parameters) -> list[Tensor]:
+        """What the optimiser moves."""
+        return list(sae)
 
     def _batches(self, trainee: Trainee, visit: int, places: range, block: Activations) -> Iterator[Float[Tensor, "batch d_in"]]:
         """Some batches of a visit, in a row, by their places in it."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from sae_stability.saes.parameters import Parameters
 
 AUX_COEFFICIENT = 1 / 32  # weight of the auxiliary loss
+TOGETHER = 16  # features: products of another number are rounded differently by several threads than by one
 
 
 def revive(
@@ -26,16 +27,20 @@ def revive(
     of the live features' reconstruction, which the auxiliary loss is not to move.
 
     Where `most` says how many features are dead at most, the same is computed with living ones silent among them, and a device is
-    not waited for.
+    not waited for. Without it there are silent ones too, up to the next multiple of `TOGETHER`, so that a seed that trains alone,
+    on all threads, ends with the bits of one in company.
     """
-    features = dead.nonzero().squeeze(1) if most is None else torch.argsort(dead.byte(), descending=True, stable=True)[:most]
+    if most is None:
+        features = dead.nonzero().squeeze(1)
+        features = torch.cat([features, (~dead).nonzero().squeeze(1)[: -len(features) % TOGETHER]])
+    else:
+        features = torch.argsort(dead.byte(), descending=True, stable=True)[:most]
     if len(features) == 0:
         return
     k_aux = min(len(features), centred.shape[1] // 2)
     W_dec, W_enc_rows = sae.W_dec.index_select(0, features), sae.W_enc_rows.index_select(0, features)
     pre = torch.addmm(sae.b_enc.index_select(0, features), centred, W_enc_rows.T).relu_()
-    if most is not None:
-        pre *= dead[features]
+    pre *= dead[features]
     z = pre
     if k_aux < len(features):
         strongest = torch.topk(pre, k_aux, dim=1, sorted=False)
