@@ -36,7 +36,7 @@ test: $(READY)  ## lint, types, the order of imports, spelling, then the whole t
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell book coursework src studies workflow README.md CONTRIBUTING.md published/README.md models/*/README.md
-	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 # Tables with a row a feature are large, and no page of another study reads them.
 PER_FEATURE := features impact families activity triggers explanations examples translations single_removals

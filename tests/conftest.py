@@ -88,10 +88,16 @@ WORDS = [
 
 @pytest.hookimpl(tryfirst=True)  # before the plugin that reads the groups
 def pytest_collection_modifyitems(items) -> None:
-    """Where several processes run the suite, one has the tests that read the quick study, which is computed and built once."""
+    """Where several processes run the suite, one has the tests that read the quick study, which is computed once, from the start;
+    and one those that read its pages, later on, when it is there."""
+    groups: dict[str, list] = {"quick": [], "pages": [], "": []}
     for item in items:
-        if "quick" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("quick"))
+        name = next((name for name, fixture in (("pages", "site"), ("quick", "quick")) if fixture in item.fixturenames), "")
+        groups[name].append(item)
+        if name:
+            item.add_marker(pytest.mark.xdist_group(name))
+    others = groups[""]
+    items[:] = [*groups["quick"], *others[: len(others) // 2], *groups["pages"], *others[len(others) // 2 :]]
 
 
 @pytest.fixture(scope="session")
