@@ -478,6 +478,14 @@ def test_the_bound_on_tokens_is_above_the_bytes_of_the_text():
     assert bound_on_tokens(request) > sum(len(message["content"].encode()) for message in request["messages"]) + 10
 
 
+def test_a_study_that_leaves_explanations_out_is_told_how_to_ask_for_them(call, house):
+    for more in ([], ["--dry-run"]):
+        status, _, error = call("explain", "quick", "--set", "experiments=[stability]", *more)
+        assert (status, len(error)) == (2, 1)
+        assert "--set 'experiments=[stability, explanations]'" in error[0]
+    assert not house.exists()
+
+
 def test_a_budget_of_zero_is_one_line(call):
     settings = ["--set", "explainer.base_url=https://x", "--set", "explainer.model=m", "--set", "explainer.budget=0"]
     status, _, error = call("explain", "quick", *settings)

@@ -319,6 +319,9 @@ def explain(
       sae-stability explain embedded --set explainer.model=FOLDER
     """
     chosen = load_study(study, overrides or (), name)
+    if chosen.experiments and "explanations" not in chosen.experiments:
+        asked = ", ".join([*chosen.experiments, "explanations"])
+        raise UserError(f"experiments: {chosen.name} leaves explanations out; add --set 'experiments=[{asked}]'")
     _no_widgets()
     from sae_stability import pipeline
 
