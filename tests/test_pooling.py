@@ -341,6 +341,9 @@ def test_directions_of_files_are_pooled_without_a_text(call, tmp_path):
     assert read_metadata(tmp_path / "directions.safetensors")["saes"] == 3
 
 
+SITE = ("--model", "gpt2", "--corpus", "there.txt", "--hook-name", "blocks.1.hook_resid_post")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -358,6 +361,7 @@ def test_directions_of_files_are_pooled_without_a_text(call, tmp_path):
         (("quick", "--out", "there.txt/x"), "--out there.txt/x: {here}/there.txt is a file; name another place"),
         (("saes/a", "saes/b", "--out", "d.safetensors"), "--out d.safetensors: {here}/d.safetensors is a folder"),
         (("a.safetensors", "b.safetensors", "--out", "a.safetensors"), "--out a.safetensors: one of the SAEs that are pooled"),
+        (("there.txt", "b.safetensors", "--out", ".", *SITE), "--out .: one of the SAEs that are pooled"),
         (("quick", "--out", "x", "--format", "sparsify", "--set", "variant=gated"), "--format sparsify: it has topk only"),
         (("quick", "--out", "x", "--fine-tune", "all", "--set", "stream=true"), "stream: this study keeps no training activations"),
         (("quick", "--out", "x", "--model", "m", "--corpus", "c", "--hook-name", "h"), "--model: a study has a text of its own"),

@@ -260,9 +260,14 @@ def test_nothing_is_freed_while_what_a_study_needs_is_not_known(house, store, tm
     trained = compute(other, entry, key)
     assert trained not in {house / line.split()[-1] for line in pruning.clean(store.study, dry_run=True)}
     text.unlink()
-    with pytest.raises(UserError, match=r"mine: corpus: there is no .*text\.txt.*nothing is freed.*study\.json is removed"):
+    with pytest.raises(UserError, match=r"mine/study\.json: corpus: there is no .*text\.txt.*nothing is freed"):
+        list(pruning.clean(store.study))
+    (other.folder / "study.json").write_text("{}")
+    with pytest.raises(UserError, match=r"mine/study\.json: .*nothing is freed"):
         list(pruning.clean(store.study))
     assert trained.exists()
+    (other.folder / "study.json").unlink()
+    assert any(str(trained.relative_to(house)) in line for line in pruning.clean(store.study, dry_run=True))
 
 
 def test_a_part_of_another_study_of_the_same_name_takes_its_place_only_where_there_is_none(store):

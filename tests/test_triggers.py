@@ -30,6 +30,7 @@ from sae_stability.triggers import (
     compare,
     delta,
     explained,
+    paired,
     surface_share,
     triggers,
     without_parts,
@@ -288,6 +289,10 @@ def test_intervals_of_c5_reach_as_far_as_the_text_moves_them_too():
             assert condition["ci_low"] < alone["ci_low"] or alone["ci_low"] == -1, condition
     table = compare(features, known, parts).set_index(["features", "quantity"])
     assert table.delta_low["all", "explained_token"] == pytest.approx(both.low)
+
+
+def test_where_nothing_can_be_judged_there_are_no_pairs():
+    assert paired(bands(seeds=2)[:0]).empty
 
 
 def test_pairs_of_equal_frequency_are_no_matter_of_the_text():

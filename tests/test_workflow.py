@@ -17,7 +17,7 @@ from matplotlib.text import Annotation
 
 from sae_stability import costs, pipeline, workflow
 from sae_stability.figures.costs import stages
-from sae_stability.loading import load_study
+from sae_stability.loading import load_study, read_study
 from sae_stability.saes import FASTEST, fastest_dtype
 
 FEW = "experiments=[stability, function, triggers]"
@@ -62,6 +62,7 @@ def test_jobs_compute_in_the_dtype_that_is_fastest_where_they_were_planned(small
     monkeypatch.setattr(workflow.subprocess, "run", lambda *_, env, **__: jobs.update(env) or SimpleNamespace(returncode=0))
     monkeypatch.setattr(workflow, "fastest_dtype", lambda device: torch.float32)
     workflow.run(planned, ["study"], 1, None)
+    assert read_study(house / "study" / "study.json") == planned.study  # from the start, for who cleans in the meantime
     for device in ("cpu", "cuda"):  # whatever processor a job finds
         monkeypatch.setenv(FASTEST, jobs[FASTEST])
         assert fastest_dtype(torch.device(device)) == torch.float32

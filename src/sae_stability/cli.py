@@ -455,7 +455,8 @@ def _can_be_made(path: Path, sources: Sequence[str]) -> None:
         raise UserError(f"--out {path}: {there} is a {'folder' if there.is_dir() else 'file'}; name another place")
     if not os.access(there, os.W_OK):
         raise UserError(f"--out {path}: {there} may not be written; name another place")
-    if any(Path(source).resolve() == path.resolve() for source in sources):
+    given = [Path(source).resolve() for source in sources]
+    if path.resolve() in {*given, *(source.parent for source in given if source.is_file() and path.suffix != ".safetensors")}:
         raise UserError(f"--out {path}: one of the SAEs that are pooled, which would be lost; name another place")
 
 

@@ -20,12 +20,12 @@ def clean(study: Study, dry_run: bool = False) -> Iterator[str]:
     one of these can't be planned, such as for a text on a disk that is away: what it needs would count as needed by nobody.
     """
     named = _named(study)
-    for other in _others(study):
-        try:
-            named |= _named(other)
-        except UserError as error:
-            kept = Store(other).folder / "study.json"
-            raise UserError(f"{other.name}: {error}; nothing is freed until that is back, or {kept} is removed") from None
+    for written in sorted(places.results().glob("*/study.json")):
+        if written.parent.name != study.name:
+            try:
+                named |= _named(read_study(written))
+            except UserError as error:
+                raise UserError(f"{written}: {error}; nothing is freed until that is mended, or this file removed") from None
     shared = places.results() / "_shared"
     stale = [entry for entry in (*owned(Store(study).folder), *owned(shared)) if entry not in named]
     chapters = Store(study).folder / "chapters"
@@ -44,13 +44,3 @@ def _named(study: Study) -> set[Path]:
     marks = {path.with_suffix(".provenance.json") for path in entries if path.suffix}
     unfinished = (plan.store.path(stage.group) for stage in plan.stages if not plan.is_done(stage))
     return entries | marks | {scratch for group in unfinished for scratch in below(group, SCRATCH)}
-
-
-def _others(study: Study) -> Iterator[Study]:
-    """The other studies that have results, as far as they can still be read."""
-    for path in sorted(places.results().glob("*/study.json")):
-        if path.parent.name != study.name:
-            try:
-                yield read_study(path)
-            except UserError:
-                continue

@@ -261,7 +261,7 @@ def delta(features: pd.DataFrame, bands: Banding, quantity: str, equal_frequency
         if quantity == "frequency" and not equal_frequency:
             return banded
         known = banded[banded["firings"] >= FEWEST]
-        return _paired(known) if equal_frequency else known
+        return paired(known) if equal_frequency else known
 
     def mean_delta(chosen: pd.DataFrame) -> float:
         return over_seeds(chosen, lambda own: cliffs_delta(own, quantity))
@@ -273,7 +273,7 @@ def delta(features: pd.DataFrame, bands: Banding, quantity: str, equal_frequency
     return interval.within(-1, 1)
 
 
-def _paired(features: pd.DataFrame) -> pd.DataFrame:
+def paired(features: pd.DataFrame) -> pd.DataFrame:
     """The features `at_equal_frequency` of every seed."""
     return pd.concat([features[:0], *(at_equal_frequency(own) for _, own in features.groupby("seed"))])
 

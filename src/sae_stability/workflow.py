@@ -132,6 +132,7 @@ def run(plan: Plan, arguments: Sequence[str], at_once: int | None, profile: str 
     """
     program = snakemake()
     settings = profile_folder(profile or LOCAL)
+    plan.store.write_study()  # by which `clean` knows what jobs are about to make
     path = write(plan, arguments)
     threads = plan.study.threads or os.cpu_count() or 1
     command = [program, "--snakefile", str(places.root() / FOLDER / "Snakefile"), "--config", f"plan={path}"]

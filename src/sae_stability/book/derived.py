@@ -240,7 +240,8 @@ def what_comes_back(studies: Iterable[Tables]) -> pd.DataFrame:
 
 def shared_curves(study: Tables) -> dict[str, pd.DataFrame]:
     """How much of what a set of features writes lies in the subspace of another seed's set, of what lies in its own, at each rank:
-    unstable features, and beside them random directions and features of noise, by names for readers; those that the study has.
+    unstable features, and beside them random directions and features of noise, by names for readers; those that the study has, and
+    none where it has no unstable ones.
     """
     rows = study.table("subspaces")
     if rows.empty:
@@ -252,7 +253,8 @@ def shared_curves(study: Tables) -> dict[str, pd.DataFrame]:
         "features of noise, most alike in energy and frequency": ("surrogate", "alike"),
     }
     curves = {name: rows[rows["kind"].eq(kind) & rows["of"].eq(of) & rows["by"].eq(of)] for name, (kind, of) in sets.items()}
-    return {name: curve for name, curve in curves.items() if len(curve)}
+    first = next(iter(sets))
+    return {name: curve for name, curve in curves.items() if len(curve)} if len(curves[first]) else {}
 
 
 def curves_in_words(curves: Mapping[str, pd.DataFrame]) -> str:

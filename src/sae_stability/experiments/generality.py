@@ -61,8 +61,8 @@ def effects(ledger: list[dict], study: Study) -> pd.DataFrame:
 
     Columns: cell, id, line, verdict, value, low, high, bound, margin (how far the value lies beyond the bound, on the claimed
     side), degrees (of freedom: a seed less than the cell has), and error: the standard error, by the width of the interval and
-    Student's quantile. It is too large for what is set beside a null of fewer seeds, whose interval reaches farther. What has no
-    interval is left out.
+    Student's quantile. An interval holds more than one error, which a ledger does not tell apart: the error is too large where a
+    null of fewer seeds makes it wide, and too small where the text does. What has no interval is left out.
     """
     seeds = {id: len(cell.seed_list) for id, cell in study.cells.items()}
     rows = []

@@ -24,7 +24,7 @@ def compute(results: Results, folder: Path) -> None:
         by_criterion = by_every_criterion(W_dec, W_enc, read.matrices(), covariance, 1.0, alive)
         tensors = {f"{name}/{part}": getattr(each, part).clone() for name, each in by_criterion.items() for part in PARTS}
         nearest = [nearest_within(directions, living) for directions, living in zip(W_dec, alive, strict=True)]
-        save_tensors(folder / f"{kind}.safetensors", {**tensors, "alive": alive, "nearest_within": torch.stack(nearest)}, {})
+        save_tensors(folder / f"{kind}.safetensors", {**tensors, "nearest_within": torch.stack(nearest)}, {})
 
 
 def stability(results: Results, kind: str = "real", criterion: str = "decoder") -> Stability:
@@ -33,10 +33,10 @@ def stability(results: Results, kind: str = "real", criterion: str = "decoder") 
 
 
 def opened(path: Path, threshold: float, criterion: str = "decoder") -> Stability:
-    """The same from the file that `compute` wrote."""
+    """The same from the file that `compute` wrote. What is dead, or too rare for a criterion, has no best cosine."""
     tensors = _load(path)
     best_cosine, partner, runner_up = (tensors[f"{criterion}/{part}"] for part in PARTS)
-    return Stability(best_cosine, partner, runner_up, tensors["alive"], threshold)
+    return Stability(best_cosine, partner, runner_up, (~best_cosine.isnan()).any(1), threshold)
 
 
 def by_criterion(results: Results, kind: str = "real") -> dict[str, Stability]:

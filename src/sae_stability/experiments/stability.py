@@ -91,7 +91,8 @@ def criteria(results: Results) -> pd.DataFrame:
         default = matching.stability(results, kind)
         for criterion, matched in matching.by_criterion(results, kind).items():
             shares = matched.shares()
-            ours, theirs = (each.probability[each.alive].numpy() for each in (default, matched))
+            both = default.alive & matched.alive
+            ours, theirs = (each.probability[both].numpy() for each in (default, matched))
             row = {"kind": kind, "criterion": criterion, "threshold": matched.threshold}
             row |= interval_columns("mean_stability", matched.mean())
             row |= interval_columns("stable_share", shares["stable"]) | interval_columns("unstable_share", shares["unstable"])

@@ -111,9 +111,8 @@ def without_parts(results: Results) -> list[pd.DataFrame]:
 def features(results: Results) -> pd.DataFrame:
     """One row per live feature: what tells when it fires, and whether it is among those compared at equal frequency."""
     table = by_band(results)
-    known = table[table["firings"] >= triggers.FEWEST]
-    chosen = pd.concat([triggers.at_equal_frequency(part) for _, part in known.groupby("seed")]).index
-    return table.assign(equal_frequency=table.index.isin(chosen))
+    chosen = triggers.paired(table[table["firings"] >= triggers.FEWEST])
+    return table.assign(equal_frequency=table.index.isin(chosen.index))
 
 
 def deltas(results: Results) -> pd.DataFrame:

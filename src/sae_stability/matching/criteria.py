@@ -5,6 +5,7 @@ None is swapped in silently. A cosine of 0.7 does not mean the same under each, 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from sae_stability import threads
 from sae_stability.language.activations import whitening
 from sae_stability.matching.assignment import assign
-from sae_stability.matching.pairs import ROUNDING, Activity, correlations, cosines, weaker
+from sae_stability.matching.pairs import FEWEST, ROUNDING, Activity, correlations, cosines, firings, weaker
 from sae_stability.matching.reappearance import Stability, reappear, stability
 from sae_stability.statistics import Interval, over_pairs, reach_without
 
@@ -92,11 +93,12 @@ def with_encoder(
 def by_activation(codes: Sequence[sparse.csr_array], threshold: float, alive: Bool[Tensor, "seed d_sae"]) -> Stability:
     """A feature reappears if the activations of one feature of the other seed correlate with its own.
 
-    What fires too rarely to tell (`pairs.FEWEST`) comes back nowhere. `codes` holds the activations [token, d_sae] of each seed on
-    the same tokens.
+    What fires too rarely to tell (`pairs.FEWEST`) takes no part, as if it were dead. `codes` holds the activations [token, d_sae]
+    of each seed on the same tokens.
     """
     activities = [Activity.of(each) for each in codes]
-    return reappear(lambda s, t: correlations(activities[s], activities[t]), alive, threshold)
+    often = torch.from_numpy(np.stack([firings(each) >= FEWEST for each in codes]))
+    return reappear(lambda s, t: correlations(activities[s], activities[t]), alive & often, threshold)
 
 
 def without_top_component(covariance: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
@@ -117,45 +119,61 @@ def mean_mcc(paired: Stability) -> Interval:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The smallest threshold at which the surrogate's match rate is at most a share of the real one; NaN where none is.
+    """Where chance is rare: the smallest threshold at which the surrogate's match rate is at most a share of the real one."""
 
-    A match rate is `Stability.mean`. It changes at best cosines only, so the smallest of all observed ones at which the condition
-    holds is given. It need not hold from there on: a few directions of large variance come back in every surrogate, with cosines
-    that few real features reach, so at thresholds near 1 chance may weigh more again.
-    """
+    real: "_Rates"
+    surrogate: "_Rates"
+    share: float
 
-    threshold: float
-    real: list[float]
-    """What it would be without each seed of the ensemble; NaN where too few are left."""
-    surrogate: list[float]
-    """The same of the surrogate's."""
+    @cached_property
+    def threshold(self) -> float:
+        """NaN where there is none.
+
+        A match rate is `Stability.mean`. It changes at best cosines only, so the smallest of all observed ones at which the
+        condition holds is given. It need not hold from there on: a few directions of large variance come back in every surrogate,
+        with cosines that few real features reach, so at thresholds near 1 chance may weigh more again.
+        """
+        return self._without(None, None)
 
     def interval(self, statistic: Callable[[float, list[int], list[int]], float]) -> Interval:
         """A statistic of the threshold and of the seeds of either (positions): both jackknifed, with the threshold found again
         without each seed. No interval where there are fewer than three seeds of either."""
-        ours, theirs = list(range(len(self.real))), list(range(len(self.surrogate)))
+        ours, theirs = list(range(self.real.seeds)), list(range(self.surrogate.seeds))
         value = statistic(self.threshold, ours, theirs)
-        without = [statistic(at, [seed for seed in ours if seed != out], theirs) for out, at in enumerate(self.real)]
-        beside = [statistic(at, ours, [seed for seed in theirs if seed != out]) for out, at in enumerate(self.surrogate)]
+        real, surrogate = self._thresholds
+        without = [statistic(at, [seed for seed in ours if seed != out], theirs) for out, at in enumerate(real)]
+        beside = [statistic(at, ours, [seed for seed in theirs if seed != out]) for out, at in enumerate(surrogate)]
         reach = float(np.hypot(reach_without(without), reach_without(beside)))
         return Interval(value, value - reach, value + reach)
 
+    @cached_property
+    def _thresholds(self) -> tuple[list[float], list[float]]:
+        """What the threshold would be without each seed of either."""
+        return (
+            [self._without(seed, None) for seed in range(self.real.seeds)],
+            [self._without(None, seed) for seed in range(self.surrogate.seeds)],
+        )
+
+    def _without(self, real: int | None, surrogate: int | None) -> float:
+        ours, theirs = self.real.from_here_on(real), self.surrogate.from_here_on(surrogate)
+        allowed = theirs[self._places[1]] - self.share * ours[self._places[0]] <= SAME_RATE
+        return float(self._observed[allowed.argmax()]) if allowed.any() else float("nan")
+
+    @cached_property
+    def _observed(self) -> Float[np.ndarray, "threshold"]:
+        observed = np.unique(np.concatenate([self.real.cosines, self.surrogate.cosines]))
+        return observed[observed > 0]
+
+    @cached_property
+    def _places(self) -> tuple[Int[np.ndarray, "threshold"], Int[np.ndarray, "threshold"]]:
+        """Of each observed threshold, the first cosine of either that reaches it, by the rule of `pairs.reaches`."""
+        lowest = (self._observed.astype(np.float64) - ROUNDING).astype(np.float32)
+        return self.real.cosines.searchsorted(lowest), self.surrogate.cosines.searchsorted(lowest)
+
 
 def calibrate(real: Stability, surrogate: Stability, share: float) -> Calibration:
-    """Find the threshold at which chance is rare, with all seeds and without each."""
-    ours, theirs = _Rates.of(real), _Rates.of(surrogate)
-    observed = np.unique(np.concatenate([ours.cosines, theirs.cosines]))
-    thresholds = observed[observed > 0]
-    rates = ours.at(thresholds), theirs.at(thresholds)
-
-    def smallest(of_ours: Float[np.ndarray, "threshold"], of_theirs: Float[np.ndarray, "threshold"]) -> float:
-        allowed = of_theirs - share * of_ours <= SAME_RATE
-        return float(thresholds[allowed.argmax()]) if allowed.any() else float("nan")
-
-    without_real = [smallest(ours.at(thresholds, seed), rates[1]) for seed in range(len(real.alive))]
-    return Calibration(
-        smallest(*rates), without_real, [smallest(rates[0], theirs.at(thresholds, seed)) for seed in range(len(surrogate.alive))]
-    )
+    """The threshold at which a surrogate's features come back at most `share` as often as the real ones."""
+    return Calibration(_Rates.of(real), _Rates.of(surrogate), share)
 
 
 def mean_at(matched: Stability, threshold: float, seeds: list[int]) -> float:
@@ -169,6 +187,7 @@ def mean_at(matched: Stability, threshold: float, seeds: list[int]) -> float:
 class _Rates:
     """The best cosines of live features by size, from which match rates at many thresholds are read at once."""
 
+    seeds: int
     cosines: Float[np.ndarray, "match"]
     weights: Float[np.ndarray, "match"]
     """Of sum 1; every pair of seeds counts as much as any other."""
@@ -184,14 +203,10 @@ class _Rates:
         weights = (there.double() / there.sum(2, keepdim=True))[there].numpy()
         own, other = (torch.arange(seeds, dtype=torch.int16).view(shape).expand(there.shape) for shape in ((-1, 1, 1), (1, -1, 1)))
         pairs = np.stack([each[there].numpy()[order] for each in (own, other)])
-        return cls(cosines[order], (weights / weights.sum())[order], pairs)
+        return cls(seeds, cosines[order], (weights / weights.sum())[order], pairs)
 
-    def at(self, thresholds: Float[np.ndarray, "threshold"], without: int | None = None) -> Float[np.ndarray, "threshold"]:
-        """The weight of the cosines that reach each threshold, by the rule of `pairs.reaches`; without a seed, of what is left, and
-        NaN where nothing is."""
+    def from_here_on(self, without: int | None) -> Float[np.ndarray, "match_plus_1"]:
+        """The weight of each cosine and all larger ones, without the pairs of a seed; NaN where nothing is left."""
         weights = self.weights if without is None else np.where((self.pairs == without).any(0), 0.0, self.weights)
-        if not weights.any():
-            return np.full(len(thresholds), np.nan)
-        from_here_on = np.append(weights[::-1].cumsum()[::-1], 0.0) / weights.sum()
-        lowest = (thresholds.astype(np.float64) - ROUNDING).astype(np.float32)
-        return from_here_on[self.cosines.searchsorted(lowest)]
+        total = weights.sum()
+        return np.append(weights[::-1].cumsum()[::-1], 0.0) / (total if total > 0 else np.nan)

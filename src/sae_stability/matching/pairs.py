@@ -84,14 +84,13 @@ class Activity(NamedTuple):
     by_feature: sparse.csr_array
     mean: Float[np.ndarray, "feature"]
     spread: Float[np.ndarray, "feature"]
-    """Standard deviation; infinite for what never varies or fires too rarely, which then correlates with nothing."""
+    """Standard deviation; infinite for what never varies, which then correlates with nothing."""
 
     @classmethod
     def of(cls, codes: sparse.csr_array) -> "Activity":
         mean = np.asarray(codes.mean(axis=0)).ravel()
         variance = np.asarray(codes.multiply(codes).mean(axis=0)).ravel() - mean**2
-        told = (variance > 0) & (firings(codes) >= FEWEST)
-        spread = np.where(told, np.sqrt(np.maximum(variance, 0)), np.inf)
+        spread = np.where(variance > 0, np.sqrt(np.maximum(variance, 0)), np.inf)
         return cls(codes, codes.T.tocsr(), mean, spread)
 
 
@@ -101,7 +100,7 @@ def firings(codes: sparse.sparray) -> Int[np.ndarray, "feature"]:
 
 
 def correlations(A: Activity, B: Activity) -> Similarities:
-    """Pearson's, of the activations of two SAEs on the same tokens; 0 for what fires on fewer than `FEWEST`."""
+    """Pearson's, of the activations of two SAEs on the same tokens; 0 for what never fires."""
     tokens = A.codes.shape[0]
 
     def block(rows: Int[Tensor, "row"]) -> Float[Tensor, "row b"]:
