@@ -92,7 +92,7 @@ def test_how_effects_are_opened_computes_what_reads_them(copy, before):
 
 
 def test_how_stability_is_opened_computes_everything_that_knows_bands(copy, before):
-    edit(copy / "experiments" / "matching.py", 'tensors["alive"], threshold)', 'tensors["alive"], 0.5)')
+    edit(copy / "experiments" / "matching.py", ".any(1), threshold)", ".any(1), 0.5)")
     moved = changed(before, planned())
     assert every("function", "function/report", "stability/report", "triggers/report") <= moved
     assert {"topk/explanations", "topk/examples/report", "tables", "claims.json"} <= moved

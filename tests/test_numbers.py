@@ -133,6 +133,11 @@ def test_a_number_made_of_several_rows_says_of_which_and_how():
     assert across["row"] == {"seed": 1}
 
 
+def test_a_value_that_holds_a_comma_stands_in_quotes():
+    cited = {"table": "t", "row": {"kind": "sparse, budget to spare", "seed": [0, 2]}, "column": "share", "values": [0.5]}
+    assert "share in t: kind &quot;sparse, budget to spare&quot;, seed 0 and 2" in numbers._row(cited, "50%", "synthetic")
+
+
 def test_rows_that_their_columns_do_not_tell_from_others_have_no_link():
     study, rows = several()
     corners = rows[(rows["kind"] == "real") == (rows["seed"] == 0)]  # by kind and seed any row
@@ -181,11 +186,11 @@ def rounded(printed: str) -> tuple[float, float]:
 
 
 def chosen(table: pd.DataFrame, where: str) -> pd.DataFrame:
-    """The rows that are told: by columns and their values, of which any may hold commas."""
+    """The rows that are told: by columns and their values, which stand in quotes where they hold commas."""
     if where == "every row":
         return table
-    for each in re.split(rf", (?=(?:{'|'.join(map(re.escape, table.columns))}) )", where):
-        key, _, wanted = each.partition(" ")
+    for each in re.split(r', (?=(?:[^"]*"[^"]*")*[^"]*$)', where):
+        key, _, wanted = each.replace('"', "").partition(" ")
         texts = table[key].astype(object).where(table[key].notna(), None).astype(str)
         table = table[texts.isin([wanted, *wanted.split(" and ")])]
     return table
@@ -193,7 +198,9 @@ def chosen(table: pd.DataFrame, where: str) -> pd.DataFrame:
 
 def in_ledger(ledger: list[dict], where: str) -> dict:
     """The line that is told, or its condition."""
-    cell, claim, line, _, condition = re.fullmatch(r"cell (\S+), id (\S+), line ([^,]+)(, condition (.+))?", where).groups()
+    cell, claim, line, _, condition = re.fullmatch(
+        r"cell (\S+), id (\S+), line ([^,]+)(, condition (.+))?", where.replace('"', "")
+    ).groups()
     (found,) = (each for each in ledger if (each["cell"], each["id"], each["line"]) == (cell, claim, line))
     if condition is None:
         return found

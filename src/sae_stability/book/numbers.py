@@ -175,10 +175,18 @@ def _title(notebook: nbformat.NotebookNode) -> str:
 
 def _row(cited: Mapping, printed: str, chapter: str) -> str:
     value, *ends = (f"{each:,}" if isinstance(each, int) else f"{each:.6g}" for each in cited["values"])
-    told = {column: " and ".join(map(str, each)) if isinstance(each, list) else each for column, each in cited["row"].items()}
-    where = f"{_where(cited)}: {', '.join(f'{column} {each}' for column, each in told.items()) or 'every row'}"
+    told = (
+        f"{column} {' and '.join(map(_quoted, each if isinstance(each, list) else [each]))}"
+        for column, each in cited["row"].items()
+    )
+    where = f"{_where(cited)}: {', '.join(told) or 'every row'}"
     shown = [f'<a href="{chapter}.html">{printed}</a>', value, " to ".join(ends), html.escape(where).replace("/", "/<wbr>")]
     return f'<tr id="{_anchor(cited)}">' + "".join(f"<td>{cell}</td>" for cell in shown) + "</tr>"
+
+
+def _quoted(value: object) -> str:
+    """As it stands among others: in quotes where it holds a comma itself."""
+    return f'"{value}"' if "," in str(value) else str(value)
 
 
 def write(stage: Path, chapters: Mapping[str, nbformat.NotebookNode]) -> None:
