@@ -12,7 +12,7 @@ export PIP_USER := 0
 export PIP_REQUIRE_VIRTUALENV := 0
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
-.PHONY: install book pdf lab test bench intervals worlds jobs costs publish lint lock clean
+.PHONY: install book pdf lab test static suite bench intervals worlds jobs costs publish lint lock clean
 
 install: $(READY)  ## the package and all that it needs into .venv, and nothing else
 
@@ -30,12 +30,17 @@ $(VENV)/lab: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --constraint requirements.lock jupyterlab
 	touch $@
 
-test: $(READY)  ## lint, types, the order of imports, spelling, then the whole test suite
+test: $(READY)  ## lint, types, the order of imports and spelling, and beside them the whole test suite
+	$(MAKE) --jobs 2 static suite
+
+static: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell book coursework src studies workflow README.md CONTRIBUTING.md published/README.md models/*/README.md
+	$(VENV)/bin/mypy
+
+suite: $(READY)
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 # Tables with a row a feature are large, and no page of another study reads them.

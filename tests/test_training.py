@@ -246,7 +246,7 @@ def test_too_few_activations_are_said(cell):
         train(cell, sparse_data(100), [0])
 
 
-@pytest.mark.parametrize(("name", "batch"), [("relu", 256), ("gated", 256), ("jumprelu", 64)])  # thresholds need many steps
+@pytest.mark.parametrize(("name", "batch"), [("relu", 256), ("gated", 256), ("jumprelu", 128)])  # thresholds need many steps
 def test_a_penalty_is_steered_to_the_wanted_l0(cell, name, batch, tmp_path):
     x = Activations.of(sparse_data(20_000, d_in=32, features=24))
     size = {"tokens": 20_000, "passes": 5, "batch": batch, "d_sae": 48, "k": 3, "rate": 1e-2}

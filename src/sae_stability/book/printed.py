@@ -18,6 +18,8 @@ UNLINK = """() => document.querySelectorAll("a[href]").forEach((link) => {
 })"""
 """Links to other pages lead nowhere from a PDF, and would tell where the book was built."""
 ALL_THAT_IS_FOLDED = "() => document.querySelectorAll('details:not(.made, .hide)').forEach((fold) => fold.open = true)"
+IS_SET = "() => window.MathJax?.startup.promise.then(() => true)"
+"""Waits until the formulas of a page that is loaded are set."""
 MARGIN, SCALE = "1.8cm", 0.8
 
 
@@ -40,7 +42,8 @@ def printed(site: Path, into: Path) -> int:
         page = chromium.new_page(device_scale_factor=2)  # as screens on which figures are vectors
         page.emulate_media(media="print", color_scheme="light")
         for address in tqdm(_pages(page, site), "printing", unit="page", disable=None):
-            page.goto(address, wait_until="networkidle")
+            page.goto(address)
+            page.evaluate(IS_SET)
             page.evaluate(ALL_THAT_IS_FOLDED)
             page.evaluate(UNLINK)
             margin: Any = dict.fromkeys(("top", "bottom", "left", "right"), MARGIN)

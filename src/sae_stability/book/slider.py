@@ -17,7 +17,8 @@ def shares_back(stability: Stability) -> list[list[float]]:
     rows = []
     for threshold in THRESHOLDS:
         counts = stability.at(threshold).counts[stability.alive]
-        rows.append((torch.bincount(counts, minlength=stability.trials + 1) / len(counts)).numpy().round(4).tolist())
+        shares = torch.bincount(counts, minlength=stability.trials + 1).double() / len(counts)
+        rows.append(shares.numpy().round(4).tolist())  # in 64 bits, in which four digits stay four
     return rows
 
 
