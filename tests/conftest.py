@@ -52,7 +52,7 @@ from sae_stability.loading import load_study  # noqa: E402
 from sae_stability.study import Cell  # noqa: E402
 
 # Processes that tests kill and kernels of chapters start at once, whichever come first: imports are done before they are forked.
-kernels.SERVER.set_forkserver_preload([*kernels.PRELOADED, "pytest", "transformer_lens"])
+kernels.SERVER.set_forkserver_preload([*kernels.PRELOADED, "pytest", "transformer_lens", "torch._dynamo"])
 
 
 def pytest_addoption(parser):
