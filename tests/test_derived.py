@@ -63,6 +63,8 @@ def test_curves_of_subspaces_are_those_of_a_set_in_its_own_kind_by_rank():
     assert derived.curves_in_words({"a set": curves["unstable features, in those of another seed"]}) == (
         "a set: 0.50 at rank 8, 0.60 at rank 16."
     )
+    unknown = pd.DataFrame({"rank": [8, 16], "value": [float("nan")] * 2})  # too few seeds
+    assert derived.curves_in_words({"a set": unknown}) == "a set: not defined."
     assert derived.shared_curves(SimpleNamespace(table=lambda name: pd.DataFrame(columns=["cell"]))) == {}
 
 

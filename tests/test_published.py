@@ -80,7 +80,7 @@ def test_published_draws_stand_in_for_further_nulls(quick, elsewhere, tmp_path):
 
 def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch):
     """Pages that read nothing else: what is longer and wider, what nobody had seen, and what is asked of many seeds."""
-    for name in ("lengths", "widths", "unseen", "many-seeds", "smollm2"):
+    for name in ("lengths", "widths", "unseen", "many-seeds", "smollm2", "smollm2-wikipedia"):
         shutil.copytree(elsewhere.folder, tmp_path / "published" / name)
     shutil.copytree(SHIPPED / "intervals", tmp_path / "published" / "intervals")
     folder = type(quick.main).folder
@@ -100,6 +100,8 @@ def test_chapters_tell_published_studies(quick, elsewhere, tmp_path, monkeypatch
     assert "not been run" not in told
     tested = [line for line in quick.lines if line["id"] in {of["id"] for of in quick.lines if of["verdict"] != "not tested"}]
     assert unlinked(page.scoreboard({f"{quick.model}, study `quick`": tested})) in told
+    assert f"On prose {quick.row['mean_stability']:.0%} [" in told
+    assert unlinked(page.scoreboard({"prose": tested})) in told
     grown = quick.table("growth").query("kind == 'real'").set_index("tokens")["mean_stability"]
     half = min(grown.index, key=lambda tokens: abs(tokens - grown.index.max() / 2))
     assert f"From {half:,} to {grown.index.max():,} tokens mean stability moves by {grown.iloc[-1] - grown[half]:+.2f}" in told

@@ -686,7 +686,8 @@ def test_what_is_captured_is_a_share_of_its_ceiling():
 
 def test_figures_draw_what_was_found():
     curve = pd.DataFrame({"rank": [8, 4], "value": [0.6, 0.5], "value_low": [0.5, np.nan], "value_high": [0.7, np.nan]})
-    (axis,) = figures.shared_subspaces({"unstable": curve, "noise": curve.assign(value=[0.2, 0.1])}, "title").axes
+    unknown = curve.assign(value=float("nan"))  # where seeds are too few
+    (axis,) = figures.shared_subspaces({"unstable": curve, "lost": unknown, "noise": curve.assign(value=[0.2, 0.1])}, "title").axes
     assert [list(line.get_ydata()) for line in axis.lines if line.get_linestyle() != "None"] == [[0.5, 0.6], [0.1, 0.2]]
     four = pd.DataFrame({"of": ["paired", "matched"], "by": "paired", "value": [0.3, 0.1], "value_low": 0.0, "value_high": 0.4})
     (axis,) = figures.four_ways(four, "title").axes

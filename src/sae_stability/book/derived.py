@@ -259,8 +259,11 @@ def shared_curves(study: Tables) -> dict[str, pd.DataFrame]:
 
 def curves_in_words(curves: Mapping[str, pd.DataFrame]) -> str:
     """The numbers of such curves, for whoever does not see them."""
-    told = {name: ", ".join(f"{row.value:.2f} at rank {row.rank}" for row in curve.itertuples()) for name, curve in curves.items()}
-    return " ".join(f"{name}: {numbers}." for name, numbers in told.items())
+    told = []
+    for name, curve in curves.items():
+        numbers = ", ".join(f"{row.value:.2f} at rank {row.rank}" for row in curve.dropna(subset="value").itertuples())
+        told.append(f"{name}: {numbers or 'not defined'}.")
+    return " ".join(told)
 
 
 def cells_with_means(study: Tables) -> pd.DataFrame:

@@ -16,8 +16,9 @@ from sae_stability.matching.theory import LATENTS_OVER_R, expected_stability
 def shared_subspaces(curves: Mapping[str, pd.DataFrame], title: str) -> Figure:
     """How much of what its own subspace holds lies in that of another seed's set, against the rank: a line a set, by its name.
 
-    Columns: rank, value, value_low, value_high.
+    Columns: rank, value, value_low, value_high. A set of which no value is known has no line.
     """
+    curves = {name: curve for name, curve in curves.items() if curve["value"].notna().any()}
     figure, (axis,) = new_axes(title, height=4.6)
     for position, (name, curve) in enumerate(curves.items()):
         colour, line = series_style(position)
