@@ -41,15 +41,11 @@ typed = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 jaxtyping.install_import_hook([f"sae_stability.{module}" for module in CHECKED], f"{__name__}.typed")
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
-from sae_stability import cli, pipeline  # noqa: E402
-from sae_stability.book import build, kernels, page  # noqa: E402
-from sae_stability.book.tables import Book  # noqa: E402
-from sae_stability.experiments import experiments  # noqa: E402
-from sae_stability.language import pretraining  # noqa: E402
-from sae_stability.loading import load_study  # noqa: E402
-from sae_stability.study import Cell  # noqa: E402
+from sae_stability.book import kernels  # noqa: E402
+
+# Other modules are imported by the fixtures that use them: where several processes run the suite, all wait for one that hands out
+# tests, which reads this file first.
 
 # Processes that tests kill and kernels of chapters start at once, whichever come first: imports are done before they are forked.
 kernels.SERVER.set_forkserver_preload([*kernels.PRELOADED, "pytest", "transformer_lens", "torch._dynamo"])
@@ -97,8 +93,12 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 @pytest.fixture(scope="session")
-def quick() -> Book:
-    """The quick study, computed; what an earlier run of the suite has computed is used."""
+def quick():
+    """The quick study, computed, as pages read it; what an earlier run of the suite has computed is used."""
+    from sae_stability import pipeline
+    from sae_stability.book import page
+    from sae_stability.loading import load_study
+
     study = load_study("quick")
     pipeline.compute(study)
     return page.open_study(study.name)
@@ -107,6 +107,8 @@ def quick() -> Book:
 @pytest.fixture(scope="session")
 def site(quick, tmp_path_factory) -> Path:
     """The quick book, built beside the user's own."""
+    from sae_stability.book import build
+
     build.execute(quick.study)
     return build.build(quick.study, tmp_path_factory.mktemp("site") / "html").parent
 
@@ -146,6 +148,8 @@ def chromium(browser):
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """Documents of random words, separated by blank lines."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     choices = torch.randint(len(WORDS), (400, 60), generator=generator).tolist()
     path = tmp_path_factory.mktemp("text") / "words.txt"
@@ -156,6 +160,7 @@ def text_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory, text_file) -> dict[str, Path]:
     """Untrained models of four architectures, saved with a tokenizer as anyone would."""
+    import torch
     from transformers import (
         Gemma2Config,
         Gemma2ForCausalLM,
@@ -166,6 +171,8 @@ def model_folders(tmp_path_factory, text_file) -> dict[str, Path]:
         LlamaConfig,
         LlamaForCausalLM,
     )
+
+    from sae_stability.language import pretraining
 
     tokenizer = pretraining.train_tokenizer(text_file.read_text(encoding="utf-8").split("\n\n"))
     common = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
@@ -193,6 +200,8 @@ def model_folders(tmp_path_factory, text_file) -> dict[str, Path]:
 @pytest.fixture
 def small(model_folders, text_file) -> list[str]:
     """Overrides that turn the embedded study into seconds of work on another model and another corpus."""
+    from sae_stability.experiments import experiments
+
     values = {
         "model": model_folders["gpt2"],
         "corpus": text_file,
@@ -235,13 +244,17 @@ def house(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def cell() -> Cell:
+def cell():
+    """A cell that trains in no time, on data that a test makes."""
+    from sae_stability.study import Cell
+
     return Cell(model="none", hook_name="blocks.0.hook_resid_post", tokens=2048, d_sae=24, k=3, seeds=3, batch=64, dead_after=256)
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Call the command line in this process: its exit status, output and error lines."""
+    from sae_stability import cli
 
     def run(*arguments: str) -> tuple[int, str, list[str]]:
         monkeypatch.setattr(sys, "argv", ["sae-stability", *map(str, arguments)])

@@ -179,7 +179,7 @@ def test_what_is_asked_trains_nothing_and_seeds_serve_every_study(house, small, 
 
 
 def test_a_kill_and_another_threshold_go_on(house, small):
-    overrides = [*small, "passes=30"]
+    overrides = [*small, "passes=12"]
     process = subprocess.Popen([sys.executable, "-c", COMPUTE, "study", *overrides], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not any(path.parent.name == "shards" for path in below(house, "*")) and time.monotonic() < deadline:
