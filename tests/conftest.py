@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 os.environ["SAE_STABILITY_RESULTS"] = str(Path(__file__).parents[1] / ".pytest_cache" / "results")  # not the user's
 
+import hypothesis
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
@@ -43,6 +44,10 @@ jaxtyping.install_import_hook([f"sae_stability.{module}" for module in CHECKED],
 import pytest  # noqa: E402
 
 from sae_stability.book import kernels  # noqa: E402
+
+# An example takes what it takes: its first call may compile, and others may have the cores.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # Other modules are imported by the fixtures that use them: where several processes run the suite, all wait for one that hands out
 # tests, which reads this file first.

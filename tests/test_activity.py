@@ -11,7 +11,7 @@ from sae_stability.figures import activity as figures
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_correlations_with_partners_are_numpy_s(seed):
     rng = np.random.default_rng(seed)
     ours, theirs = (rng.random((300, 6)) * (rng.random((300, 6)) < 0.4) for _ in range(2))

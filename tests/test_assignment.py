@@ -37,7 +37,7 @@ def exchange_helps(cosine: np.ndarray, partner: np.ndarray) -> bool:
     return False
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(a=st.integers(1, 6), b=st.integers(1, 6), seed=st.integers(0, 10_000))
 def test_a_pairing_is_the_best_of_all(a, b, seed):
     A, B = drawn(a, 3, seed=seed), drawn(b, 3, seed=seed + 1)
@@ -66,7 +66,7 @@ def test_no_exchange_of_partners_makes_a_pairing_better(rows, noise):
     assert exchange_helps(cosine, swapped)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), scale=st.floats(0.01, 100))
 def test_order_and_length_of_features_do_not_matter(seed, scale):
     A, B = drawn(12, 4, seed=seed), drawn(12, 4, seed=seed + 1)

@@ -256,7 +256,7 @@ def breakages(draw):
 
 
 @given(breakages())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_whatever_is_broken_loading_gives_an_sae_that_encodes_or_one_line(tmp_path_factory, breakage):
     library, state, config, cut, flipped = breakage
     folder = tmp_path_factory.mktemp("broken")

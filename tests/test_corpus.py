@@ -68,7 +68,7 @@ def test_held_out_documents_are_among_those_before_the_cut_and_the_rest_of_these
     assert found.train[found.moved :] == by_hash[cut:]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=12).map(" ".join), min_size=2, max_size=12, unique=True))
 def test_the_order_of_documents_changes_no_cluster(documents):
     def groups(texts: list[str]) -> set[frozenset[str]]:
@@ -110,7 +110,6 @@ def test_near_duplicates_alone_are_split_one_by_one_with_a_warning(tmp_path):
     assert (len(found.train), len(found.evaluation), found.moved) == (2, 1, 0)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 3), max_size=60),
     st.lists(st.integers(0, 3), max_size=40),

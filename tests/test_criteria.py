@@ -106,7 +106,7 @@ def uniform(low: float, high: float, count: int) -> np.ndarray:
     return low + (high - low) * (np.arange(count) + 0.5) / count
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), share=st.floats(0.02, 0.8))
 @example(seed=4662, share=1 / 3)  # the rates are as 1 to 3 to the last digit, and equal ones are allowed
 def test_the_calibrated_threshold_is_the_smallest_at_which_the_surrogate_matches_rarely_enough(seed, share):

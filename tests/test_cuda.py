@@ -60,7 +60,7 @@ def test_a_device_gets_the_triton_kernels_and_its_fastest_precision():
 
 @DTYPES
 @given(shape=shapes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_device_finds_the_k_largest(shape, dtype):
     check_top(kernels(), *shape, dtype, "cuda")
 
@@ -79,7 +79,7 @@ def test_a_device_fills_up_where_too_few_are_positive():
 
 
 @given(shape=shapes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_device_pursues_as_the_cpu_does(shape):
     check_pursuit(kernels(), *shape, "cuda")
 
@@ -96,7 +96,7 @@ def test_a_device_fits_the_decoder_that_the_cpu_fits():
 
 
 @given(shape=shapes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_sparse_products_on_a_device_are_dense_products(shape):
     check_products(kernels(), *shape, "cuda")
 

@@ -95,7 +95,7 @@ def test_scaling_twice_is_scaling_once(name):
 
 
 @given(tokens=st.integers(0, 9), d_sae=st.integers(1, 9), seed=st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_codes_of_a_dense_matrix_are_that_matrix(tokens, d_sae, seed):
     z = F.threshold(drawn(tokens, d_sae, seed=seed), -0.5, 0.0)  # negative ones too: codes may be signed
     codes = Codes.from_dense(z)

@@ -65,14 +65,14 @@ def as_sets(found: Families) -> set[frozenset[int]]:
     return {frozenset(np.flatnonzero(labels == index).tolist()) for index in range(len(found.size))}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), threshold=st.floats(0.3, 0.95))
 def test_families_are_those_of_brute_force(seed, threshold):
     W, alive = crowded(seed)
     assert as_sets(families(W, threshold, alive)) == set(by_brute_force(W, threshold, alive))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), threshold=st.floats(0.3, 0.95))
 def test_live_features_are_parted_into_families_around_a_medoid_with_one_member_a_seed(seed, threshold):
     W, alive = crowded(seed)
@@ -91,7 +91,7 @@ def test_live_features_are_parted_into_families_around_a_medoid_with_one_member_
         assert mean_cosine == pytest.approx(np.mean(with_medoid) if others else np.nan, abs=2e-6, nan_ok=True)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000))
 def test_the_order_of_seeds_and_features_changes_no_family_and_no_medoid(seed):
     W, alive = crowded(seed)
@@ -104,7 +104,7 @@ def test_the_order_of_seeds_and_features_changes_no_family_and_no_medoid(seed):
     assert set(numbered(plain.medoid)) == set(before[numbered(moved.medoid)])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), threshold=st.floats(0.3, 0.9))
 def test_merging_families_whose_medoids_reach_the_threshold_would_give_them_back(seed, threshold):
     W, alive = crowded(seed)
@@ -149,7 +149,7 @@ def test_a_chain_of_likenesses_is_a_family_only_as_far_as_its_middle_reaches():
     assert families(W, 0.7, everything(W)).size.tolist() == [3, 1]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000))
 def test_the_star_of_a_feature_has_a_member_in_each_seed_in_which_it_reappears(seed):
     W, alive = crowded(seed)

@@ -39,7 +39,7 @@ def check_top(kernels, rows: int, d_sae: int, k: int, seed: int, dtype: torch.dt
 
 @DTYPES
 @given(shape=shapes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_top_finds_the_k_largest(shape, dtype):
     check_top(compiled, *shape, dtype)
 
@@ -120,7 +120,7 @@ def test_in_bfloat16_what_lies_just_above_its_bound_is_not_missed():
 
 @DTYPES
 @given(shape=shapes)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_above_finds_what_exceeds_each_features_bound(shape, dtype):
     rows, d_sae, _, seed = shape
     pre, bound = normal(rows, d_sae, seed=seed).to(dtype), normal(d_sae, seed=seed + 1).relu()
@@ -150,7 +150,7 @@ def check_products(kernels, rows: int, d_sae: int, d_in: int, seed: int, device:
 
 @BOTH
 @given(shape=shapes)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_sparse_products_are_dense_products(shape, kernels):
     check_products(kernels, *shape)
 
@@ -175,7 +175,7 @@ def test_the_number_of_threads_changes_no_bit(threads):
 
 @DTYPES
 @given(rows=st.integers(1, 90), d_sae=st.integers(4, 200), k=st.integers(1, 4), seed=st.integers(0, 1000), skewed=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_top_of_batch_finds_the_largest_of_the_batch(rows, d_sae, k, seed, skewed, dtype):
     d_in = 8
     x = normal(rows, d_in, seed=seed)
@@ -230,7 +230,7 @@ def check_pursuit(kernels, rows: int, d_sae: int, k: int, seed: int, device: str
 
 
 @given(shape=shapes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pursuit_takes_what_the_plain_kernel_takes(shape):
     check_pursuit(compiled, *shape)
 

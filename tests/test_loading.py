@@ -45,7 +45,7 @@ def study_or_complaint(name: str = "quick", overrides: Sequence[str] = ()) -> St
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), BROKEN, min_size=1, max_size=4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_whatever_stands_in_a_study_it_is_one_or_is_refused_in_one_line(values):
     overrides = [f"{key}={json.dumps(value, allow_nan=True)}" for key, value in values.items()]
     study = study_or_complaint(overrides=overrides)
@@ -58,7 +58,7 @@ def test_whatever_stands_in_a_study_it_is_one_or_is_refused_in_one_line(values):
 
 
 @given(st.text(max_size=300))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_whatever_stands_in_a_file_it_is_a_study_or_is_refused_in_one_line(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(text, encoding="utf-8", errors="replace")

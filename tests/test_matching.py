@@ -80,7 +80,7 @@ def test_a_dictionary_without_live_features_is_matched_by_none():
     assert (found.probability[0] == 0).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), scale=st.floats(0.01, 100))
 def test_order_and_length_of_features_do_not_matter(seed, scale):
     W = drawn(3, 9, 4, seed=seed)
@@ -90,7 +90,7 @@ def test_order_and_length_of_features_do_not_matter(seed, scale):
     torch.testing.assert_close(plain.best_cosine[..., order], moved.best_cosine, equal_nan=True, atol=1e-5, rtol=0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), low=st.floats(0.05, 0.9), step=st.floats(0.01, 0.1))
 def test_a_higher_threshold_never_matches_more(seed, low, step):
     found = stability(drawn(3, 12, 3, seed=seed), low)

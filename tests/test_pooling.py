@@ -144,7 +144,7 @@ def test_a_dead_feature_stays_out():
     assert all(4 not in members for members in pooled.stars.members)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.floats(0.2, 0.9))
 def test_no_two_directions_of_a_pool_reach_the_threshold(seed, threshold):
     W_dec = torch.randn(3, 30, 6, generator=torch.Generator().manual_seed(seed))

@@ -29,7 +29,7 @@ def by_hand(x: np.ndarray, directions: np.ndarray, k: int) -> np.ndarray:
     return codes
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 1000), st.integers(1, 30), st.integers(1, 6))
 def test_it_is_that_of_a_plain_loop(seed, count, k):
     x, directions = drawn(7, 5, seed=seed), F.normalize(drawn(count, 5, seed=seed + 1), dim=1)
@@ -62,7 +62,7 @@ def test_nothing_is_taken_where_every_direction_points_away_or_none_is_left():
         assert not values.any()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 1000), st.integers(2, 30), st.integers(1, 6))
 def test_without_a_set_the_others_are_pursued_as_if_they_were_alone(seed, count, k):
     x, directions = drawn(7, 5, seed=seed), F.normalize(drawn(count, 5, seed=seed + 1), dim=1)

@@ -34,7 +34,7 @@ def test_a_share_counts_where_features_come_back(wanted, share):
     assert sharing.share(stability(ensemble()), wanted).value == pytest.approx(share)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 1000))
 def test_shares_are_ordered_and_no_order_of_features_or_seeds_matters(seed):
     W = drawn(4, 12, 3, seed=seed)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_stability.spelling import ASPECTS, BUNDLES, NEAR, Spelling, _shared, forms
@@ -44,7 +44,6 @@ def test_a_token_has_a_form_in_some_aspects(token, found):
 
 
 @given(st.lists(st.lists(st.integers(0, 5), min_size=7, max_size=7), min_size=1, max_size=6))
-@settings(deadline=None)  # the first call compiles
 def test_what_most_tokens_share_is_the_commonest_form_of_more_than_half(bundles):
     kinds = np.array([[0, 0, 0, 1, 2, -6], [-1, -2, -3, 4, 4, 4]])  # [aspect, token]
     found = _shared(kinds, np.array(bundles))

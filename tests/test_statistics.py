@@ -178,7 +178,7 @@ def test_published_intervals_hold_what_they_should():
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 7), st.integers(0, 7))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_matched_pairs_are_as_many_and_as_close_as_can_be(seed, count, others):
     rng = np.random.default_rng(seed)
     group, outside, caliper = rng.normal(size=(count, 2)), rng.normal(size=(others, 2)), 0.6
@@ -203,7 +203,7 @@ def test_matched_pairs_are_as_many_and_as_close_as_can_be(seed, count, others):
     covariates=st.integers(1, 2),
     step=st.sampled_from([0.0, 0.25, 1.0]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_pairs_within_the_caliper_are_matched_as_well_as_all_pairs(seed, count, others, covariates, step):
     """Also where many are equally far apart, or not finite."""
     rng = np.random.default_rng(seed)

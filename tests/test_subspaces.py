@@ -86,7 +86,7 @@ def mean_of(compared: Compared, key) -> float:
 # Geometry
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 12), st.integers(0, 10_000))
 def test_overlaps_and_angles_are_those_of_scipy(r, seed):
     one, other = random_axes(r, seed), random_axes(r, seed + 1)

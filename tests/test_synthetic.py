@@ -49,7 +49,7 @@ def test_isolated_features_and_blocks_lie_at_right_angles():
     assert (crowded.truth.isolated @ crowded.truth.spaces[0]).abs().max() > 0.1
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 50))
 def test_as_many_features_are_active_as_a_world_says(active, isolated_active, seed):
     world = replace(SMALL, active=active, isolated_active=isolated_active, seed=seed)
@@ -196,7 +196,7 @@ def test_what_all_seeds_merge_alike_is_stable_and_false():
     assert np.isnan(found.p_in_blocks)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(0, 1000))
 def test_no_order_of_latents_and_no_rotation_of_the_world_matters(seed):
     world = replace(SMALL, active=1, rare=2)

@@ -53,7 +53,7 @@ def test_what_is_left_of_a_character_before_the_row_is_part_of_no_other(tokenize
 
 
 @given(st.lists(st.integers(0, 4095), min_size=1, max_size=12))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_pieces_of_any_tokens_are_as_many(ids):
     tokenizer = load_tokenizer_once()
     assert len(pieces(tokenizer, ids)) == len(ids)

@@ -77,7 +77,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 5))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_shards_hold_each_seed_once_and_never_too_many(counts, at_once):
     cell = Cell(model="none", hook_name="blocks.0.hook_resid_post", tokens=64, d_sae=8, k=2, seeds=3, batch=64)
     x = Activations.of(torch.randn(64, 4))
@@ -274,7 +274,7 @@ def test_a_seed_alone_has_the_bits_of_one_in_company_on_many_threads_too(cell):
 
 
 @given(st.integers(1, 500), st.integers(0, 2**63), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_shuffle_is_a_permutation_any_part_of_which_can_be_asked_for(count, seed, data):
     keys = np.random.default_rng(seed).integers(0, 2**63, ROUNDS, dtype=np.uint64)
     whole = shuffled(count, keys, 0, count)

@@ -50,7 +50,7 @@ def text(tokens: int = 40_000, seed: int = 0) -> Text:
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_what_a_group_explains_is_what_its_averages_explain(seed):
     rng = np.random.default_rng(seed)
     rows, features, groups = 60, 3, 8
